@@ -1,0 +1,27 @@
+# Two commands on a machine with Python >= 3.11, make and git: `make demo` and `make test`.
+PYTHON ?= python3
+RUN := .venv/bin/python
+INSTALLED := .venv/installed
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+demo: $(INSTALLED) ## set up, train a CNN on 4,000 real MNIST images, show its result and its report
+	$(RUN) experiments/mnist_cnn.py
+
+test: $(INSTALLED) ## set up, run the tests that take minutes, not hours
+	$(RUN) -m pytest -m "not slow"
+
+slow: $(INSTALLED) ## the long proofs
+	$(RUN) -m pytest -m slow
+
+lint: $(INSTALLED) ## ruff
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	if command -v uv >/dev/null; then uv venv --allow-existing -q -p $(PYTHON) .venv && uv pip install -q -p $(RUN) -c constraints.txt -e ".[dev]"; \
+	else $(PYTHON) -m venv .venv && $(RUN) -m pip install -q -c constraints.txt -e ".[dev]"; fi
+	touch $@
+
+.PHONY: help demo test slow lint

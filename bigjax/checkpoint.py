@@ -1,0 +1,65 @@
+"""What survives: asynchronous, atomic checkpoints of any tree. The only file that imports orbax; it knows no task and no model."""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+Tree = Any
+
+
+class Checkpoints:
+    """The checkpoints of one run, by step: the last `keep`, and with `best` = (metric, "max" or "min") the best `keep` too."""
+
+    def __init__(self, directory: epath.PathLike, *, keep: int = 3, best: tuple[str, str] | None = None):
+        kept: policies.PreservationPolicy = policies.LatestN(keep)
+        if best:
+            name, mode = best
+            ranked = policies.BestN(get_metric_fn=lambda m: m[name], reverse=mode == "min", n=keep)
+            kept = policies.AnyPreservationPolicy([kept, ranked])
+        self.manager = ocp.CheckpointManager(
+            epath.Path(directory).absolute() if "://" not in str(directory) else directory,
+            item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=kept, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            ),
+        )
+
+    def save(self, step: int, tree: Tree, *, metrics: dict[str, float] | None = None) -> None:
+        """Starts the save of `tree` as `step` and returns; an error of the save before is raised here."""
+        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)), metrics=metrics, force=True)
+
+    def latest(self) -> int | None:
+        """The newest committed step."""
+        return self.manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """All committed steps, in order."""
+        return sorted(self.manager.all_steps())
+
+    def restore(self, step: int, abstract: Tree) -> Tree:
+        """The tree saved at `step`, placed as `abstract` (of jax.ShapeDtypeStruct, with shardings) says.
+
+        `abstract` may be a part of what was saved; only that part is read.
+        """
+        arguments = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+
+    def shapes(self, step: int) -> Tree:
+        """The tree at `step` as nested dicts of jax.ShapeDtypeStruct on the first device: what is there, without reading it."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        tree = self.manager.item_metadata(step)["state"].tree
+        return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), tree)
+
+    def wait(self) -> None:
+        """Until the save under way is committed; an error of it is raised here."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()

@@ -1,0 +1,65 @@
+"""The verbs of an experiment script: train (the default), evaluate, report."""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from etils import epath
+
+from bigjax import UsageError
+from bigjax.experiment import Experiment, RunConfig
+
+VERBS = {
+    "train": "train to the end (the default); resume what was interrupted, show what is finished",
+    "evaluate": "evaluate the newest checkpoint of the working directory on the test split",
+    "report": "write report.html again from the files of the working directory",
+}
+
+
+def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments: Sequence[str] | None = None) -> None:
+    """Runs a script's verb with its flags. A mistake of the user is one message on stderr and exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = Path(sys.modules[build.__module__].__file__).stem
+    try:
+        verb = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
+            raise UsageError(f"{name}.py has no verb {verb!r}: {hint}")
+        prog = f"{name}.py {verb}"
+        about = f"{VERBS[verb]}.\nVerbs: {' | '.join(VERBS)}"
+        config = settle(tyro.cli(Config, prog=prog, description=about, args=arguments), Config())
+        run(verb, config, build, name=name)
+    except UsageError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def settle(config: RunConfig, default: RunConfig) -> RunConfig:
+    """--epochs or --minutes alone replaces the script's own number of steps."""
+    asked = (config.epochs, config.minutes) != (default.epochs, default.minutes)
+    return dataclasses.replace(config, steps=None) if asked and config.steps == default.steps else config
+
+
+def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
+    """One verb of the experiment called `name`."""
+    from bigjax import report, train, workdir
+    from bigjax.experiment import check
+
+    check(config)
+    home = epath.Path(config.workdir or f"runs/{name}")
+    if verb == "report":
+        print(report.write_report(home))
+        return
+    if verb == "evaluate":
+        workdir.read_config(home)
+    experiment = dataclasses.replace(build(config), name=name)
+    if verb == "train":
+        train.fit(experiment, config)
+    else:
+        print(json.dumps(train.evaluate(experiment, config), indent=1))

@@ -1,0 +1,313 @@
+"""Batches: which rows, in which order, read ahead of time.
+
+Batch n is a pure function of (seed, n), row for row: the order comes from a NumPy Philox permutation of (seed, epoch), and a process
+takes its contiguous rows of the global batch. So the data position is the step: resuming is starting at n.
+
+A split is a mapping of arrays with equal leading axes (in memory), or a random-access reader with `__len__` and
+`__getitem__(int) -> dict[str, array]` for what must be read and decoded: Grain does that in threads, by index, in the same order.
+"""
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from bigjax import UsageError
+
+READ_THREADS, READ_AHEAD = 16, 128  # examples read at once, and kept ready, from a reader
+ENDLESS = 2**40  # batches
+
+Batch = dict[str, np.ndarray]
+Transform = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
+
+
+class Reader(Protocol):
+    """Random access to examples. An attribute `label` (N,), where there is one, lets `hold_out` stratify without reading them all."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]: ...
+
+
+Split = Mapping[str, np.ndarray] | Reader
+
+
+def size_of(split: Split) -> int:
+    """The number of examples."""
+    return len(next(iter(split.values()))) if isinstance(split, Mapping) else len(split)
+
+
+@lru_cache(maxsize=3)  # a batch can straddle two epochs, and reading ahead is in the next one
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    rows = _generator(seed, epoch).permutation(size)
+    rows.flags.writeable = False
+    return rows
+
+
+def _generator(seed: int, stream: int, row: int = -1) -> np.random.Generator:
+    """Philox keyed by (seed, stream); rows start in disjoint blocks of its counter, apart from the one of the permutation (-1)."""
+    key = np.array([seed % 2**64, stream], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, row + 1, 0, 0], np.uint64)))
+
+
+def batch_rows(n: int, *, seed: int, batch_size: int, size: int) -> np.ndarray:
+    """The data-set rows of global batch `n`: (batch_size,) int64.
+
+    Position p = n·batch_size + j is place p mod `size` in epoch p div `size`; each epoch is a permutation of all rows, so that
+    every example is seen exactly once an epoch, and batches straddle epochs: nothing is dropped.
+    """
+    epoch_B, place_B = np.divmod(np.arange(n * batch_size, (n + 1) * batch_size, dtype=np.int64), size)
+    return np.concatenate([_permutation(seed, int(e), size)[place_B[epoch_B == e]] for e in np.unique(epoch_B)]).astype(
+        np.int64
+    )
+
+
+def batches(
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    transform: Transform | None = None,
+) -> Iterator[Batch]:
+    """Training batches without end, from batch `start`: this process's contiguous `batch_size`/`processes` rows of each global batch.
+
+    Each has the split's fields, `index` (B,) int32 (row in the data set) and `mask` (B,) float32 (ones).
+    `transform(example, generator)` changes an example on the host (decoding, crops of varying size); its generator is a Philox one
+    keyed by (seed, epoch, row), so what it draws depends neither on the batch size nor on the number of processes.
+    UsageError: no examples; a batch larger than the data; a batch that the processes can't share.
+    """
+    size = size_of(split)
+    if not 1 <= batch_size <= size:
+        raise UsageError(
+            f"batch_size {batch_size} does not fit {size} training examples: pass --batch-size with a number from 1 to {size}"
+        )
+    local = _share(batch_size, processes)
+
+    def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
+        mine = slice(process * local, (process + 1) * local)
+        return batch_rows(n, seed=seed, batch_size=batch_size, size=size)[mine], np.ones(local, np.float32)
+
+    change = None
+    if transform is not None:
+
+        def change(example: dict[str, np.ndarray], n: int, j: int, row: int) -> dict[str, np.ndarray]:
+            epoch = (n * batch_size + process * local + j) // size
+            return transform(example, _generator(seed, epoch, row))
+
+    return _generate(split, rows, range(start, ENDLESS), local, change)
+
+
+def eval_batches(split: Split, *, batch_size: int, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+    """Every example exactly once, in order; the same number of batches on every process.
+
+    What is missing in the last batch is row 0 again, with `mask` 0 and `index` −1.
+    """
+    size = size_of(split)
+    if size < 1 or batch_size < 1:
+        raise UsageError(f"cannot evaluate {size} examples in batches of {batch_size}: both must be at least 1")
+    local = _share(batch_size, processes)
+
+    def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
+        row_B = n * batch_size + process * local + np.arange(local)
+        return np.where(row_B < size, row_B, 0), (row_B < size).astype(np.float32)
+
+    return _generate(split, rows, range(-(-size // batch_size)), local, None)
+
+
+def _share(batch_size: int, processes: int) -> int:
+    if batch_size % processes:
+        below, above = batch_size // processes * processes, -(-batch_size // processes) * processes
+        use = f"{below} or {above}" if below else str(above)
+        raise UsageError(
+            f"batch_size {batch_size} is not divisible by the number of processes ({processes}): use {use}"
+        )
+    return batch_size // processes
+
+
+def _generate(split: Split, rows: Callable, numbers: range, local: int, change: Callable | None) -> Iterator[Batch]:
+    """One batch for each of `numbers`; `rows(n)` says which rows and masks, `change(example, n, j, row)` is the host transform."""
+    if isinstance(split, Mapping) and change is None:
+        for n in numbers:
+            row_B, mask_B = rows(n)
+            yield _numbered({name: array[row_B] for name, array in split.items()}, row_B, mask_B)
+        return
+    rows = lru_cache(maxsize=64)(rows)  # Grain asks for every example by itself
+    with closing(_read(split, rows, numbers, local, change)) as examples:
+        for n in numbers:
+            row_B, mask_B = rows(n)
+            yield _numbered(_stack(list(itertools.islice(examples, local)), row_B), row_B, mask_B)
+
+
+def _read(
+    split: Split, rows: Callable, numbers: range, local: int, change: Callable | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The examples of all batches, one by one, in order, read and decoded by Grain's threads ahead of time."""
+    import grain
+
+    def fetch(position: int) -> dict[str, np.ndarray]:
+        n, j = numbers[position // local], position % local
+        row = int(rows(n)[0][j])
+        try:
+            example = {k: v[row] for k, v in split.items()} if isinstance(split, Mapping) else split[row]
+            return example if change is None else change(example, n, j, row)
+        except Exception as e:
+            raise UsageError(
+                f"example {row} of the data cannot be read or transformed ({type(e).__name__}: {e}): repair or remove it"
+            ) from e
+
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=max(READ_AHEAD, local))
+    examples = iter(grain.MapDataset.range(len(numbers) * local).map(fetch).to_iter_dataset(options))
+    try:
+        yield from examples
+    finally:
+        examples.close()
+
+
+def _stack(examples: list[dict[str, np.ndarray]], row_B: np.ndarray) -> Batch:
+    batch = {}
+    for name in examples[0]:
+        values = [np.asarray(e[name]) for e in examples]
+        for row, value in zip(row_B, values, strict=True):
+            if value.shape != values[0].shape:
+                raise UsageError(
+                    f"{name} has shape {values[0].shape} in example {row_B[0]} but {value.shape} in example {row}: "
+                    "give a transform that makes them equal (resize or crop), or prepare the data in one size"
+                )
+        batch[name] = np.stack(values)
+    return batch
+
+
+def _numbered(batch: Batch, row_B: np.ndarray, mask_B: np.ndarray) -> Batch:
+    return batch | {"index": np.where(mask_B > 0, row_B, -1).astype(np.int32), "mask": mask_B}
+
+
+class Prefetcher:
+    """An iterator whose items are made by a background thread, at most `depth` ahead. Made by `prefetch`.
+
+    `wait_seconds` is the time that the consumer was blocked so far; `close()` (or leaving a `with` block) ends the thread.
+    """
+
+    def __init__(self, iterator: Iterator[Any], put: Callable[[Any], Any], *, depth: int) -> None:
+        self.wait_seconds = 0.0
+        self._ready: deque[Any] = deque()
+        self._changed = threading.Condition()
+        self._ended = self._closed = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._fill, args=(iterator, put, depth), name="bigjax-prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def _fill(self, iterator: Iterator[Any], put: Callable[[Any], Any], depth: int) -> None:
+        try:
+            try:
+                for item in iterator:
+                    made = put(item)
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._closed or len(self._ready) < depth)
+                        if self._closed:
+                            return
+                        self._ready.append(made)
+                        self._changed.notify_all()
+            finally:  # in this thread: a generator can't be closed while another thread runs it
+                if hasattr(iterator, "close"):
+                    iterator.close()
+        except BaseException as e:  # also SystemExit: the consumer must hear of every end
+            self._error = e
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Any:
+        before = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._ended or self._closed)
+            self.wait_seconds += time.perf_counter() - before
+            if isinstance(self._error, UsageError):
+                raise UsageError(str(self._error)) from self._error
+            if self._error is not None:
+                raise RuntimeError(
+                    f"the data thread failed: {type(self._error).__name__}: {self._error}"
+                ) from self._error
+            if self._closed or not self._ready:
+                raise StopIteration
+            self._changed.notify_all()
+            return self._ready.popleft()
+
+    def close(self) -> None:
+        """Ends the thread, however full or empty the queue is, and drops what was read ahead. May be called twice."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=30)  # a reader that hangs must not hang its consumer too: the thread is a daemon
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def prefetch(iterator: Iterator[Any], put: Callable[[Any], Any], *, depth: int = 2) -> Prefetcher:
+    """Applies `put` (decoding, placing on the device) to the items of `iterator` in a background thread, `depth` items ahead.
+
+    What fails there is raised in the consumer at its next call, with the original as cause: a UsageError as such, anything else as
+    RuntimeError. The thread ends at exhaustion, failure or `close()`, and closes `iterator`.
+    """
+    return Prefetcher(iterator, put, depth=max(depth, 1))
+
+
+class View:
+    """Some rows of a reader, as a reader."""
+
+    def __init__(self, reader: Reader, rows: np.ndarray) -> None:
+        self.reader, self.rows = reader, rows
+        if getattr(reader, "label", None) is not None:
+            self.label = reader.label[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        return self.reader[int(self.rows[row])]
+
+
+def take(split: Split, rows: np.ndarray) -> Split:
+    """The given rows of a split: copied arrays, or an index view of a reader."""
+    return {k: v[rows] for k, v in split.items()} if isinstance(split, Mapping) else View(split, rows)
+
+
+def hold_out(split: Split, *, fraction: float, seed: int) -> tuple[Split, Split]:
+    """(rest, held): `fraction` of the examples held out, chosen by `seed`, both in the order of `split`.
+
+    Where there are integer labels every class gives its share, to within one example. Readers are stratified if they have an
+    attribute `label`. `index` of each part's batches counts that part's rows.
+    """
+    size = size_of(split)
+    held = round(size * fraction)
+    if not 1 <= held < size:
+        raise UsageError(
+            f"cannot hold out {fraction:g} of {size} examples: give more data, or a separate file for evaluation"
+        )
+    order = _generator(seed, 2**63).permutation(size)  # a stream that no epoch has
+    label = split.get("label") if isinstance(split, Mapping) else getattr(split, "label", None)
+    if label is not None and np.issubdtype(label.dtype, np.integer) and label.ndim == 1:
+        order = order[np.argsort(label[order], kind="stable")]
+    chosen = np.zeros(size, bool)
+    chosen[order[((np.arange(held) + 0.5) * size / held).astype(np.int64)]] = True  # evenly along the classes
+    return take(split, np.flatnonzero(~chosen)), take(split, np.flatnonzero(chosen))

@@ -1,0 +1,236 @@
+"""Recurrent networks over vectors or tokens: LSTM, GRU and plain RNN, stacked, optionally bidirectional.
+
+B batch, L steps, D input features, H hidden units, G gates (LSTM 4: input, forget, candidate, output; GRU 3: reset, update,
+candidate; RNN 1), V vocabulary, C outputs. Kernels keep gates and units on separate axes, (D, G, H) and (H, G, H), so that
+sharding the last axis splits units and never mixes gates.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+
+from bigjax import UsageError
+from bigjax.sharding import constrain
+
+# What each gate's pre-activation is scaled by: sigmoid(x) = (1 + tanh(x/2)) / 2, so one tanh serves all gates of a step.
+_SCALES = {"lstm": (0.5, 0.5, 1.0, 0.5), "gru": (0.5, 0.5, 1.0), "rnn": (1.0,)}
+_POOLS = ("last", "mean", "max", "flatten")
+
+
+def _merge(cell: str, z_BGH: Array, r_BGH: Array) -> Array:
+    """What the cell needs of its input part z and recurrent part r: their sum; the GRU's two candidates stay apart."""
+    if cell != "gru":
+        return z_BGH + r_BGH
+    return jnp.concatenate([z_BGH[:, :2] + r_BGH[:, :2], z_BGH[:, 2:], r_BGH[:, 2:]], axis=1)
+
+
+def _step(cell: str, a_BGH: Array, state_BH: Array) -> tuple[Array, Array]:
+    """Elementwise part of one step -> (h in a's dtype, state in float32); the state is c for the LSTM, else h."""
+    a = a_BGH.astype(jnp.float32)
+    if cell == "lstm":
+        t = jnp.tanh(a)
+        i, f, o = (0.5 * t[:, k] + 0.5 for k in (0, 1, 3))
+        state = f * state_BH + i * t[:, 2]
+        h = o * jnp.tanh(state)
+    elif cell == "gru":
+        t = 0.5 * jnp.tanh(a[:, :2]) + 0.5
+        candidate = jnp.tanh(a[:, 2] + t[:, 0] * a[:, 3])
+        h = state = candidate + t[:, 1] * (state_BH - candidate)
+    else:
+        h = state = jnp.tanh(a[:, 0])
+    return h.astype(a_BGH.dtype), state
+
+
+def _loop(cell: str, z_LBGH: Array, kernel_HGH: Array, bias_GH: Array | None, *, residuals: bool) -> Array | tuple:
+    _, B, _, H = z_LBGH.shape
+
+    def step(carry: tuple[Array, Array], z_BGH: Array) -> tuple:
+        h, state = carry
+        r = jnp.einsum("bh,hgk->bgk", h, kernel_HGH)
+        a = _merge(cell, z_BGH, r if bias_GH is None else r + bias_GH[None])
+        carry = _step(cell, a, state)
+        return carry, (carry[0], a, state) if residuals else carry[0]
+
+    return lax.scan(step, (jnp.zeros((B, H), z_LBGH.dtype), jnp.zeros((B, H), jnp.float32)), z_LBGH)[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recur(cell: str, z_LBGH: Array, kernel_HGH: Array, bias_GH: Array | None = None) -> Array:
+    """All hidden states h_LBH from the projected inputs z (gates pre-scaled by `_SCALES`), from a zero state.
+
+    Its own gradient: the loop backwards yields only the pre-activations' gradients, so the recurrent kernel's is one matrix
+    product over all steps instead of one accumulated in every step (1.2 to 2.4 x the speed of differentiating the scan, CPU).
+    """
+    return _loop(cell, z_LBGH, kernel_HGH, bias_GH, residuals=False)
+
+
+def _recur_forward(cell: str, z_LBGH: Array, kernel_HGH: Array, bias_GH: Array | None) -> tuple:
+    h, a, state = _loop(cell, z_LBGH, kernel_HGH, bias_GH, residuals=True)
+    return h, (h, a, state, kernel_HGH, bias_GH)
+
+
+def _recur_backward(cell: str, residuals: tuple, dh_LBH: Array) -> tuple:
+    h_LBH, a_LBGH, state_LBH, kernel_HGH, bias_GH = residuals
+
+    def recurrent(da: Array) -> Array:  # the transpose of _merge in r
+        return da if cell != "gru" else jnp.concatenate([da[..., :2, :], da[..., 3:, :]], axis=-2)
+
+    def step(carry: tuple[Array, Array], at: tuple) -> tuple:
+        dh, a, state = at
+        da, dstate = jax.vjp(functools.partial(_step, cell), a, state)[1]((dh + carry[0], carry[1]))
+        return (jnp.einsum("bgk,hgk->bh", recurrent(da), kernel_HGH), dstate), da
+
+    zeros = jnp.zeros_like(dh_LBH[0]), jnp.zeros(dh_LBH.shape[1:], jnp.float32)
+    da_LBGH = lax.scan(step, zeros, (dh_LBH, a_LBGH, state_LBH), reverse=True)[1]
+    before_LBH = jnp.concatenate([jnp.zeros_like(h_LBH[:1]), h_LBH[:-1]])
+    dr_LBGH = recurrent(da_LBGH)
+    dz_LBGH = da_LBGH if cell != "gru" else da_LBGH[..., :3, :]
+    dbias = None if bias_GH is None else dr_LBGH.sum((0, 1))
+    return dz_LBGH, jnp.einsum("lbh,lbgk->hgk", before_LBH, dr_LBGH), dbias
+
+
+recur.defvjp(_recur_forward, _recur_backward)
+
+
+def _orthogonal(key: Array, shape: tuple[int, int, int], dtype: jnp.dtype) -> Array:
+    """An orthogonal (H, H) matrix for each of G gates: (H, G, H)."""
+    H, G, _ = shape
+    return jnp.stack([nn.initializers.orthogonal()(k, (H, H), dtype) for k in jax.random.split(key, G)], axis=1)
+
+
+def _forget_one(cell: str, shape: tuple[int, int]) -> Array:
+    bias_GH = jnp.zeros(shape)
+    return bias_GH.at[1].set(1.0) if cell == "lstm" else bias_GH
+
+
+class Recurrence(nn.Module):
+    """One layer, one direction: x_BLD -> h_BLH.
+
+    `lstm`: Hochreiter & Schmidhuber 1997 with forget gates (Gers et al. 2000), their bias starting at 1 (Jozefowicz et al. 2015).
+    `gru`: Cho et al. 2014 in the form of cuDNN, PyTorch and Keras (`reset_after=True`): the reset gate multiplies the recurrent product,
+    with a bias of its own, so a layer has two bias vectors a gate. `rnn`: h = tanh(W x + U h + b).
+    """
+
+    hidden: int
+    cell: str = "lstm"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        D, G, H = x_BLD.shape[-1], len(_SCALES[self.cell]), self.hidden
+        glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=2, batch_axis=1)
+        kernel = self.param("input_kernel", glorot, (D, G, H), jnp.float32)
+        recurrent_kernel = self.param("recurrent_kernel", _orthogonal, (H, G, H), jnp.float32)
+        bias = self.param("bias", lambda _: _forget_one(self.cell, (G, H)))
+        recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, (G, H)) if self.cell == "gru" else None
+
+        def scaled(w: Array | None) -> Array | None:
+            scale = jnp.asarray(_SCALES[self.cell])[:, None]
+            return None if w is None else (w * scale.reshape((1,) * (w.ndim - 2) + (G, 1))).astype(self.dtype)
+
+        x_LBD = jnp.swapaxes(x_BLD, 0, 1).astype(self.dtype)
+        z_LBGH = jnp.einsum("lbd,dgh->lbgh", x_LBD, scaled(kernel)) + scaled(bias)[None, None]  # all steps at once
+        return jnp.swapaxes(recur(self.cell, z_LBGH, scaled(recurrent_kernel), scaled(recurrent_bias)), 0, 1)
+
+
+def reverse(x_BLD: Array, length_B: Array | None) -> Array:
+    """Each row's real steps in reverse order; its padding stays at the end."""
+    if length_B is None:
+        return jnp.flip(x_BLD, axis=1)
+    t_1L, length_B1 = jnp.arange(x_BLD.shape[1])[None], length_B[:, None]
+    return jnp.take_along_axis(x_BLD, jnp.where(t_1L < length_B1, length_B1 - 1 - t_1L, t_1L)[..., None], axis=1)
+
+
+class LSTM(nn.Module):
+    """Stacked recurrent layers with an optional linear head.
+
+    Called with x, float (B, L, D), an image (B, H, W, C) read as H rows, or (B, L) as L steps of one number; with `vocabulary` set, with
+    tokens_BL int32 instead. `length_B` says how many steps of each row are real, padding comes after them and changes nothing;
+    a row of length 0 has zero features. Returns float32: (B, C), or with `sequence` (B, L, C), where steps of padding hold the head's value
+    of zero features; without `outputs` the features themselves, C = hidden[-1], twice that when bidirectional.
+
+    pool: what the head sees without `sequence`: "last" (the state after the last real step of each direction), "mean" or "max" over the
+        real steps, or "flatten" (all steps side by side, padding zero, as MNIST-1D's GRU).
+    dropout: on the embedding and on every layer's output.
+    mean, std: of the input vectors, one number or one a feature; not used for tokens.
+    Sown: intermediates/features, what the head sees.
+    """
+
+    vocabulary: int | None = None
+    embedding: int = 100
+    hidden: tuple[int, ...] = (64, 64)
+    cell: str = "lstm"
+    bidirectional: bool = False
+    sequence: bool = False
+    pool: str = "last"
+    outputs: int | None = 10
+    dropout: float = 0.0
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array, length_B: Array | None = None, *, train: bool = False) -> Array:
+        if not self.hidden:
+            raise UsageError("an LSTM needs at least one layer: hidden=(64,)")
+        if self.cell not in _SCALES:
+            raise UsageError(f"cell {self.cell!r} is unknown: use one of {', '.join(_SCALES)}")
+        if self.pool not in _POOLS:
+            raise UsageError(f"pool {self.pool!r} is unknown: use one of {', '.join(_POOLS)}")
+        x_BLD = self._inputs(x)
+        B, L, _ = x_BLD.shape
+        real_BL1 = None if length_B is None else (jnp.arange(L)[None] < length_B[:, None])[..., None]
+        if real_BL1 is not None:  # so that no value of the padding, NaN included, can reach a result or a gradient
+            x_BLD = jnp.where(real_BL1, x_BLD, 0)
+        x_BLD = constrain(x_BLD, "batch")
+        if self.vocabulary is not None:
+            x_BLD = nn.Dropout(self.dropout)(x_BLD, deterministic=not train)
+        for n, H in enumerate(self.hidden):
+            # Padding comes last in both reading orders, so the loop needs no mask: real steps never see it.
+            directions = [Recurrence(H, self.cell, self.dtype, name=f"layer_{n}")(x_BLD)]
+            if self.bidirectional:
+                backward = Recurrence(H, self.cell, self.dtype, name=f"layer_{n}_reverse")
+                directions.append(backward(reverse(x_BLD, length_B)))
+            if n == len(self.hidden) - 1 and self.pool == "last" and not self.sequence:
+                x = jnp.concatenate([_last(h, length_B) for h in directions], axis=-1)
+            else:
+                directions[1:] = [reverse(h, length_B) for h in directions[1:]]
+                x = jnp.concatenate(directions, axis=-1)
+                x = x if real_BL1 is None else jnp.where(real_BL1, x, 0)
+            x = x_BLD = nn.Dropout(self.dropout)(x, deterministic=not train)
+        features = x if self.sequence or self.pool == "last" else self._pooled(x, length_B, real_BL1)
+        self.sow("intermediates", "features", features)
+        if self.outputs is None:
+            return features.astype(jnp.float32)
+        return nn.Dense(self.outputs, dtype=self.dtype, name="head")(features).astype(jnp.float32)
+
+    def _inputs(self, x: Array) -> Array:
+        if self.vocabulary is not None:
+            if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+                raise UsageError(f"an LSTM with a vocabulary takes integer tokens (batch, steps), not {x.dtype}{list(x.shape)}")
+            return nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype, name="embedding")(x)
+        if x.ndim not in (2, 3, 4):
+            raise UsageError(f"an LSTM takes x (batch, steps, features), not {list(x.shape)}; for tokens give it a vocabulary")
+        x_BLD = x[..., None] if x.ndim == 2 else x.reshape(*x.shape[:2], -1)
+        mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, -1) for v in (self.mean, self.std))
+        return ((x_BLD - mean) / std).astype(self.dtype)
+
+    def _pooled(self, x_BLD: Array, length_B: Array | None, real_BL1: Array | None) -> Array:
+        if self.pool == "flatten":
+            return x_BLD.reshape(x_BLD.shape[0], -1)
+        if self.pool == "mean":
+            return x_BLD.mean(1) if length_B is None else x_BLD.sum(1) / jnp.maximum(length_B, 1)[:, None].astype(x_BLD.dtype)
+        if real_BL1 is None:
+            return x_BLD.max(1)
+        x_BD = jnp.where(real_BL1, x_BLD, -jnp.inf).max(1)
+        return jnp.where(length_B[:, None] > 0, x_BD, 0)
+
+
+def _last(h_BLH: Array, length_B: Array | None) -> Array:
+    if length_B is None:
+        return h_BLH[:, -1]
+    h_BH = jnp.take_along_axis(h_BLH, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where(length_B[:, None] > 0, h_BH, 0)

@@ -1,0 +1,371 @@
+"""The loop: `fit` runs the one step over an experiment's batches, in a working directory that can be resumed."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax import Array
+
+from bigjax import UsageError, metrics, sharding
+from bigjax import workdir as folder
+from bigjax.checkpoint import Checkpoints
+from bigjax.data import pipeline
+from bigjax.diagnose import first_nonfinite, layer_rows
+from bigjax.display import Display, summary
+from bigjax.experiment import Experiment, RunConfig, check
+from bigjax.metrics import Metrics
+from bigjax.report import save_gallery, write_report
+from bigjax.step import TrainState, init_state, make_evaluate, train_step
+from bigjax.tasks import Batch, Key
+
+__all__ = ["Run", "TrainState", "fit", "train_step"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `fit` gives back: the final state (None if the run was finished before), result.json's content, the folder."""
+
+    state: TrainState | None
+    result: dict[str, Any]
+    workdir: epath.Path
+
+
+class Watch:
+    """Seconds by name, since it was made."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.seconds = dict.fromkeys(("compile", "train", "eval", "data_wait", "checkpoint"), 0.0)
+
+    def timed(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+    def all(self) -> dict[str, float]:
+        return {"total": time.perf_counter() - self.begin, **self.seconds}
+
+
+def cache_compilations(on: bool) -> None:
+    """JAX's persistent compilation cache, in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update("jax_enable_compilation_cache", on)
+    if on and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "bigjax", "compiled"))
+
+
+class Program:
+    """The compiled parts of a run: `initialize`, `update` of (state, window of metrics), and batches by number."""
+
+    def __init__(self, experiment: Experiment, config: RunConfig, train: pipeline.Split, *, steps: int):
+        self.train, self.key = train, jax.random.key(config.seed)
+        self.mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
+        self.rows = {"seed": config.seed, "batch_size": config.batch_size}
+        self.rows |= {"process": jax.process_index(), "processes": jax.process_count()}
+        tx = experiment.tx(steps)
+        example = sharding.put_batch(next(pipeline.batches(train, **self.rows)), self.mesh)
+        batch_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
+
+        def initialize(key: Key) -> TrainState:
+            two = jax.tree.map(lambda x: jnp.zeros((2, *x.shape[1:]), x.dtype), batch_shapes)  # only shapes matter here
+            return init_state(key, two, task=experiment.task, tx=tx, ema=config.ema)
+
+        def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
+            return train_step(
+                state,
+                batch,
+                key,
+                task=experiment.task,
+                tx=tx,
+                augment=experiment.augment,
+                accumulate=config.accumulate,
+                ema=config.ema,
+                skip_nonfinite=config.nonfinite == "skip",
+            )
+
+        def update(state: TrainState, window: Metrics, batch: Batch, key: Key) -> tuple[TrainState, Metrics, Array]:
+            state, out = step(state, batch, key)
+            return state, metrics.merge(window, out), state.step + 0  # the last only tells that the step is done
+
+        with jax.set_mesh(self.mesh):
+            self.state_shapes = sharding.placed(jax.eval_shape(initialize, self.key), self.mesh)
+            window = jax.eval_shape(step, self.state_shapes, batch_shapes, self.key)[1]
+        self.window_shapes = sharding.placed(window, self.mesh)
+        where = jax.tree.map(lambda s: s.sharding, (self.state_shapes, self.window_shapes))
+        self.begin = lambda: initialize(self.key)
+        self.initialize = jax.jit(initialize, out_shardings=where[0])
+        self.update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(*where, None))
+        zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.window_shapes)  # noqa: E731
+        self.fresh_window = jax.jit(zeros, out_shardings=where[1])
+
+    def batches(self, start: int) -> pipeline.Prefetcher:
+        """Batches from number `start` on, placed on the devices ahead of time."""
+        host = pipeline.batches(self.train, start=start, **self.rows)
+        return pipeline.prefetch(host, lambda batch: sharding.put_batch(batch, self.mesh))
+
+    def chunk(self, state: TrainState, window: Metrics, batches: Iterator[Batch], count: int) -> tuple[TrainState, Metrics]:
+        """`count` updates. The host runs two ahead of the device, so that the device never waits and no batches pile up."""
+        flying: list[Array] = []
+        for batch in itertools.islice(batches, count):
+            state, window, done = self.update(state, window, batch, self.key)
+            flying.append(done)
+            if len(flying) > 2:
+                flying.pop(0).block_until_ready()
+        return state, window
+
+    def seconds_a_step(self) -> float:
+        """Measured over three seconds after compilation, on a state that is thrown away."""
+        state, window, batches = self.initialize(self.key), self.fresh_window(), self.batches(0)
+        state, window = jax.block_until_ready(self.chunk(state, window, batches, 2))
+        begin, count = time.perf_counter(), 0
+        while time.perf_counter() - begin < 3:
+            state, window = jax.block_until_ready(self.chunk(state, window, batches, 5))
+            count += 5
+        batches.close()
+        return (time.perf_counter() - begin) / count
+
+
+def planned_steps(config: RunConfig, size: int, seconds_a_step: Callable[[], float]) -> int:
+    """How many updates the run has: by steps, epochs or minutes, whichever ends first."""
+    limits = [config.steps] if config.steps else []
+    if config.epochs:
+        limits.append(max(round(config.epochs * size / config.batch_size), 1))
+    if config.minutes:
+        limits.append(max(int(config.minutes * 60 / seconds_a_step()), 1))
+    if not limits:
+        raise UsageError("how long to train is not said: give --steps, --epochs or --minutes")
+    return min(limits)
+
+
+def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Run:
+    """Trains to the end, evaluates, writes the working directory; resumes what is there, gives back what is finished.
+
+    Raises UsageError for whatever the user can put right, a loss that is no longer finite among it.
+    """
+    check(config)
+    cache_compilations(config.compilation_cache)
+    sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # its errors come before anything is written
+    train, held = experiment.train, None
+    if config.validation:
+        train, held = pipeline.hold_out(train, fraction=config.validation, seed=config.seed)
+    next(pipeline.batches(train, seed=config.seed, batch_size=config.batch_size))  # as do its own
+    home = epath.Path(config.workdir or f"runs/{experiment.name}")
+    display = Display(enabled=not quiet and jax.process_index() == 0)
+    finished = folder.open_workdir(home, folder.describe(experiment, config), resume=config.resume)
+    if finished:
+        display.line(f"{home} is finished; this is its result (--no-resume starts over)")
+        display.close()
+        summary(finished, report=str(home / "report.html"), console=display.console)
+        return Run(None, finished, home)
+    try:
+        loop = Loop(experiment, config, home, display, train=train, held=held)
+        try:
+            with jax.set_mesh(loop.program.mesh):
+                return loop.run()
+        finally:
+            loop.close()
+    finally:
+        display.close()
+
+
+class Loop:
+    """One run: its files, its clock, and where it stands."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        config: RunConfig,
+        home: epath.Path,
+        display: Display,
+        *,
+        train: pipeline.Split,
+        held: pipeline.Split | None,
+    ):
+        self.experiment, self.config, self.home, self.display = experiment, config, home, display
+        self.splits = ({"validation": held} if held is not None else {}) | {"eval": experiment.test}
+        self.watch = Watch()
+        display.phase("compiling")
+
+        def seconds_a_step() -> float:
+            with jax.set_mesh(sharding.make_mesh(config.mesh, batch_size=config.batch_size)):
+                return self.watch.timed("compile", Program(experiment, config, train, steps=10**6).seconds_a_step)
+
+        steps = folder.once(home, "steps", lambda: planned_steps(config, pipeline.size_of(train), seconds_a_step))
+        self.program, self.steps = Program(experiment, config, train, steps=steps), steps
+        self.evaluate = make_evaluate(
+            experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=self.program.mesh
+        )
+        self.checkpoints = Checkpoints(home / "checkpoints", keep=config.keep, best=config.best)
+        with jax.set_mesh(self.program.mesh):
+            self.step, self.state, self.window = self.start()
+        self.first = self.step
+        self.log = metrics.Log(
+            home, step=self.step, tensorboard=config.tensorboard, active=jax.process_index() == 0
+        )
+        self.batches = self.program.batches(self.step)
+        self.unread: tuple[int, Metrics, float] | None = None  # (step, window, examples/s), not yet asked of the device
+        self.mark = (0.0, 0)  # seconds trained and step at the window's start
+
+    def start(self) -> tuple[int, TrainState, Metrics]:
+        """Resume; or else initialize, from another run's parameters if asked."""
+        program = self.program
+        if (step := self.checkpoints.latest()) is not None:
+            self.display.line(f"resuming at step {step}")
+            saved = self.checkpoints.restore(step, {"state": program.state_shapes, "window": program.window_shapes})
+            return step, saved["state"], saved["window"]
+        state = self.watch.timed("compile", lambda: jax.block_until_ready(program.initialize(program.key)))
+        if self.config.init_from:
+            state, said = folder.transfer(state, self.config.init_from)
+            self.display.line(said)
+        return 0, state, program.fresh_window()
+
+    def close(self) -> None:
+        for part in (self.batches, self.log, self.checkpoints):
+            part.close()
+
+    def run(self) -> Run:
+        config = self.config
+        rows = layer_rows(self.program.begin, self.state.params)
+        self.display.table(self.experiment.name, rows, total=sum(n for _, _, n in rows))
+        count = min(1, self.steps - self.step)  # the first update alone: so the time to compile is known
+        while self.step < self.steps:
+            self.advance(count)
+            done = self.step == self.steps
+            if done or self.step % config.log_every == 0:
+                self.end_window()
+            evaluate, save = (done or self.step % n == 0 for n in (config.eval_every, config.save_every))
+            if evaluate or save:
+                self.read()
+            values = self.watch.timed("eval", self.judge) if evaluate else {}
+            if save:
+                self.watch.timed("checkpoint", self.save, values)
+            ends = [self.steps, *((self.step // n + 1) * n for n in (config.log_every, config.eval_every, config.save_every))]
+            count = min(ends) - self.step
+        return self.finish()
+
+    def advance(self, count: int) -> None:
+        """So many updates, of which the first of a session compiles."""
+        compiling = self.step == self.first
+        self.display.phase("compiling" if compiling else "training")
+
+        def go() -> None:
+            self.state, self.window = self.program.chunk(self.state, self.window, self.batches, count)
+            if compiling:
+                jax.block_until_ready(self.state)
+
+        self.watch.timed("compile" if compiling else "train", go)
+        self.step += count
+
+    def end_window(self) -> None:
+        """Takes the window's sums aside, and reads those of the window before while the device works on."""
+        self.read()
+        seconds, step = self.mark
+        trained = self.watch.seconds["train"] - seconds
+        speed = (self.step - step) * self.config.batch_size / trained if trained else float("nan")
+        self.unread, self.window = (self.step, self.window, speed), self.program.fresh_window()
+        self.mark = (self.watch.seconds["train"], self.step)
+
+    def read(self) -> None:
+        """Writes and shows the numbers of the window set aside, if there is one; stops the run if they are not finite."""
+        if self.unread is None:
+            return
+        (step, window, speed), self.unread = self.unread, None
+        values = metrics.means(window)
+        if values["skipped"] and self.config.nonfinite == "stop":
+            self.stop_nonfinite()
+        if values["skipped"]:
+            self.display.line(f"step {step}: {values['skipped']:.1%} of the updates since the last line were not finite and dropped")
+        wait = self.watch.seconds["data_wait"] = self.batches.wait_seconds
+        self.log.write(step, "train", {**values, "examples_per_second": speed})
+        share = wait / max(self.watch.seconds["train"], 1e-9)
+        self.display.update(
+            step, self.steps, metrics=values, examples_per_second=speed, data_wait_fraction=share
+        )
+
+    def judge(self) -> dict[str, float]:
+        """Evaluates every split, runs the evaluators, fills the gallery; the validation split's values."""
+        self.display.phase("evaluating")
+        params, model_state, key = self.state.ema or self.state.params, self.state.model_state, self.program.key
+        out = {}
+        for split, data in self.splits.items():
+            self.counts = self.evaluate(params, model_state, data)
+            out[split] = self.experiment.task.summarize(self.counts)
+            if split == "eval":
+                for evaluator in self.experiment.evaluators.values():
+                    out[split] |= evaluator(params, model_state, key)
+            self.log.write(self.step, split, out[split])
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in list(out[split].items())[:4])
+            self.display.line(f"step {self.step} {split}: {shown}")
+        if self.log.active:
+            for name, draw in self.experiment.gallery.items():
+                save_gallery(self.home, self.step, name=name, item=draw(params, model_state, key))
+        self.judged = out
+        return out.get("validation", {})
+
+    def save(self, validation: dict[str, float]) -> None:
+        self.display.phase("saving")
+        self.checkpoints.save(self.step, {"state": self.state, "window": self.window}, metrics=validation or None)
+
+    def stop_nonfinite(self) -> None:
+        """The state has stood still since the bad batch, which its number gives back: finds the module to blame."""
+        bad = int(self.state.step) - int(self.state.skipped)
+        batch = next(pipeline.batches(self.program.train, start=bad, **self.program.rows))
+        task, augment = self.experiment.task, self.experiment.augment
+        where = first_nonfinite(task, augment, self.state, batch, jax.random.fold_in(self.program.key, bad))
+        self.checkpoints.wait()
+        kept = self.checkpoints.latest()
+        raise UsageError(
+            f"update {bad + 1} (batch {bad}) is not finite: {where}; "
+            + (f"the checkpoint of step {kept} is kept" if kept is not None else "no checkpoint was saved before it")
+            + "; lower --learning-rate, or pass --nonfinite skip to drop such updates"
+        )
+
+    def finish(self) -> Run:
+        """Waits for the last checkpoint, then writes result.json and the report."""
+        if self.first == self.steps:  # killed between the last save and the result: the log has the lines already
+            self.log.active = False
+            self.judge()
+        self.watch.timed("checkpoint", self.checkpoints.wait)
+        result = folder.make_result(
+            self.experiment,
+            self.config,
+            state=self.state,
+            values={"train": folder.last_line(self.home, "train"), **self.judged},
+            counts=self.counts,
+            seconds=self.watch.all(),
+            examples=(self.steps - self.first) * self.config.batch_size,
+        )
+        if jax.process_index() == 0:
+            folder.write_json(self.home / "result.json", result)
+            write_report(self.home)
+        self.display.close()
+        summary(result, report=str(self.home / "report.html"), console=self.display.console)
+        return Run(self.state, result, self.home)
+
+
+def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
+    """The test split's numbers under the newest checkpoint of the run's working directory."""
+    check(config)
+    home = epath.Path(config.workdir or f"runs/{experiment.name}")
+    steps = folder.read_config(home)["steps"]
+    checkpoints = Checkpoints(home / "checkpoints")
+    if not steps or (step := checkpoints.latest()) is None:
+        raise UsageError(f"{home} holds no checkpoint yet: let it train until one is saved")
+    program = Program(experiment, config, experiment.train, steps=steps)
+    with jax.set_mesh(program.mesh):
+        state = checkpoints.restore(step, {"state": program.state_shapes})["state"]
+        checkpoints.close()
+        judge = make_evaluate(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
+        params = state.ema or state.params
+        values = experiment.task.summarize(judge(params, state.model_state, experiment.test))
+        for evaluator in experiment.evaluators.values():
+            values |= evaluator(params, state.model_state, program.key)
+    return {"step": step, **{f"eval/{k}": v for k, v in values.items()}}

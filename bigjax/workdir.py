@@ -1,0 +1,279 @@
+"""The working directory of a run: what it holds, whether it may be resumed, and how to get a finished model back."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from etils import epath
+
+from bigjax import UsageError
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.metrics import Metrics, per_class, read_log
+
+# Settings that may differ between a run and its resumption: they change no number.
+FREE = {"workdir", "mesh", "keep", "save_every", "resume", "tensorboard", "profile", "compilation_cache"}
+OURS = ("config.json", "source.patch", "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile")
+
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Atomically: the file is there whole or not at all."""
+    part = path.parent / (path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+def module_spec(module: nn.Module) -> dict[str, Any]:
+    """A Linen module as JSON: its class and its fields."""
+
+    def value(v: Any) -> Any:
+        return module_spec(v) if isinstance(v, nn.Module) else v
+
+    cls = type(module)
+    spec = {"class": f"{cls.__module__}.{cls.__qualname__}"}
+    if cls.__module__ == "__main__" and hasattr(sys.modules["__main__"], "__file__"):
+        spec["file"] = str(epath.Path(sys.modules["__main__"].__file__).resolve())
+    names = [f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")]
+    return {**spec, "fields": {n: value(getattr(module, n)) for n in names}}
+
+
+def module_from(spec: Mapping[str, Any]) -> nn.Module:
+    """The module that `module_spec` described."""
+    where, _, name = spec["class"].rpartition(".")
+    if "file" in spec:
+        loader = importlib.util.spec_from_file_location("bigjax_run_script", spec["file"])
+        module = importlib.util.module_from_spec(loader)
+        loader.loader.exec_module(module)
+    else:
+        module = importlib.import_module(where)
+
+    def value(v: Any) -> Any:
+        if isinstance(v, dict) and "class" in v:
+            return module_from(v)
+        return tuple(map(value, v)) if isinstance(v, list) else v
+
+    return getattr(module, name)(**{k: value(v) for k, v in spec["fields"].items()})
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints in the current folder, or None where there is no repository or no git."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    libraries = ("bigjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"python": sys.version.split()[0], **{n: version(n) for n in libraries}}
+
+
+def devices() -> dict[str, Any]:
+    first = jax.devices()[0]
+    count = {"count": jax.device_count(), "processes": jax.process_count()}
+    return {"platform": first.platform, "kind": first.device_kind, **count}
+
+
+def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
+    """What config.json holds."""
+    return {
+        "experiment": experiment.name,
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "steps": None,  # settled when training starts
+        "models": {k: module_spec(m) for k, m in experiment.models().items()},
+        "versions": versions(),
+        "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
+        "devices": devices(),
+        "command": sys.argv,
+    }
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The settings that differ, as `learning_rate: 0.001 -> 0.01`; those of FREE are left out."""
+    lines = []
+    for k in sorted(old.keys() | new.keys()):
+        a, b = old.get(k), new.get(k)
+        if (not prefix and k in FREE) or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += difference(a, b, f"{prefix}{k}.")
+        else:
+            lines.append(f"{prefix}{k}: {a} -> {b}")
+    return lines
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """config.json of a working directory; UsageError where there is none."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UsageError(f"{workdir} holds no run (no config.json): train first, or give the --workdir of a run")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise UsageError(f"{path} is not readable as JSON ({e}): restore it, or use another --workdir") from None
+
+
+def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """(module, variables) of a finished or interrupted run, from its newest checkpoint, on the first device.
+
+    `player` chooses among several (a GAN's "generator"). If the run kept averaged parameters (--ema), you get those.
+
+        model, variables = bigjax.load("runs/mnist_cnn")
+        logits_BC = model.apply(variables, images_BHWC)
+
+    Raises UsageError if there is no run, no checkpoint or no such player.
+    """
+    from bigjax.checkpoint import Checkpoints
+
+    models = read_config(workdir)["models"]
+    if player is None and len(models) == 1:
+        player = next(iter(models))
+    if player not in models:
+        raise UsageError(f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})")
+    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints")
+    step = checkpoints.latest()
+    if step is None:
+        raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
+    state = checkpoints.shapes(step)["state"]
+    chosen = {k: {player: state[k][player]} for k in ("params", "model_state", "ema") if player in (state.get(k) or {})}
+    if "ema" in chosen:
+        del chosen["params"]
+    saved = checkpoints.restore(step, {"state": chosen})["state"]
+    checkpoints.close()
+    weights = saved.get("ema") or saved["params"]
+    return module_from(models[player]), {"params": weights[player], **saved.get("model_state", {}).get(player, {})}
+
+
+def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    """Makes the working directory ready for the run described; its result if the run is finished already.
+
+    Raises UsageError for a file, a folder that cannot be written, one that holds other things or another run.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"--workdir {workdir} is a file: name a folder")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise UsageError(f"--workdir {workdir} cannot be written ({e.strerror or e}): choose another") from None
+    config = workdir / "config.json"
+    if not resume:
+        for name in OURS:
+            if (path := workdir / name).exists():
+                path.rmtree() if path.is_dir() else path.unlink()
+    if not config.exists():
+        if other := sorted(p.name for p in workdir.iterdir()):
+            raise UsageError(f"--workdir {workdir} holds no run, but other things ({', '.join(other[:3])}): name an empty or new folder")
+        (workdir / "source.patch").write_text(git("diff", "HEAD") or "")
+        write_json(config, description)
+        return None
+    old = read_config(workdir)
+    changes = difference(old["config"], description["config"])
+    if old["experiment"] != description["experiment"]:
+        changes.insert(0, f"experiment: {old['experiment']} -> {description['experiment']}")
+    if changes:
+        raise UsageError(
+            f"--workdir {workdir} belongs to a run with other settings: use another --workdir, or --no-resume to start over there\n  "
+            + "\n  ".join(changes)
+        )
+    result = workdir / "result.json"
+    return json.loads(result.read_text()) if result.exists() else None
+
+
+def once(workdir: epath.Path, key: str, compute: Callable[[], Any]) -> Any:
+    """A value settled at the run's first start and kept in config.json, the same at every resumption."""
+    record = read_config(workdir)
+    if record.get(key) is None:
+        record[key] = compute()
+        write_json(workdir / "config.json", record)
+    return record[key]
+
+
+def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
+    """The state with those parameters of another run whose path and shape are the same, and a line that says which.
+
+    Raises UsageError where the source has no checkpoint, or nothing fits.
+    """
+    from bigjax.checkpoint import Checkpoints
+
+    read_config(source)
+    checkpoints = Checkpoints(epath.Path(source) / "checkpoints")
+    step = checkpoints.latest()
+    if step is None:
+        raise UsageError(f"--init-from {source} holds no checkpoint: give a run that saved one")
+    there = dict(jax.tree_util.tree_leaves_with_path(checkpoints.shapes(step)["state"]["params"]))
+    here = jax.tree_util.tree_leaves_with_path(state.params)
+    taken = {path for path, leaf in here if path in there and there[path].shape == leaf.shape}
+    if not taken:
+        raise UsageError(f"--init-from {source}: none of its parameters has a path and shape of this model")
+    saved = checkpoints.restore(step, {"state": {"params": checkpoints.shapes(step)["state"]["params"]}})
+    checkpoints.close()
+    values = dict(jax.tree_util.tree_leaves_with_path(saved["state"]["params"]))
+
+    def choose(path: Any, leaf: Any) -> Any:
+        return jax.device_put(values[path].astype(leaf.dtype), leaf.sharding) if path in taken else leaf
+
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in here if path not in taken]
+    said = f"took {len(taken)} of {len(here)} parameters from {source} at step {step}"
+    params = jax.tree_util.tree_map_with_path(choose, state.params)
+    ema = jax.tree.map(jax.numpy.copy, params) if state.ema else state.ema
+    return state.replace(params=params, ema=ema), said + (f"; left as initialized: {', '.join(names)}" if names else "")
+
+
+def last_line(workdir: epath.Path, split: str) -> dict[str, float]:
+    """The newest values of a split in metrics.jsonl."""
+    lines = [r for r in read_log(workdir / "metrics.jsonl") if r["split"] == split]
+    return {k: v for k, v in lines[-1].items() if k not in ("step", "split")} if lines else {}
+
+
+def make_result(
+    experiment: Experiment,
+    config: RunConfig,
+    *,
+    state: Any,
+    values: Mapping[str, Mapping[str, float]],
+    counts: Metrics,
+    seconds: Mapping[str, float],
+    examples: int,
+) -> dict[str, Any]:
+    """The content of result.json: what was reached, what was published, how long it took, on what.
+
+    values: the last numbers by split; counts: the test split's merged metrics; examples: trained on in this session.
+    """
+    numbers = {f"{split}/{k}": v for split, line in values.items() for k, v in line.items() if "/" not in k}
+    result = {
+        "experiment": experiment.name,
+        "step": int(state.step),
+        "skipped": int(state.skipped),
+        "seed": config.seed,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "metrics": numbers,
+        "published": [p.compare(numbers) for p in experiment.published],
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "examples_per_second": round(examples / seconds["train"], 1) if seconds["train"] else None,
+        "mfu": None,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "devices": devices(),
+        "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
+        "versions": versions(),
+        **experiment.facts,
+    }
+    if "confusion" in counts:
+        counts_CC = np.asarray(counts["confusion"][0])
+        names = experiment.class_names or [str(i) for i in range(len(counts_CC))]
+        scores = {k: v.tolist() for k, v in per_class(counts_CC).items()}
+        result |= {"confusion": counts_CC.astype(int).tolist(), "class_names": list(names), "per_class": scores}
+    return result

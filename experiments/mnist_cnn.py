@@ -1,0 +1,67 @@
+"""CNN on MNIST.
+
+    python experiments/mnist_cnn.py                                          # 4,000 embedded images
+    python experiments/mnist_cnn.py --data mnist --steps 20000               # all 60,000, through TFDS
+"""
+
+from dataclasses import dataclass
+
+from bigjax import cli, optim
+from bigjax.data import sources
+from bigjax.data.augment import augment_images
+from bigjax.experiment import Experiment, Published, RunConfig
+from bigjax.models import CNN
+from bigjax.gallery import worst_mistakes
+from bigjax.tasks import classify
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
+    steps: int | None = 1500
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    schedule: optim.Schedule = "warmup-cosine"
+    weight_decay: float = 1e-2
+    features: tuple[int, ...] = (32, 64, 64)
+    dense: tuple[int, ...] = (64,)
+    dropout: float = 0.25
+    batch_norm: bool = False
+    label_smoothing: float = 0.05
+    augment: bool = True  # shift, rotate and scale, inside the step
+    rotate: float = 15.0  # degrees at most
+    shift: float = 2.0  # pixels at most
+    scale: float = 0.15
+
+
+def build(c: Config) -> Experiment:
+    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    mean, std = sources.image_statistics(data.train)
+    model = CNN(
+        features=c.features,
+        dense=c.dense,
+        outputs=data.classes,
+        dropout=c.dropout,
+        batch_norm=c.batch_norm,
+        mean=mean,
+        std=std,
+        dtype=c.dtype,
+    )
+    return Experiment(
+        model=model,
+        task=classify(model, classes=data.classes, label_smoothing=c.label_smoothing),
+        tx=lambda steps: {
+            "model": optim.adamw(
+                optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0
+            )
+        },
+        train=data.train,
+        test=data.test,
+        class_names=data.class_names,
+        augment=augment_images(shift=c.shift, rotate=c.rotate, scale=c.scale) if c.augment else None,
+        gallery={"worst mistakes": worst_mistakes(model, data.test, class_names=data.class_names)},
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, build)

@@ -1,0 +1,61 @@
+"""MLP on MNIST.
+
+    python experiments/mnist_mlp.py                                          # 4,000 embedded images
+    python experiments/mnist_mlp.py --optimizer sgd --schedule constant --learning-rate 0.01 --batch-size 32 \\
+        --epochs 10 --no-augment --dropout 0 --weight-decay 0                # the classic recipe
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import optax
+
+from bigjax import cli, optim
+from bigjax.data import sources
+from bigjax.data.augment import augment_images
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.gallery import worst_mistakes
+from bigjax.models import MLP
+from bigjax.tasks import classify
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
+    steps: int | None = 4000
+    batch_size: int = 128
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 2e-3
+    schedule: optim.Schedule = "warmup-cosine"
+    weight_decay: float = 1e-2
+    features: tuple[int, ...] = (128, 64)
+    dropout: float = 0.0
+    augment: bool = True  # shift, rotate and scale, inside the step
+    rotate: float = 12.0  # degrees at most
+    shift: float = 2.0  # pixels at most
+    scale: float = 0.12
+
+
+def build(c: Config) -> Experiment:
+    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    mean, std = sources.image_statistics(data.train)
+    model = MLP(features=c.features, outputs=data.classes, dropout=c.dropout, mean=mean, std=std, dtype=c.dtype)
+
+    def tx(steps: int) -> dict[str, optax.GradientTransformation]:
+        rate = optim.schedule(c.schedule, c.learning_rate, steps=steps)
+        return {"model": optax.sgd(rate) if c.optimizer == "sgd" else optim.adamw(rate, weight_decay=c.weight_decay)}
+
+    return Experiment(
+        model=model,
+        task=classify(model, classes=data.classes),
+        tx=tx,
+        train=data.train,
+        test=data.test,
+        class_names=data.class_names,
+        augment=augment_images(shift=c.shift, rotate=c.rotate, scale=c.scale) if c.augment else None,
+        gallery={"worst mistakes": worst_mistakes(model, data.test, class_names=data.class_names)},
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, build)
