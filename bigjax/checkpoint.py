@@ -7,28 +7,41 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from bigjax import UsageError
+from bigjax.optim import path_string
+
 Tree = Any
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step: the last `keep`, and with `best` = (metric, "max" or "min") the best `keep` too."""
+    """The checkpoints of one run, by step: the last `keep`, and with `best` = "max:accuracy" or "min:loss" the best `keep` too."""
 
-    def __init__(self, directory: epath.PathLike, *, keep: int = 3, best: tuple[str, str] | None = None):
+    def __init__(
+        self, directory: epath.PathLike, *, keep: int = 3, best: str | None = None, read_only: bool = False
+    ):
+        self.best = best.partition(":")[2] if best else None
         kept: policies.PreservationPolicy = policies.LatestN(keep)
         if best:
-            name, mode = best
-            ranked = policies.BestN(get_metric_fn=lambda m: m[name], reverse=mode == "min", n=keep)
+            mode, _, name = best.partition(":")
+            ranked = policies.BestN(
+                get_metric_fn=lambda m: m[name], reverse=mode == "min", n=keep, keep_checkpoints_without_metrics=False
+            )
             kept = policies.AnyPreservationPolicy([kept, ranked])
         self.manager = ocp.CheckpointManager(
             epath.Path(directory).absolute() if "://" not in str(directory) else directory,
             item_handlers={"state": ocp.PyTreeCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=kept, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                preservation_policy=kept,
+                cleanup_tmp_directories=not read_only,  # a reader must leave the save of a run under way alone
+                create=not read_only,
+                enable_async_checkpointing=True,
             ),
         )
 
     def save(self, step: int, tree: Tree, *, metrics: dict[str, float] | None = None) -> None:
         """Starts the save of `tree` as `step` and returns; an error of the save before is raised here."""
+        if self.best and metrics and self.best not in metrics:
+            raise UsageError(f"--best: the validation split has no {self.best!r}: use one of {', '.join(metrics)}")
         self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)), metrics=metrics, force=True)
 
     def latest(self) -> int | None:
@@ -42,8 +55,17 @@ class Checkpoints:
     def restore(self, step: int, abstract: Tree) -> Tree:
         """The tree saved at `step`, placed as `abstract` (of jax.ShapeDtypeStruct, with shardings) says.
 
-        `abstract` may be a part of what was saved; only that part is read.
+        `abstract` may be a part of what was saved; only that part is read. Raises UsageError for what was not
+        saved, or in another shape.
         """
+        tree = self.manager.item_metadata(step)["state"].tree
+        there = {path_string(path): m.shape for path, m in jax.tree.leaves_with_path(tree)}
+        here = {path_string(path): s.shape for path, s in jax.tree.leaves_with_path(abstract)}
+        if other := [f"{k} is {v}, saved {there.get(k, 'not at all')}" for k, v in here.items() if there.get(k) != v]:
+            raise UsageError(
+                f"the checkpoint of step {step} is of another model or optimizer ({'; '.join(other[:3])}"
+                f"{'; ...' if other[3:] else ''}): use the settings and code it was saved with, or another --workdir"
+            )
         arguments = ocp.args.PyTreeRestore(
             item=abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

@@ -72,7 +72,8 @@ def first_nonfinite(task: Any, augment: Any, state: TrainState, batch: Batch, ke
         with watch_modules(see):
             (total, _), _ = loss(state.params, state.model_state, batch, jax.random.fold_in(key, i))
         if found:
-            return f"the output of module {found[0] or type(loss).__name__!r} of {player!r} is the first that is not"
+            module = f"module {found[0]!r}" if found[0] else "the outermost module"
+            return f"the output of {module} of {player!r} is the first that is not"
         if bad(total):
             return f"the loss of {player!r} is not, though every module's output is"
-    return "a gradient is not, though the losses are"
+    return "a gradient or an update is not, though the losses are"

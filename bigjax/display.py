@@ -37,8 +37,7 @@ def _clock(seconds: float | None) -> str:
 class Display:
     """One live line on a terminal; plain lines, without colours or control characters, where there is none.
 
-    Called at log windows and changes of phase, never a step; it starts no thread. `enabled=False` (processes other than
-    0) prints nothing.
+    Called at log windows and changes of phase, never a step; no thread. Prints nothing where not `enabled`.
     """
 
     def __init__(self, console: Console | None = None, *, enabled: bool = True) -> None:
@@ -80,12 +79,10 @@ class Display:
             eta = (now - first) / (step - step_0) * (steps - step)
         shown = [k for k in metrics if k.split("/")[-1] in ("loss", "accuracy")][:4]
         words = [f"step {step:,}" + (f"/{steps:,}" if steps else ""), *(f"{k} {_number(metrics[k])}" for k in shown),
-                 f"{_number(examples_per_second)} examples/s", f"data wait {100 * data_wait_fraction:.0f}%",
-                 f"ETA {_clock(eta)}"]
-        self._status = "  ".join(words)
+                 f"{_number(examples_per_second)} examples/s", f"data wait {100 * data_wait_fraction:.0f}%"]
+        self._status, self._done = "  ".join([*words, f"ETA {_clock(eta)}"]), step / steps if steps else None
         if self._live is None:
             self.line(self._status)
-        self._done = step / steps if steps else None
         self._refresh()
 
     def _refresh(self) -> None:
@@ -95,7 +92,7 @@ class Display:
             line.append(f"{self._phase:<11}", style="bold cyan")
             if self._status and self._done is not None:
                 full = round(width * min(1.0, self._done))
-                line.append("━" * full, style="cyan").append("━" * (width - full), style="bright_black").append("  ")
+                line.append("━" * full, style="cyan").append("╌" * (width - full), style="bright_black").append("  ")
             self._live.update(line.append(self._status), refresh=True)
 
     def line(self, text: str) -> None:
@@ -124,8 +121,7 @@ def summary(result: Mapping[str, Any], *, report: str | None = None, console: Co
         table.add_row(Text(name), "-" if measured is None else _number(measured), _number(aim["value"]) if aim else "",
                       reached, style="bold" if aim else None)
     console.print(table)
-    seconds = {"total": None} | dict(result.get("seconds") or {})
-    words = [f"{k.replace('_', ' ')} {_number(v)} s" for k, v in seconds.items() if v is not None]
+    words = [f"{k.replace('_', ' ')} {_number(v)} s" for k, v in (result.get("seconds") or {}).items()]
     if result.get("examples_per_second"):
         words.append(f"{_number(result['examples_per_second'])} examples/s")
     console.print(Text(", ".join(words)), soft_wrap=True)

@@ -37,7 +37,7 @@ class RunConfig:
     eval_every: int = 500
     save_every: int = 500
     keep: int = 2  # checkpoints
-    best: str | None = None  # a metric of the validation split, as accuracy, whose best checkpoints are kept too
+    best: str | None = None  # keep the best checkpoints too, by a number of the validation split: max:accuracy, min:loss
     resume: bool = True  # --no-resume: start over in this working directory, dropping what is there
     init_from: str | None = None  # a working directory whose parameters to start from
     tensorboard: bool = False
@@ -69,6 +69,8 @@ def check(config: RunConfig) -> None:
                 raise UsageError(f"{flag} {v}: give a number from 0 up to, but below, 1")
     if config.batch_size % config.accumulate:
         raise UsageError(f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}")
+    if config.best and config.best.partition(":")[0] not in ("max", "min"):
+        raise UsageError(f"--best {config.best}: say max:METRIC or min:METRIC, as max:accuracy or min:loss")
     if config.best and not config.validation:
         raise UsageError("--best chooses on the validation split: hold one out with --validation 0.1")
 

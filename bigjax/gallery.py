@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from bigjax.data import pipeline
+from bigjax.evaluators import generate_images, images_of
 from bigjax.experiment import Pictures
+from bigjax.models import autoencoder
 from bigjax.step import to_float
 from bigjax.tasks import Batch, Key, ModelState, Params
 
@@ -43,5 +45,69 @@ def worst_mistakes(
         captions = [f"{name[label]}, taken for {name[guess]} ({share:.0%})" for _, label, guess, share, _ in worst]
         images = np.stack([row[-1] for row in worst]) if worst else np.zeros((0, 1, 1))
         return Pictures(images, captions, columns=5)
+
+    return draw
+
+
+Draw = Callable[[Params, ModelState, Key], Pictures]
+
+
+def reconstructions(model: nn.Module, split: pipeline.Split, *, count: int = 20) -> Draw:
+    """Pairs of rows: images of `split`, and below them what an autoencoder's code gives back."""
+    images = images_of(split, count)
+
+    def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
+        variables = {"params": params["model"], **model_state["model"]}
+        code = model.apply(variables, images, method="encode")
+        code = code[0] if isinstance(code, tuple) else code  # a VAE's mean
+        back = np.asarray(jax.nn.sigmoid(model.apply(variables, code, method="decode")))
+        rows = [half for i in range(0, count, 10) for half in (images[i : i + 10], back[i : i + 10])]
+        return Pictures(np.concatenate(rows), columns=10)
+
+    return draw
+
+
+def prior_samples(model: nn.Module, *, count: int = 100) -> Draw:
+    """Images that a VAE decodes from its prior."""
+
+    def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
+        variables = {"params": params["model"], **model_state["model"]}
+        return Pictures(np.asarray(autoencoder.sample(model, variables, key, count)), columns=10)
+
+    return draw
+
+
+def latent_walk(model: nn.Module, split: pipeline.Split, *, rows: int = 5, steps: int = 10) -> Draw:
+    """Each row walks in a straight line between the codes of two images of `split`."""
+    images = images_of(split, 2 * rows)
+
+    def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
+        variables = {"params": params["model"], **model_state["model"]}
+        walk = autoencoder.interpolate(model, variables, images[:rows], images[rows:], steps)
+        walk = np.asarray(walk).swapaxes(0, 1)
+        return Pictures(walk.reshape(-1, *walk.shape[2:]), columns=steps)
+
+    return draw
+
+
+def generator_samples(generator: nn.Module, *, count: int = 100) -> Draw:
+    """Images of the player "generator", a class a column if it is conditioned."""
+
+    def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
+        return Pictures(generate_images(generator, params, model_state, key, count), columns=10)
+
+    return draw
+
+
+def nearest_training_images(generator: nn.Module, train: pipeline.Split, *, count: int = 20) -> Draw:
+    """Pairs of rows: samples, and below them the training image nearest to each in pixels (is it learnt by heart?)."""
+    images = images_of(train, 10_000)
+    flat_ND = images.reshape(len(images), -1)
+
+    def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
+        fake = generate_images(generator, params, model_state, key, count)
+        near = [images[np.square(flat_ND - f.reshape(1, -1)).sum(1).argmin()] for f in fake]
+        rows = [half for i in range(0, count, 10) for half in (fake[i : i + 10], near[i : i + 10])]
+        return Pictures(np.concatenate(rows), columns=10)
 
     return draw

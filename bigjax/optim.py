@@ -19,6 +19,8 @@ def schedule(name: Schedule, peak: float, *, steps: int, warmup: int = 0, end: f
     constant; step: × 0.1 at 50 %, 75 % and 90 %; cosine; warmup-cosine: linear from 0 over `warmup` updates (5 % if 0),
     then cosine; rsqrt: linear over `warmup` updates, then ∝ 1/√update (Vaswani et al. 2017, section 5.3, with `peak` at its top).
     """
+    if warmup and name in ("constant", "step", "cosine"):
+        raise UsageError(f"schedule {name!r} has no warm-up: use warmup-cosine or rsqrt, or leave warmup at 0")
     if name == "constant":
         return optax.constant_schedule(peak)
     if name == "step":
@@ -62,3 +64,76 @@ def adamw(
     """
     update = optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask(no_decay, matching=False))
     return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update
+
+
+# ---- optimizers that look at matrices: each layer of a scanned stack (under "layers") is a matrix of its own
+
+
+def is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf's leading axis counts the layers of a scanned stack."""
+    return "layers" in path_string(path).split("/")
+
+
+def matrices(params: Any) -> Any:
+    """For every leaf, how Muon takes it: (inputs, output) axes of hidden kernels, None for what Adam updates instead.
+
+    None: embeddings, positions, the output layer (head, logits), biases, scales.
+    """
+
+    def numbers(path: tuple[Any, ...], leaf: Any) -> Any:
+        *layer, name = path_string(path).split("/")
+        if name != "kernel" or {"head", "logits"} & set(layer):
+            return None
+        axes = tuple(range(int(is_stacked(path)), leaf.ndim))
+        return optax.contrib.MuonDimensionNumbers(axes[:-1], axes[-1:])
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    adam_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    b2: float = 0.95,
+) -> optax.GradientTransformation:
+    """optax.contrib.muon on `matrices`, Adam with its own rate on the rest (Jordan et al., "Muon", 2024)."""
+    return optax.contrib.muon(
+        learning_rate,
+        adam_learning_rate=adam_rate,
+        adam_b2=b2,
+        weight_decay=weight_decay,
+        muon_weight_dimension_numbers=matrices,
+    )
+
+
+def trust_ratios() -> optax.GradientTransformation:
+    """Scales each update by |parameter| / |update|, one ratio a leaf, or a layer of a scanned stack; 1 where either is 0."""
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        def scale(path: tuple[Any, ...], u: jax.Array, p: jax.Array) -> jax.Array:
+            axes = tuple(range(int(is_stacked(path)), u.ndim))
+            size_u, size_p = (jax.numpy.sqrt(jax.numpy.square(x).sum(axes, keepdims=True)) for x in (u, p))
+            usable = (size_u > 0) & (size_p > 0)
+            return u * jax.numpy.where(usable, size_p / jax.numpy.where(usable, size_u, 1.0), 1.0)
+
+        return jax.tree_util.tree_map_with_path(scale, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def lamb(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    no_decay: str = NO_DECAY,
+    b1: float = 0.9,
+    b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """LAMB (You et al. 2020), with the trust ratio of a scanned stack taken layer by layer."""
+    return optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=1e-6),
+        optax.add_decayed_weights(weight_decay, mask=mask(no_decay, matching=False)),
+        trust_ratios(),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -108,8 +108,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of every player, in the order of `task.losses`. Pure; it needs no mesh.
 
-    key: key(seed), the same for every step; the step folds in its own number. A loss or gradient that is not finite drops
-    the whole update, and `state.skipped` counts it; unless skip_nonfinite, all later updates are dropped too, so that the
+    key: key(seed), the same for every step; the step folds in its own number. A loss, gradient or update that is not
+    finite drops the whole update, and `state.skipped` counts it; unless skip_nonfinite, all later updates are dropped too, so that the
     state stays as it was before the batch number step − skipped.
     """
     key = jax.random.fold_in(key, state.step)
@@ -127,7 +127,7 @@ def train_step(
         out |= mine
         fine &= jnp.isfinite(value)
     out |= norms("grad_norm", grads) | norms("param_norm", params) | norms("update_norm", updates)
-    fine &= jnp.isfinite(out["grad_norm"][0])
+    fine &= jnp.isfinite(out["grad_norm"][0]) & jnp.isfinite(out["update_norm"][0])
     if not skip_nonfinite:
         fine &= state.skipped == 0
     average = state.ema and jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)

@@ -4,9 +4,10 @@ B batch, C classes.  `Params` and `ModelState` are dicts keyed by player; a loss
 subtree only and returns only its own player's part of the model state.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from bigjax import UsageError
 from bigjax import metrics as measure
 from bigjax.metrics import Metrics
 
@@ -49,17 +51,26 @@ def row_keys(key: Key, index_B: Array) -> Array:
 
 
 def dropout_by_row(index_B: Array) -> Any:
-    """While it is entered, every nn.Dropout draws each example's mask from that example's own key."""
+    """While it is entered, every nn.Dropout draws each example's mask from that example's own key.
+
+    Not where x's leading axis is not the batch's, or where the mask is shared along it (broadcast_dims).
+    """
+
+    def arguments(inputs: Array, deterministic: bool | None = None, rng: Key | None = None) -> tuple:
+        return inputs, deterministic, rng  # the signature of nn.Dropout
 
     def intercept(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        drop, x = context.module, args[0] if args else None
+        drop = context.module
         if not (isinstance(drop, nn.Dropout) and context.method_name == "__call__"):
             return call(*args, **kwargs)
-        off = nn.merge_param("deterministic", drop.deterministic, kwargs.get("deterministic"))
-        if off or drop.rate == 0.0 or drop.broadcast_dims or x.shape[0] != index_B.shape[0]:
+        x, off, key = arguments(*args, **kwargs)
+        shared = [d % x.ndim for d in drop.broadcast_dims]
+        off = nn.merge_param("deterministic", drop.deterministic, off)
+        if off or drop.rate in (0.0, 1.0) or 0 in shared or x.shape[:1] != index_B.shape:
             return call(*args, **kwargs)
-        keys_B = row_keys(drop.make_rng(drop.rng_collection), index_B)
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - drop.rate, x.shape[1:]))(keys_B)
+        keys_B = row_keys(drop.make_rng(drop.rng_collection) if key is None else key, index_B)
+        shape = [1 if d in shared else n for d, n in enumerate(x.shape)][1:]
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - drop.rate, shape))(keys_B)
         return jnp.where(keep, x / (1.0 - drop.rate), jnp.zeros_like(x))
 
     return nn.intercept_methods(intercept)
@@ -73,12 +84,25 @@ def initialize(model: nn.Module, key: Key, *inputs: Array) -> tuple[Tree, Tree]:
 
 
 def forward(
-    model: nn.Module, params: Tree, model_state: Tree, inputs: tuple[Array, ...], *, key: Key, index_B: Array
+    model: nn.Module,
+    params: Tree,
+    model_state: Tree,
+    inputs: tuple[Any, ...],
+    *,
+    key: Key,
+    index_B: Array,
+    train: bool,
+    method: Callable[..., Any] | None = None,
 ) -> tuple[Any, Tree]:
-    """A training pass: (outputs, new model state), with dropout and other noise keyed by example."""
+    """(outputs, model state after the pass), with dropout keyed by example."""
     with dropout_by_row(index_B):
         return model.apply(
-            {"params": params, **model_state}, *inputs, train=True, rngs={"dropout": key}, mutable=list(model_state)
+            {"params": params, **model_state},
+            *inputs,
+            train=train,
+            rngs={"dropout": key} if train else {},
+            mutable=list(model_state) if train else [],
+            method=method,
         )
 
 
@@ -92,38 +116,51 @@ def weight_penalty(params: Tree, *, l1: float, l2: float) -> Array | float:
     return total
 
 
-Judge = Callable[[Any, Batch], tuple[Array, Metrics]]
+Judge = Callable[[Any, Batch], tuple[Array, Array, Metrics]]
+Inputs = Callable[[Batch], tuple[Array, ...]]
+
+
+def fields(*names: str) -> Inputs:
+    """A model's inputs: these fields of the batch."""
+    return lambda batch: tuple(batch[name] for name in names)
 
 
 def one_player(
     model: nn.Module,
     judge: Judge,
     *,
-    inputs: tuple[str, ...],
+    inputs: Inputs,
+    apply: Callable[..., tuple[Any, Tree]] = forward,
     evaluate: Judge | None = None,
     summarize: Callable[[Metrics], dict[str, float]] = measure.means,
     l1: float = 0.0,
     l2: float = 0.0,
 ) -> Task:
-    """A task with the one player "model", from a judge: (outputs, batch) -> (loss of each row (B,), other metrics)."""
+    """A task with the one player "model".
+
+    judge: (outputs, batch) -> (loss of each row (B,), its count (B,), other metrics): the loss is Σ losses / Σ counts.
+    apply: as `forward`, which it is unless the pass needs other noise than dropout.
+    """
 
     def init(key: Key, batch: Batch) -> tuple[Params, ModelState]:
-        params, state = initialize(model, key, *(batch[k] for k in inputs))
+        params, state = initialize(model, key, *inputs(batch))
         return {"model": params}, {"model": state}
 
+    def judged(judge: Judge, out: Any, batch: Batch) -> Metrics:
+        loss_B, count_B, out = judge(out, batch)
+        return {"loss": ((loss_B * batch["mask"]).sum(), (count_B * batch["mask"]).sum()), **out}
+
     def loss(params: Params, model_state: ModelState, batch: Batch, key: Key) -> Any:
-        args = tuple(batch[k] for k in inputs)
-        out, state = forward(model, params["model"], model_state["model"], args, key=key, index_B=batch["index"])
-        loss_B, metrics = judge(out, batch)
-        total, count = (loss_B * batch["mask"]).sum(), batch["mask"].sum()
-        metrics = {"loss": (total, count), **metrics}
-        total = total + count * weight_penalty(params["model"], l1=l1, l2=l2)
-        return (total, count), (state, metrics)
+        mine, index_B = (params["model"], model_state["model"]), batch["index"]
+        out, state = apply(model, *mine, inputs(batch), key=key, index_B=index_B, train=True)
+        metrics = judged(judge, out, batch)
+        total, count = metrics["loss"]
+        return (total + count * weight_penalty(params["model"], l1=l1, l2=l2), count), (state, metrics)
 
     def evaluation(params: Params, model_state: ModelState, batch: Batch, key: Key) -> Metrics:
-        out = model.apply({"params": params["model"], **model_state["model"]}, *(batch[k] for k in inputs), train=False)
-        loss_B, metrics = (evaluate or judge)(out, batch)
-        return {"loss": ((loss_B * batch["mask"]).sum(), batch["mask"].sum()), **metrics}
+        mine, index_B = (params["model"], model_state["model"]), batch["index"]
+        out, _ = apply(model, *mine, inputs(batch), key=key, index_B=index_B, train=False)
+        return judged(evaluate or judge, out, batch)
 
     return Task(init=init, losses={"model": loss}, evaluate=evaluation, summarize=summarize)
 
@@ -132,7 +169,7 @@ def classify(
     model: nn.Module,
     *,
     classes: int,
-    inputs: tuple[str, ...] = ("image",),
+    inputs: Inputs = fields("image"),  # noqa: B008 (a pure function)
     label_smoothing: float = 0.0,
     top_k: int = 5,
     l1: float = 0.0,
@@ -147,23 +184,26 @@ def classify(
 
     def class_logits(logits: Array) -> Array:
         if logits.shape[-1] == 1:  # sigmoid(z) is the softmax of (0, z)
-            return jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+            logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+        if (given := logits.shape[-1]) != classes:
+            raise UsageError(f"the model gives {given} logits for {classes} classes: give it {classes} outputs")
         return logits
 
     def accuracy(logits_BC: Array, batch: Batch) -> Metrics:
         correct_B = (logits_BC.argmax(-1) == batch["label"]) * batch["mask"]
         return {"accuracy": (correct_B.sum(), batch["mask"].sum())}
 
-    def judge(logits: Array, batch: Batch) -> tuple[Array, Metrics]:
+    def judge(logits: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
         logits_BC = class_logits(logits)
         target_BC = jax.nn.one_hot(batch["label"], classes)
         if "mix" in batch:
             share_B1 = batch["mix"][:, None]
             target_BC = share_B1 * target_BC + (1 - share_B1) * jax.nn.one_hot(batch["label_mix"], classes)
         target_BC = optax.smooth_labels(target_BC, label_smoothing)
-        return optax.softmax_cross_entropy(logits_BC, target_BC), accuracy(logits_BC, batch)
+        loss_B = optax.softmax_cross_entropy(logits_BC, target_BC)
+        return loss_B, jnp.ones_like(loss_B), accuracy(logits_BC, batch)
 
-    def evaluate(logits: Array, batch: Batch) -> tuple[Array, Metrics]:
+    def evaluate(logits: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
         logits_BC, mask_B, label_B = class_logits(logits), batch["mask"], batch["label"]
         out = accuracy(logits_BC, batch)
         if classes > top_k:
@@ -173,18 +213,203 @@ def classify(
         confidence_B = jax.nn.softmax(logits_BC).max(-1)
         out["confusion"] = measure.confusion(prediction_B, label_B, mask_B, classes=classes)
         out["calibration"] = measure.calibration(confidence_B, 1.0 * (prediction_B == label_B), mask_B)
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B), out
+        loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)
+        return loss_B, jnp.ones_like(loss_B), out
 
     return one_player(
         model, judge, inputs=inputs, evaluate=evaluate, summarize=measure.summarize_classes, l1=l1, l2=l2
     )
 
 
-def regress(model: nn.Module, *, inputs: tuple[str, ...] = ("x",), l1: float = 0.0, l2: float = 0.0) -> Task:
+def regress(
+    model: nn.Module,
+    *,
+    inputs: Inputs = fields("x"),  # noqa: B008 (a pure function)
+    l1: float = 0.0,
+    l2: float = 0.0,
+) -> Task:
     """Mean squared error of `target` (B,) or (B, D) under the model's output of the same number of values a row."""
 
-    def judge(out: Array, batch: Batch) -> tuple[Array, Metrics]:
-        rows = batch["target"].shape[0]
-        return jnp.square(out.reshape(rows, -1) - batch["target"].reshape(rows, -1)).mean(-1), {}
+    def judge(out: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+        target_BD = batch["target"].reshape(len(batch["target"]), -1)
+        out_BD = out.reshape(len(target_BD), -1)
+        if (given := out_BD.shape[1]) != (wanted := target_BD.shape[1]):  # one of them could be broadcast
+            raise UsageError(f"the model gives {given} values a row, `target` has {wanted}: give it {wanted} outputs")
+        loss_B = jnp.square(out_BD - target_BD).mean(-1)
+        return loss_B, jnp.ones_like(loss_B), {}
 
     return one_player(model, judge, inputs=inputs, l1=l1, l2=l2)
+
+
+def next_token(model: nn.Module, *, bytes_a_token: float | None = None) -> Task:
+    """Cross-entropy of each token of `tokens` (B, L + 1) given those before it, in nats a token.
+
+    The targets t that count are start <= t < length, from the batch's `length` (B,) and `start` (B,) where it has them.
+    With bytes_a_token (1 for byte models) the evaluation gives bits_per_byte too.
+    """
+
+    def judge(logits_BLV: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+        target_BL = batch["tokens"][:, 1:]
+        place_1L = jnp.arange(1, target_BL.shape[1] + 1)[None]
+        length_B1 = batch.get("length", jnp.full(len(target_BL), target_BL.shape[1] + 1))[:, None]
+        start_B1 = batch.get("start", jnp.ones(len(target_BL), jnp.int32))[:, None]
+        weight_BL = 1.0 * ((place_1L >= start_B1) & (place_1L < length_B1))
+        loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, target_BL)
+        right_BL = (logits_BLV.argmax(-1) == target_BL) * weight_BL * batch["mask"][:, None]
+        count_B = weight_BL.sum(-1)
+        accuracy = (right_BL.sum(), (count_B * batch["mask"]).sum())
+        return (loss_BL * weight_BL).sum(-1), count_B, {"accuracy": accuracy}
+
+    def summarize(metrics: Metrics) -> dict[str, float]:
+        out = measure.means(metrics)
+        if bytes_a_token:
+            out["bits_per_byte"] = out["loss"] / math.log(2) / bytes_a_token
+        return out
+
+    return one_player(model, judge, inputs=lambda batch: (batch["tokens"][:, :-1],), summarize=summarize)
+
+
+def pixel_cross_entropy(logits_BHWC: Array, image_BHWC: Array) -> Array:
+    """Binary cross-entropy (B,) of pixels in [0, 1], summed over an image, in nats; grey values are taken as probabilities."""
+    entropy_BHWC = optax.sigmoid_binary_cross_entropy(logits_BHWC, image_BHWC)
+    return entropy_BHWC.reshape(len(entropy_BHWC), -1).sum(-1)
+
+
+def reconstruct(model: nn.Module) -> Task:
+    """Binary cross-entropy a pixel of `image` (B, H, W, C) under the model's logits of the same shape (an autoencoder)."""
+
+    def judge(logits_BHWC: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+        loss_B = pixel_cross_entropy(logits_BHWC, batch["image"]) / logits_BHWC[0].size
+        return loss_B, jnp.ones_like(loss_B), {}
+
+    def summarize(metrics: Metrics) -> dict[str, float]:
+        out = measure.means(metrics)
+        return {"binary_cross_entropy": out["loss"], **out}
+
+    return one_player(model, judge, inputs=fields("image"), summarize=summarize)
+
+
+def variational(model: nn.Module, *, beta: float = 1.0) -> Task:
+    """Negative evidence lower bound in nats an image, with beta × the divergence from the prior (Kingma & Welling 2014; beta: Higgins 2017).
+
+    model: encode(x) -> (mean, log variance) (B, Z), decode(z) -> logits of the image. The noise is keyed by example.
+    Evaluation measures with beta = 1: negative_elbo = reconstruction + divergence.
+    """
+
+    def sampled(module: nn.Module, x: Array, noise_BZ: Callable[[Array], Array], *, train: bool) -> tuple[Array, ...]:
+        mean_BZ, log_variance_BZ = module.encode(x, train=train)
+        z_BZ = mean_BZ + jnp.exp(log_variance_BZ / 2) * noise_BZ(mean_BZ)
+        return module.decode(z_BZ, train=train), mean_BZ, log_variance_BZ
+
+    def apply(
+        model: nn.Module, params: Tree, state: Tree, inputs: tuple, *, key: Key, index_B: Array, train: bool
+    ) -> tuple[Any, Tree]:
+        keys_B = row_keys(jax.random.fold_in(key, 1), index_B)
+
+        def noise_BZ(like_BZ: Array) -> Array:
+            return jax.vmap(lambda key: jax.random.normal(key, like_BZ.shape[1:]))(keys_B)
+
+        inputs = (*inputs, noise_BZ)
+        return forward(model, params, state, inputs, key=key, index_B=index_B, train=train, method=sampled)
+
+    def terms(out: tuple[Array, ...], batch: Batch) -> tuple[Array, Array, Metrics]:
+        logits_BHWC, mean_BZ, log_variance_BZ = out
+        reconstruction_B = pixel_cross_entropy(logits_BHWC, batch["image"])
+        divergence_B = 0.5 * (jnp.square(mean_BZ) + jnp.exp(log_variance_BZ) - 1 - log_variance_BZ).sum(-1)
+        count = batch["mask"].sum()
+        parts = {"reconstruction": reconstruction_B, "divergence": divergence_B}
+        return reconstruction_B, divergence_B, {k: ((v * batch["mask"]).sum(), count) for k, v in parts.items()}
+
+    def judge(out: tuple[Array, ...], batch: Batch) -> tuple[Array, Array, Metrics]:
+        reconstruction_B, divergence_B, metrics = terms(out, batch)
+        return reconstruction_B + beta * divergence_B, jnp.ones_like(divergence_B), metrics
+
+    def evaluate(out: tuple[Array, ...], batch: Batch) -> tuple[Array, Array, Metrics]:
+        reconstruction_B, divergence_B, metrics = terms(out, batch)
+        return reconstruction_B + divergence_B, jnp.ones_like(divergence_B), metrics
+
+    def summarize(metrics: Metrics) -> dict[str, float]:
+        out = measure.means(metrics)
+        return {"negative_elbo": out["loss"], **out}
+
+    return one_player(
+        model, judge, inputs=fields("image"), apply=apply, evaluate=evaluate, summarize=summarize
+    )
+
+
+def adversarial(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    *,
+    loss: Literal["non-saturating", "hinge", "wasserstein-gp"] = "non-saturating",
+    penalty: float = 10.0,
+) -> Task:
+    """Two players: "discriminator" is updated first, then "generator" against it (Goodfellow et al. 2014).
+
+    generator: latent (B, Z) -> images; its field `latent` is Z, `classes` the number of labels that it is conditioned on
+    (0: none); discriminator: images -> logits (B,). non-saturating: cross-entropy, the generator's with its labels
+    swapped; hinge (Lim & Ye 2017); wasserstein-gp: with `penalty` × (gradient norm − 1)² between real and generated
+    (Gulrajani et al. 2017). The latent is keyed by example. Evaluation: the share of real and of generated images that
+    the discriminator takes for what they are.
+    """
+    if loss not in ("non-saturating", "hinge", "wasserstein-gp"):
+        raise UsageError(f"no adversarial loss is called {loss!r}: use non-saturating, hinge or wasserstein-gp")
+    real_loss = {"non-saturating": lambda d: jax.nn.softplus(-d), "hinge": lambda d: jax.nn.relu(1 - d)}
+    fake_loss = {"non-saturating": jax.nn.softplus, "hinge": lambda d: jax.nn.relu(1 + d)}
+
+    def labels(batch: Batch) -> tuple[Array, ...]:
+        return (batch["label"],) if generator.classes else ()
+
+    def generated(params: Params, state: ModelState, batch: Batch, key: Key, *, train: bool) -> tuple[Array, Tree]:
+        keys_B = row_keys(jax.random.fold_in(key, 1), batch["index"])
+        z_BZ = jax.vmap(lambda key: jax.random.normal(key, (generator.latent,)))(keys_B)
+        own = (params["generator"], state["generator"], (z_BZ, *labels(batch)))
+        return forward(generator, *own, key=key, index_B=batch["index"], train=train)
+
+    def judged(
+        params: Params, own_state: Tree, image: Array, batch: Batch, key: Key, *, train: bool
+    ) -> tuple[Array, Tree]:
+        own = (params["discriminator"], own_state, (image, *labels(batch)))
+        return forward(discriminator, *own, key=key, index_B=batch["index"], train=train)
+
+    def init(key: Key, batch: Batch) -> tuple[Params, ModelState]:
+        z_BZ, keys = jnp.zeros((len(batch["image"]), generator.latent)), jax.random.split(key)
+        parts = {
+            "discriminator": initialize(discriminator, keys[0], batch["image"], *labels(batch)),
+            "generator": initialize(generator, keys[1], z_BZ, *labels(batch)),
+        }
+        return {k: params for k, (params, _) in parts.items()}, {k: state for k, (_, state) in parts.items()}
+
+    def discriminator_loss(params: Params, state: ModelState, batch: Batch, key: Key) -> Any:
+        mask_B, (fake, _) = batch["mask"], generated(params, state, batch, key, train=True)
+        fake, keys = jax.lax.stop_gradient(fake), jax.random.split(jax.random.fold_in(key, 2), 3)
+        real_B, own = judged(params, state["discriminator"], batch["image"], batch, keys[0], train=True)
+        fake_B, own = judged(params, own, fake, batch, keys[1], train=True)
+        if loss == "wasserstein-gp":
+            share_B = jax.vmap(jax.random.uniform)(row_keys(keys[2], batch["index"]))
+            between = fake + share_B.reshape(-1, 1, 1, 1) * (batch["image"] - fake)
+            slope = jax.grad(lambda x: judged(params, own, x, batch, keys[2], train=True)[0].sum())(between)
+            norm_B = jnp.sqrt(jnp.square(slope).sum((1, 2, 3)) + 1e-12)
+            loss_B = fake_B - real_B + penalty * jnp.square(norm_B - 1)
+        else:
+            loss_B = real_loss[loss](real_B) + fake_loss[loss](fake_B)
+        total, count = (loss_B * mask_B).sum(), mask_B.sum()
+        return (total, count), (own, {"discriminator_loss": (total, count)})
+
+    def generator_loss(params: Params, state: ModelState, batch: Batch, key: Key) -> Any:
+        fake, own = generated(params, state, batch, key, train=True)
+        fake_B, _ = judged(params, state["discriminator"], fake, batch, jax.random.fold_in(key, 2), train=True)
+        loss_B = jax.nn.softplus(-fake_B) if loss == "non-saturating" else -fake_B
+        total, count = (loss_B * batch["mask"]).sum(), batch["mask"].sum()
+        return (total, count), (own, {"generator_loss": (total, count)})
+
+    def evaluate(params: Params, state: ModelState, batch: Batch, key: Key) -> Metrics:
+        mask_B, (fake, _) = batch["mask"], generated(params, state, batch, key, train=False)
+        out = {}
+        for name, image, sign in (("real", batch["image"], 1), ("generated", fake, -1)):
+            logit_B, _ = judged(params, state["discriminator"], image, batch, key, train=False)
+            out[f"{name}_recognised"] = (((sign * logit_B > 0) * mask_B).sum(), mask_B.sum())
+        return out
+
+    losses = {"discriminator": discriminator_loss, "generator": generator_loss}
+    return Task(init=init, losses=losses, evaluate=evaluate)

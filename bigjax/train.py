@@ -16,6 +16,7 @@ from bigjax import UsageError, metrics, sharding
 from bigjax import workdir as folder
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
+from bigjax.data.prefetch import Prefetcher, prefetch
 from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.display import Display, summary
 from bigjax.experiment import Experiment, RunConfig, check
@@ -106,10 +107,10 @@ class Program:
         zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.window_shapes)  # noqa: E731
         self.fresh_window = jax.jit(zeros, out_shardings=where[1])
 
-    def batches(self, start: int) -> pipeline.Prefetcher:
+    def batches(self, start: int) -> Prefetcher:
         """Batches from number `start` on, placed on the devices ahead of time."""
         host = pipeline.batches(self.train, start=start, **self.rows)
-        return pipeline.prefetch(host, lambda batch: sharding.put_batch(batch, self.mesh))
+        return prefetch(host, lambda batch: sharding.put_batch(batch, self.mesh))
 
     def chunk(self, state: TrainState, window: Metrics, batches: Iterator[Batch], count: int) -> tuple[TrainState, Metrics]:
         """`count` updates. The host runs two ahead of the device, so that the device never waits and no batches pile up."""
@@ -158,22 +159,26 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Ru
         train, held = pipeline.hold_out(train, fraction=config.validation, seed=config.seed)
     next(pipeline.batches(train, seed=config.seed, batch_size=config.batch_size))  # as do its own
     home = epath.Path(config.workdir or f"runs/{experiment.name}")
-    display = Display(enabled=not quiet and jax.process_index() == 0)
-    finished = folder.open_workdir(home, folder.describe(experiment, config), resume=config.resume)
-    if finished:
-        display.line(f"{home} is finished; this is its result (--no-resume starts over)")
-        display.close()
-        summary(finished, report=str(home / "report.html"), console=display.console)
-        return Run(None, finished, home)
-    try:
-        loop = Loop(experiment, config, home, display, train=train, held=held)
+    description = folder.describe(experiment, config)
+    fresh = not config.resume or not (home / "config.json").exists()
+    finished = folder.open_workdir(home, description, resume=config.resume)
+    with Display(enabled=not quiet and jax.process_index() == 0) as display:
+        if finished:
+            display.line(f"{home} is finished; this is its result (--no-resume starts over)")
+            display.close()
+            summary(finished, report=str(home / "report.html"), console=display.console)
+            return Run(None, finished, home)
+        try:
+            loop = Loop(experiment, config, home, display, train=train, held=held)
+        except UsageError:
+            if fresh:  # nothing has begun: the corrected command must not find a run with other settings
+                folder.clear(home)
+            raise
         try:
             with jax.set_mesh(loop.program.mesh):
                 return loop.run()
         finally:
             loop.close()
-    finally:
-        display.close()
 
 
 class Loop:
@@ -212,7 +217,7 @@ class Loop:
         )
         self.batches = self.program.batches(self.step)
         self.unread: tuple[int, Metrics, float] | None = None  # (step, window, examples/s), not yet asked of the device
-        self.mark = (0.0, 0)  # seconds trained and step at the window's start
+        self.mark = (0.0, self.step)  # seconds trained and step at the window's start
 
     def start(self) -> tuple[int, TrainState, Metrics]:
         """Resume; or else initialize, from another run's parameters if asked."""
@@ -244,6 +249,8 @@ class Loop:
             evaluate, save = (done or self.step % n == 0 for n in (config.eval_every, config.save_every))
             if evaluate or save:
                 self.read()
+                if config.nonfinite == "stop" and int(self.state.skipped):  # in a window not ended: never saved
+                    self.stop_nonfinite()
             values = self.watch.timed("eval", self.judge) if evaluate else {}
             if save:
                 self.watch.timed("checkpoint", self.save, values)
@@ -260,6 +267,7 @@ class Loop:
             self.state, self.window = self.program.chunk(self.state, self.window, self.batches, count)
             if compiling:
                 jax.block_until_ready(self.state)
+                self.mark = (0.0, self.step + count)  # neither its time nor its examples count for the speed
 
         self.watch.timed("compile" if compiling else "train", go)
         self.step += count
@@ -341,7 +349,7 @@ class Loop:
             values={"train": folder.last_line(self.home, "train"), **self.judged},
             counts=self.counts,
             seconds=self.watch.all(),
-            examples=(self.steps - self.first) * self.config.batch_size,
+            examples=(self.steps - self.first - 1) * self.config.batch_size,  # the first update's time is in `compile`
         )
         if jax.process_index() == 0:
             folder.write_json(self.home / "result.json", result)
@@ -356,7 +364,7 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     check(config)
     home = epath.Path(config.workdir or f"runs/{experiment.name}")
     steps = folder.read_config(home)["steps"]
-    checkpoints = Checkpoints(home / "checkpoints")
+    checkpoints = Checkpoints(home / "checkpoints", read_only=True)
     if not steps or (step := checkpoints.latest()) is None:
         raise UsageError(f"{home} holds no checkpoint yet: let it train until one is saved")
     program = Program(experiment, config, experiment.train, steps=steps)

@@ -21,10 +21,12 @@ from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics, per_class, read_log
 
 # Settings that may differ between a run and its resumption: they change no number.
-FREE = {"workdir", "mesh", "keep", "save_every", "resume", "tensorboard", "profile", "compilation_cache"}
-OURS = ("config.json", "source.patch", "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile")
-
-
+FREE = {"workdir", "mesh", "keep", "save_every", "nonfinite", "resume", "tensorboard", "profile", "compilation_cache"}
+OURS = (
+    "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile", "source.patch",
+    "config.json",
+)  # fmt: skip
+UNBEGUN = {".writable", "source.patch", "config.json.part"}  # what a kill in the first moment leaves
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Atomically: the file is there whole or not at all."""
@@ -36,23 +38,38 @@ def write_json(path: epath.Path, value: Any) -> None:
 def module_spec(module: nn.Module) -> dict[str, Any]:
     """A Linen module as JSON: its class and its fields."""
 
-    def value(v: Any) -> Any:
-        return module_spec(v) if isinstance(v, nn.Module) else v
-
     cls = type(module)
+
+    def value(name: str, v: Any) -> Any:
+        if isinstance(v, nn.Module):
+            return module_spec(v)
+        if isinstance(v, tuple | list):
+            return [value(name, part) for part in v]
+        if v is not None and not isinstance(v, bool | int | float | str):
+            raise UsageError(
+                f"field {name} of {cls.__qualname__} is a {type(v).__name__}, which a run cannot record: make it "
+                "a number, a text (a name to look up), a module or a tuple of these"
+            )
+        return v
+
     spec = {"class": f"{cls.__module__}.{cls.__qualname__}"}
     if cls.__module__ == "__main__" and hasattr(sys.modules["__main__"], "__file__"):
         spec["file"] = str(epath.Path(sys.modules["__main__"].__file__).resolve())
     names = [f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")]
-    return {**spec, "fields": {n: value(getattr(module, n)) for n in names}}
+    return {**spec, "fields": {n: value(n, getattr(module, n)) for n in names}}
 
 
 def module_from(spec: Mapping[str, Any]) -> nn.Module:
     """The module that `module_spec` described."""
     where, _, name = spec["class"].rpartition(".")
-    if "file" in spec:
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if "file" in spec and main and str(epath.Path(main).resolve()) == spec["file"]:
+        module = sys.modules["__main__"]  # the script itself asks: it must not run once more
+    elif "file" in spec:
+        if not epath.Path(spec["file"]).exists():
+            raise UsageError(f"the script {spec['file']} that defines {name} is gone: put it back to load this run")
         loader = importlib.util.spec_from_file_location("bigjax_run_script", spec["file"])
-        module = importlib.util.module_from_spec(loader)
+        module = sys.modules[loader.name] = importlib.util.module_from_spec(loader)  # dataclasses look their module up
         loader.loader.exec_module(module)
     else:
         module = importlib.import_module(where)
@@ -68,7 +85,7 @@ def module_from(spec: Mapping[str, Any]) -> nn.Module:
 def git(*arguments: str) -> str | None:
     """What git prints in the current folder, or None where there is no repository or no git."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -141,7 +158,7 @@ def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Modu
         player = next(iter(models))
     if player not in models:
         raise UsageError(f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})")
-    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints")
+    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
     step = checkpoints.latest()
     if step is None:
         raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
@@ -153,6 +170,13 @@ def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Modu
     checkpoints.close()
     weights = saved.get("ema") or saved["params"]
     return module_from(models[player]), {"params": weights[player], **saved.get("model_state", {}).get(player, {})}
+
+
+def clear(workdir: epath.Path) -> None:
+    """Deletes what a run wrote, config.json last: as long as it is there, the rest is known to be a run's."""
+    for name in OURS:
+        if (path := workdir / name).exists():
+            path.rmtree() if path.is_dir() else path.unlink()
 
 
 def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
@@ -170,12 +194,10 @@ def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume:
     except OSError as e:
         raise UsageError(f"--workdir {workdir} cannot be written ({e.strerror or e}): choose another") from None
     config = workdir / "config.json"
-    if not resume:
-        for name in OURS:
-            if (path := workdir / name).exists():
-                path.rmtree() if path.is_dir() else path.unlink()
+    if not resume and config.exists():  # without it nothing there is known to be a run's
+        clear(workdir)
     if not config.exists():
-        if other := sorted(p.name for p in workdir.iterdir()):
+        if other := sorted(p.name for p in workdir.iterdir() if p.name not in UNBEGUN):
             raise UsageError(f"--workdir {workdir} holds no run, but other things ({', '.join(other[:3])}): name an empty or new folder")
         (workdir / "source.patch").write_text(git("diff", "HEAD") or "")
         write_json(config, description)
@@ -210,7 +232,7 @@ def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
     from bigjax.checkpoint import Checkpoints
 
     read_config(source)
-    checkpoints = Checkpoints(epath.Path(source) / "checkpoints")
+    checkpoints = Checkpoints(epath.Path(source) / "checkpoints", read_only=True)
     step = checkpoints.latest()
     if step is None:
         raise UsageError(f"--init-from {source} holds no checkpoint: give a run that saved one")

@@ -1,5 +1,7 @@
 """CNN on MNIST.
 
+Measured: not yet.
+
     python experiments/mnist_cnn.py                                          # 4,000 embedded images
     python experiments/mnist_cnn.py --data mnist --steps 20000               # all 60,000, through TFDS
 """

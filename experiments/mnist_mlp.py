@@ -1,5 +1,7 @@
 """MLP on MNIST.
 
+Measured: not yet.
+
     python experiments/mnist_mlp.py                                          # 4,000 embedded images
     python experiments/mnist_mlp.py --optimizer sgd --schedule constant --learning-rate 0.01 --batch-size 32 \\
         --epochs 10 --no-augment --dropout 0 --weight-decay 0                # the classic recipe

@@ -89,8 +89,11 @@ def test_cells_equal_the_formulas_written_out_values_and_gradients(cell):
     x_BLD, weight_BLH = inputs(), inputs(3, (B, L, H))
     np.testing.assert_allclose(module.apply({"params": params}, x_BLD), cell_numpy(cell, params, x_BLD), atol=1e-5)
 
-    ours = jax.jit(jax.grad(lambda p, x: (module.apply({"params": p}, x) * weight_BLH).sum(), argnums=(0, 1)))(params, x_BLD)
-    theirs = jax.grad(lambda p, x: (cell_jax(cell, p, x) * weight_BLH).sum(), argnums=(0, 1))(params, x_BLD)
+    def gradient(run):
+        return jax.jit(jax.grad(lambda p, x: (run(p, x) * weight_BLH).sum(), argnums=(0, 1)))(params, x_BLD)
+
+    ours = gradient(lambda p, x: module.apply({"params": p}, x))
+    theirs = gradient(lambda p, x: cell_jax(cell, p, x))
     chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert all(jnp.abs(g).max() > 1e-2 for g in jax.tree.leaves(ours))
 
@@ -102,7 +105,8 @@ def test_the_custom_gradient_is_that_of_the_plain_scan_also_under_vmap(cell):
     bias = inputs(3, (G, H)) if cell == "gru" else None
 
     def both(run):
-        return jax.vmap(jax.grad(lambda k, z, w: (run(cell, z, k, bias) * w).sum(), argnums=(0, 1)), in_axes=(None, 0, 0))(kernel, z, weight)
+        gradient = jax.grad(lambda k, z, w: (run(cell, z, k, bias) * w).sum(), argnums=(0, 1))
+        return jax.jit(jax.vmap(gradient, in_axes=(None, 0, 0)))(kernel, z, weight)
 
     chex.assert_trees_all_close(both(recur), both(lambda *a: _loop(*a, residuals=False)), rtol=1e-5, atol=1e-5)
 
@@ -145,23 +149,24 @@ def test_padding_changes_no_result_and_no_gradient(case):
     length_B = jnp.array([3, 5, 0])
     x_BLD = inputs()
     real_BL1 = (jnp.arange(L)[None] < length_B[:, None])[..., None]
-    variables = model.init(jax.random.key(1), x_BLD)
+    variables = jax.jit(model.init)(jax.random.key(1), x_BLD)
 
+    @jax.jit
     def run(v, x):
-        return model.apply(v, x, length_B)
+        def loss(v, x):
+            out = model.apply(v, x, length_B)
+            return (out**2).sum(), out
 
-    runs = []
-    for rubbish in (7.0, jnp.nan):
-        x = jnp.where(real_BL1, x_BLD, rubbish)
-        gradient = jax.grad(lambda v, x: (run(v, x) ** 2).sum(), argnums=(0, 1))(variables, x)
-        runs.append((run(variables, x), gradient))
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(v, x)[::-1]
+
+    runs = [run(variables, jnp.where(real_BL1, x_BLD, rubbish)) for rubbish in (7.0, jnp.nan)]
     chex.assert_trees_all_equal(*runs)
     chex.assert_tree_all_finite(runs[1])
     out = runs[0][0]
     if CASES[case].get("pool") == "flatten":
         out = out.reshape(B, L, H)
     for row, n in enumerate([3, 5]):  # a row alone, cut to its real steps
-        alone = model.apply(variables, x_BLD[row : row + 1, :n])
+        alone = jax.jit(model.apply)(variables, x_BLD[row : row + 1, :n])
         if model.pool == "flatten":
             alone = alone.reshape(1, n, H)
         np.testing.assert_allclose(out[row, :n] if out.ndim == 3 else out[row], alone[0], atol=1e-6)
@@ -186,7 +191,8 @@ def test_causal_by_gradient():
     model = LSTM(hidden=(H, H), outputs=2, sequence=True)
     x_1LD = inputs(0, (1, L, D))
     variables = model.init(jax.random.key(0), x_1LD)
-    influence_LL = jnp.abs(jax.jacobian(lambda x: model.apply(variables, x).sum((0, 2)))(x_1LD)).sum((1, 3))
+    influence = jax.jit(jax.jacobian(lambda x: model.apply(variables, x).sum((0, 2))))(x_1LD)
+    influence_LL = jnp.abs(influence).sum((1, 3))
     np.testing.assert_array_equal(jnp.triu(influence_LL, 1), 0)
     assert influence_LL[jnp.tril_indices(L)].min() > 0
 

@@ -1,4 +1,4 @@
-"""Builds a real TFDS `mnist` set (array_record files) without TensorFlow, so that tests read by name what users read by name."""
+"""Builds a real TFDS `mnist` set (array_record files) without TensorFlow, for tests to read by name."""
 
 import io
 import os
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def build_mnist(folder: str | os.PathLike, images_NHW: np.ndarray, labels_N: np.ndarray, *, test: int = 0) -> None:
-    """Writes `folder`/mnist/3.0.1 from uint8 images; the last `test` examples are the split `test` (none: no such split).
+    """Writes `folder`/mnist/3.0.1 from uint8 images; the last `test` are the split `test`, if any.
 
     Images go in as PNG bytes: arrays would need TensorFlow to encode.
     """

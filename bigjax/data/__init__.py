@@ -1,1 +1,1 @@
-"""What a model learns from: `sources` finds and checks it, `pipeline` makes batches of it, `augment` varies images on the device."""
+"""What a model learns from: `sources` find it, `pipeline` makes batches, `augment` varies images on the device."""

@@ -1,8 +1,8 @@
 """Augmentation of images: pure JAX functions of (batch, key), to be run on the device inside the step.
 
-Shapes: B batch, H height, W width, C channels, D draws of one row. Images are floats in [0, 1]; what comes in from outside is 0.
-Every row draws from its own key, `fold_in(key, index)`: what happens to an example depends on (key, its row in the data set) alone,
-not on its place in the batch, the microbatch or the device.
+Shapes: B batch, H height, W width, C channels, D draws of one row. Images are floats in [0, 1]; what comes in from
+outside is 0. Every row draws from its own key, `fold_in(key, index)`: what happens to an example depends on (key, its
+row in the data set) alone, not on its place in the batch, the microbatch or the device.
 """
 
 from collections.abc import Callable
@@ -43,16 +43,18 @@ def augment_images(
 ) -> Augment:
     """A function (batch, key) -> batch that varies `image` (B,H,W,C) by the row's key; the other fields stay.
 
-    shift: up to so many pixels up or down and left or right; rotate: up to so many degrees either way; scale: magnified by a factor
-    in 1 ± scale; shear: up to so many pixels sideways per pixel of height. These four are one bilinear resampling.
-    flip: left-right, half of the rows. crop: padded by so many pixels and cropped back, a shift by whole pixels (He et al. 2016).
-    cutout: a square of this side set to 0 around any pixel, so that it may lie partly outside (DeVries & Taylor 2017).
-    mixup: image → λ·image + (1 − λ)·partner's, λ ~ Beta(mixup, mixup) (Zhang et al. 2018). The partner is the next row in a keyed
-    order of the batch, so give it the whole batch, not a microbatch. It adds `label_mix` (B,) int32, the partner's label, and `mix`
-    (B,) float32, the weight λ of the row's own `label`: loss = mix·loss(label) + (1 − mix)·loss(label_mix).
+    shift: up to so many pixels up or down and left or right; rotate: up to so many degrees either way;
+    scale: magnified by a factor in 1 ± scale; shear: up to so many pixels sideways per pixel of height.
+    These four are one bilinear resampling.
+    flip: left-right, half of the rows.
+    crop: padded by so many pixels and cropped back, a shift by whole pixels (He et al. 2016).
+    cutout: a square of this side set to 0 around any pixel, so it may lie partly outside (DeVries & Taylor 2017).
+    mixup: λ·image + (1 − λ)·partner's, λ ~ Beta(mixup, mixup) (Zhang et al. 2018). The partner is the next row in a
+    keyed order of the batch, so give it the whole batch, not a microbatch. It adds `label_mix` (B,) int32, the
+    partner's label, and `mix` (B,) float32, the weight λ: loss = mix·loss(label) + (1 − mix)·loss(label_mix).
 
-    Strengths of zero change nothing. What one augmentation draws does not depend on which others are on. UsageError: a strength
-    that makes no sense; mixup of a batch without labels.
+    Strengths of zero change nothing. What one augmentation draws does not depend on which others are on. UsageError: a
+    strength that makes no sense; mixup of a batch without labels.
     """
     strengths = dict(
         shift=shift, rotate=rotate, scale=scale, shear=shear, flip=flip, crop=crop, cutout=cutout, mixup=mixup
@@ -108,9 +110,9 @@ def augment_images(
 
 
 def affine(image_BHWC: Array, *, shift_B2: Array, degrees_B: Array, scale_B: Array, shear_B: Array) -> Array:
-    """Each image sheared, magnified, turned counter-clockwise about its centre, then shifted by (down, right) pixels; one resampling.
+    """Each image sheared, magnified, turned counter-clockwise about its centre, then shifted by (down, right) pixels.
 
-    Bilinear; outside the image is 0.
+    In one bilinear resampling; outside the image is 0.
     """
     height, width = image_BHWC.shape[1:3]
     centre_y, centre_x = (height - 1) / 2, (width - 1) / 2

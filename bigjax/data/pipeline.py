@@ -1,20 +1,19 @@
 """Batches: which rows, in which order, read ahead of time.
 
-Batch n is a pure function of (seed, n), row for row: the order comes from a NumPy Philox permutation of (seed, epoch), and a process
-takes its contiguous rows of the global batch. So the data position is the step: resuming is starting at n.
+Batch n is a pure function of (seed, n), row for row: the order comes from a NumPy Philox permutation of (seed, epoch),
+and a process takes its contiguous rows of the global batch. So the data position is the step: resuming is starting at
+n.
 
 A split is a mapping of arrays with equal leading axes (in memory), or a random-access reader with `__len__` and
-`__getitem__(int) -> dict[str, array]` for what must be read and decoded: Grain does that in threads, by index, in the same order.
+`__getitem__(int) -> dict[str, array]` for what must be read and decoded: Grain does that in threads, by index, in the
+same order.
 """
 
 import itertools
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -28,7 +27,8 @@ Transform = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.
 
 
 class Reader(Protocol):
-    """Random access to examples. An attribute `label` (N,), where there is one, lets `hold_out` stratify without reading them all."""
+    """Random access to examples. An attribute `label` (N,), where there is one, lets `hold_out` stratify without "
+    "reading them all."""
 
     def __len__(self) -> int: ...
 
@@ -51,7 +51,8 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def _generator(seed: int, stream: int, row: int = -1) -> np.random.Generator:
-    """Philox keyed by (seed, stream); rows start in disjoint blocks of its counter, apart from the one of the permutation (-1)."""
+    """Philox keyed by (seed, stream); rows start in disjoint blocks of its counter, apart from the one of the "
+    "permutation (-1)."""
     key = np.array([seed % 2**64, stream], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, row + 1, 0, 0], np.uint64)))
 
@@ -59,8 +60,8 @@ def _generator(seed: int, stream: int, row: int = -1) -> np.random.Generator:
 def batch_rows(n: int, *, seed: int, batch_size: int, size: int) -> np.ndarray:
     """The data-set rows of global batch `n`: (batch_size,) int64.
 
-    Position p = n·batch_size + j is place p mod `size` in epoch p div `size`; each epoch is a permutation of all rows, so that
-    every example is seen exactly once an epoch, and batches straddle epochs: nothing is dropped.
+    Position p = n·batch_size + j is place p mod `size` in epoch p div `size`; each epoch is a permutation of all rows,
+    so that every example is seen exactly once an epoch, and batches straddle epochs: nothing is dropped.
     """
     epoch_B, place_B = np.divmod(np.arange(n * batch_size, (n + 1) * batch_size, dtype=np.int64), size)
     return np.concatenate([_permutation(seed, int(e), size)[place_B[epoch_B == e]] for e in np.unique(epoch_B)]).astype(
@@ -78,17 +79,18 @@ def batches(
     processes: int = 1,
     transform: Transform | None = None,
 ) -> Iterator[Batch]:
-    """Training batches without end, from batch `start`: this process's contiguous `batch_size`/`processes` rows of each global batch.
+    """Training batches without end, from batch `start`: this process's contiguous rows of each global batch.
 
     Each has the split's fields, `index` (B,) int32 (row in the data set) and `mask` (B,) float32 (ones).
-    `transform(example, generator)` changes an example on the host (decoding, crops of varying size); its generator is a Philox one
-    keyed by (seed, epoch, row), so what it draws depends neither on the batch size nor on the number of processes.
-    UsageError: no examples; a batch larger than the data; a batch that the processes can't share.
+    `transform(example, generator)` changes an example on the host (decoding, crops of varying size); its generator is a
+    Philox one keyed by (seed, epoch, row), so what it draws depends neither on the batch size nor on the number of
+    processes. UsageError: no examples; a batch larger than the data; a batch that the processes can't share.
     """
     size = size_of(split)
     if not 1 <= batch_size <= size:
         raise UsageError(
-            f"batch_size {batch_size} does not fit {size} training examples: pass --batch-size with a number from 1 to {size}"
+            f"batch_size {batch_size} does not fit {size} training examples: pass --batch-size with a number from 1 "
+            f"to {size}"
         )
     local = _share(batch_size, processes)
 
@@ -134,7 +136,8 @@ def _share(batch_size: int, processes: int) -> int:
 
 
 def _generate(split: Split, rows: Callable, numbers: range, local: int, change: Callable | None) -> Iterator[Batch]:
-    """One batch for each of `numbers`; `rows(n)` says which rows and masks, `change(example, n, j, row)` is the host transform."""
+    """One batch for each of `numbers`; `rows(n)` says which rows and masks, `change(example, n, j, row)` is the "
+    "host transform."""
     if isinstance(split, Mapping) and change is None:
         for n in numbers:
             row_B, mask_B = rows(n)
@@ -161,7 +164,8 @@ def _read(
             return example if change is None else change(example, n, j, row)
         except Exception as e:
             raise UsageError(
-                f"example {row} of the data cannot be read or transformed ({type(e).__name__}: {e}): repair or remove it"
+                f"example {row} of the data cannot be read or transformed ({type(e).__name__}: {e}): repair or "
+                "remove it"
             ) from e
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=max(READ_AHEAD, local))
@@ -190,88 +194,6 @@ def _numbered(batch: Batch, row_B: np.ndarray, mask_B: np.ndarray) -> Batch:
     return batch | {"index": np.where(mask_B > 0, row_B, -1).astype(np.int32), "mask": mask_B}
 
 
-class Prefetcher:
-    """An iterator whose items are made by a background thread, at most `depth` ahead. Made by `prefetch`.
-
-    `wait_seconds` is the time that the consumer was blocked so far; `close()` (or leaving a `with` block) ends the thread.
-    """
-
-    def __init__(self, iterator: Iterator[Any], put: Callable[[Any], Any], *, depth: int) -> None:
-        self.wait_seconds = 0.0
-        self._ready: deque[Any] = deque()
-        self._changed = threading.Condition()
-        self._ended = self._closed = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._fill, args=(iterator, put, depth), name="bigjax-prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def _fill(self, iterator: Iterator[Any], put: Callable[[Any], Any], depth: int) -> None:
-        try:
-            try:
-                for item in iterator:
-                    made = put(item)
-                    with self._changed:
-                        self._changed.wait_for(lambda: self._closed or len(self._ready) < depth)
-                        if self._closed:
-                            return
-                        self._ready.append(made)
-                        self._changed.notify_all()
-            finally:  # in this thread: a generator can't be closed while another thread runs it
-                if hasattr(iterator, "close"):
-                    iterator.close()
-        except BaseException as e:  # also SystemExit: the consumer must hear of every end
-            self._error = e
-        finally:
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
-
-    def __iter__(self) -> "Prefetcher":
-        return self
-
-    def __next__(self) -> Any:
-        before = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._ended or self._closed)
-            self.wait_seconds += time.perf_counter() - before
-            if isinstance(self._error, UsageError):
-                raise UsageError(str(self._error)) from self._error
-            if self._error is not None:
-                raise RuntimeError(
-                    f"the data thread failed: {type(self._error).__name__}: {self._error}"
-                ) from self._error
-            if self._closed or not self._ready:
-                raise StopIteration
-            self._changed.notify_all()
-            return self._ready.popleft()
-
-    def close(self) -> None:
-        """Ends the thread, however full or empty the queue is, and drops what was read ahead. May be called twice."""
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=30)  # a reader that hangs must not hang its consumer too: the thread is a daemon
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def prefetch(iterator: Iterator[Any], put: Callable[[Any], Any], *, depth: int = 2) -> Prefetcher:
-    """Applies `put` (decoding, placing on the device) to the items of `iterator` in a background thread, `depth` items ahead.
-
-    What fails there is raised in the consumer at its next call, with the original as cause: a UsageError as such, anything else as
-    RuntimeError. The thread ends at exhaustion, failure or `close()`, and closes `iterator`.
-    """
-    return Prefetcher(iterator, put, depth=max(depth, 1))
-
-
 class View:
     """Some rows of a reader, as a reader."""
 
@@ -295,8 +217,8 @@ def take(split: Split, rows: np.ndarray) -> Split:
 def hold_out(split: Split, *, fraction: float, seed: int) -> tuple[Split, Split]:
     """(rest, held): `fraction` of the examples held out, chosen by `seed`, both in the order of `split`.
 
-    Where there are integer labels every class gives its share, to within one example. Readers are stratified if they have an
-    attribute `label`. `index` of each part's batches counts that part's rows.
+    Where there are integer labels every class gives its share, to within one example. Readers are stratified if they
+    have an attribute `label`. `index` of each part's batches counts that part's rows.
     """
     size = size_of(split)
     held = round(size * fraction)

@@ -1,0 +1,249 @@
+"""Text: the source of Python's standard library as a corpus and as ten topics, byte windows, tokenizers.
+
+Shapes: N rows, L tokens. Token 0 is padding, always at the end; `length` (N,) says how many tokens of a row are real.
+Tokenizers made here have [PAD] as 0 and [UNK] as 1.
+"""
+
+import hashlib
+import lzma
+import platform
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from etils import epath
+
+from bigjax import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Packages of at least three files and 48 kB that are not about the same thing (urllib and http are).
+TOPICS = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "re", "unittest", "xml")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Bytes to train on and bytes held out, split by file. Results can be compared only where `sha256` is the same."""
+
+    train: bytes
+    test: bytes
+    train_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    sha256: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Topics:
+    """Splits with `text` (N,) strings and `label` (N,) int32, an index into `class_names`."""
+
+    train: Mapping[str, np.ndarray]
+    test: Mapping[str, np.ndarray]
+    class_names: tuple[str, ...]
+
+
+def python_corpus() -> Corpus:
+    """The running Python's standard library: 266 files, 6.8 MB, 9 % held out. `UsageError` names a missing module."""
+    train_files, test_files = _modules(held_out=False), _modules(held_out=True)
+    train, test = (b"".join(_read(files)) for files in (train_files, test_files))
+    digest = hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(test).digest()).hexdigest()
+    return Corpus(train, test, train_files, test_files, digest, platform.python_version())
+
+
+def _modules(*, held_out: bool) -> tuple[str, ...]:
+    lines = Path(__file__).with_name("python_corpus.txt").read_text("utf-8").splitlines()
+    return tuple(m.removesuffix("*") for m in lines if not m.startswith("#") and m.endswith("*") == held_out)
+
+
+def _read(modules: Iterable[str]) -> list[bytes]:
+    root, files = Path(sysconfig.get_paths()["stdlib"]), []
+    for module in modules:
+        stem = root.joinpath(*module.split("."))
+        path = next((p for p in (stem.with_name(stem.name + ".py"), stem / "__init__.py") if p.is_file()), None)
+        if path is None:
+            raise UsageError(
+                f"the module {module} is not in {root}, but the corpus is the whole standard library of CPython 3.11 "
+                "to 3.14: install Python in full, or use another one"
+            )
+        files.append(path.read_bytes())
+    return files
+
+
+def python_topics(*, length: int = 1600, train_size: int = 1000, test_size: int = 50) -> Topics:
+    """Which of ten packages is a piece of source from? At most `length` characters, from the start of a line.
+
+    Every class has `train_size` pieces of its training files and `test_size` of its held-out files (those of
+    `python_corpus`), evenly spaced over all of its text, so in small packages they overlap. No file is on both sides.
+    """
+    if min(length, train_size, test_size) < 1:
+        raise UsageError("length, train_size and test_size of the topics must be at least 1: give larger ones")
+    splits = []
+    for held_out, size in ((False, train_size), (True, test_size)):
+        modules = _modules(held_out=held_out)
+        files = [_read(m for m in modules if m.split(".")[0] == topic) for topic in TOPICS]
+        text = np.array([piece for topic in files for piece in _pieces(topic, length, size)], object)
+        splits.append({"text": text, "label": np.repeat(np.arange(len(TOPICS), dtype=np.int32), size)})
+    return Topics(*splits, TOPICS)
+
+
+def _pieces(files: Iterable[bytes], length: int, count: int) -> list[str]:
+    texts = [file.decode("utf-8", "replace") for file in files]
+    ends = np.cumsum([len(text) for text in texts])
+    pieces = []
+    for position in np.linspace(0, ends[-1], count, endpoint=False).astype(int):
+        file = int(np.searchsorted(ends, position, side="right"))
+        text, behind = texts[file], ends[file] - position
+        start = int(max(0, len(text) - length) * (1 - behind / len(text)))
+        start = text.rfind("\n", 0, start) + 1
+        pieces.append(text[start : start + length])
+    return pieces
+
+
+def byte_windows(data: bytes, *, length: int, stride: int | None = None, once: bool = True) -> dict[str, np.ndarray]:
+    """Windows for next-byte prediction: `tokens` (N, length + 1) int32, the bytes themselves, and `length` (N,) int32.
+
+    Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`, the vocabulary is 256. A newline is put before the data, so
+    that its first byte is a target as well. With stride = length (the default) every byte is a target exactly once,
+    its context being what is before it in its window (1 to `length` bytes). The last window is padded with 0 behind
+    `length` tokens.
+
+    With a smaller stride windows overlap. For evaluation (`once`) a field `start` (N,) int32 is added: only the
+    targets `tokens[n, t]` with start[n] <= t < length[n] count, which again is every byte once, each but those of the
+    first window with more than length − stride bytes of context. For training, `once=False` leaves it out. `tokens`
+    is a read-only view: overlap costs no memory.
+    """
+    stride = length if stride is None else stride
+    if not data:
+        raise UsageError("no bytes to make windows of: give a text that is not empty")
+    if not 1 <= stride <= length:
+        raise UsageError(f"stride {stride} does not fit windows of {length} bytes: use a stride from 1 to the length")
+    rows = 1 + max(0, -(-(len(data) - length) // stride))
+    padded = np.zeros(max((rows - 1) * stride + length + 1, len(data) + 1), np.int32)
+    padded[0], padded[1 : len(data) + 1] = ord("\n"), np.frombuffer(data, np.uint8)
+    first = np.arange(rows) * stride
+    windows = {
+        "tokens": np.lib.stride_tricks.sliding_window_view(padded, length + 1)[::stride][:rows],
+        "length": np.minimum(length + 1, len(data) + 1 - first).astype(np.int32),
+    }
+    if once and stride < length:
+        windows["start"] = np.where(first == 0, 1, length - stride + 1).astype(np.int32)
+    return windows
+
+
+def xz_bits_per_byte(data: bytes, *, after: bytes = b"") -> float:
+    """What `xz -9` needs for `data`, in bits a byte: alone, or (`after`) as a continuation of the training text."""
+    if not data:
+        raise UsageError("no bytes to compress: give a text that is not empty")
+    before = len(lzma.compress(after, preset=9)) if after else 0
+    return 8 * (len(lzma.compress(after + data, preset=9)) - before) / len(data)
+
+
+# ---- tokenizers
+
+
+def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocabulary: int = 8000) -> "Tokenizer":
+    """A tokenizer of at most `vocabulary` tokens learned from training text; the same text gives the same tokenizer.
+
+    `bpe`: on bytes, as GPT-2 (Radford et al. 2019), any text comes back as it was. `wordpiece`: lower case, as BERT
+    (Devlin et al. 2018). `words`: lower case, the most frequent words and runs of punctuation.
+    """
+    import tokenizers as library
+
+    models, pre, trainers = library.models, library.pre_tokenizers, library.trainers
+    texts = _strings(texts)
+    if not any(text.strip() for text in texts):
+        raise UsageError("no text to train a tokenizer on: give texts that are not empty")
+    least = 258 if kind == "bpe" else 3
+    if vocabulary < least:
+        raise UsageError(f"a vocabulary of {vocabulary} is too small for a {kind} tokenizer: use at least {least}")
+    common = {"vocab_size": vocabulary, "special_tokens": ["[PAD]", "[UNK]"], "show_progress": False}
+    if kind == "bpe":
+        tokenizer = library.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=sorted(pre.ByteLevel.alphabet()), **common)
+    elif kind == "wordpiece":
+        tokenizer = library.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = library.normalizers.BertNormalizer(), pre.BertPreTokenizer()
+        tokenizer.decoder = library.decoders.WordPiece()
+        counts = Counter(c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace())
+        chars = sorted(counts, key=lambda c: (-counts[c], c))[: vocabulary // 4]
+        # The library numbers ##a, ##b, ... at random and breaks ties by number: special tokens are numbered in order.
+        common["special_tokens"] += [f"##{c}" for c in chars]
+        trainer = trainers.WordPieceTrainer(initial_alphabet=chars, limit_alphabet=len(chars), **common)
+    elif kind == "words":
+        tokenizer = library.Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = library.normalizers.Lowercase(), pre.Whitespace()
+        trainer = trainers.WordLevelTrainer(**common)
+    else:
+        raise UsageError(f"there is no tokenizer {kind!r}: use bpe, wordpiece or words, or byte_tokenizer()")
+    tokenizer.train_from_iterator(texts, trainer)
+    if kind == "wordpiece":  # the same vocabulary, where ##a is not special
+        trained, tokenizer = tokenizer, library.Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
+        tokenizer.decoder = trained.decoder
+        tokenizer.add_special_tokens(["[PAD]", "[UNK]"])
+    return tokenizer
+
+
+def byte_tokenizer() -> "Tokenizer":
+    """Bytes as tokens, with no training: byte b of the text in UTF-8 is token b + 2; vocabulary 258."""
+    import tokenizers as library
+
+    tokens = {"[PAD]": 0, "[UNK]": 1} | {f"<0x{b:02X}>": b + 2 for b in range(256)}
+    tokenizer = library.Tokenizer(library.models.BPE(tokens, [], byte_fallback=True, unk_token="[UNK]"))
+    tokenizer.decoder = library.decoders.ByteFallback()
+    return tokenizer
+
+
+def load_tokenizer(path: str) -> "Tokenizer":
+    """Any `tokenizer.json`, or the folder with one. Ids stay as they are: where 0 isn't its padding, go by `length`."""
+    import tokenizers as library
+
+    file = epath.Path(path)
+    file = file / "tokenizer.json" if file.is_dir() else file
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{file} cannot be read ({type(e).__name__}): give the path of a tokenizer.json") from e
+    try:
+        tokenizer = library.Tokenizer.from_str(text)
+    except Exception as e:  # the library raises plain Exception
+        raise UsageError(f"{file} is not a tokenizer.json of the tokenizers library ({e}): give one that is") from e
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer: "Tokenizer", texts: Iterable[str], *, length: int) -> dict[str, np.ndarray]:
+    """`tokens` (N, length) int32, cut off or filled with 0 at the end, and `length` (N,) int32.
+
+    `UsageError` for a text that has no tokens.
+    """
+    texts = _strings(texts)
+    if not texts:
+        raise UsageError("there are no texts to encode: give at least one")
+    if length < 1:
+        raise UsageError(f"texts cannot be cut to {length} tokens: use a length of at least 1")
+    tokenizer.enable_truncation(length)  # by the tokenizer, since cutting afterwards would lose a closing [SEP]
+    encoded = [e.ids for e in tokenizer.encode_batch(texts)]
+    tokenizer.no_truncation()
+    length_N = np.array([len(ids) for ids in encoded], np.int32)
+    if (length_N == 0).any():
+        raise UsageError(f"text {int(np.argmin(length_N))} (counted from 0) has no tokens: remove that row")
+    tokens_NL = np.zeros((len(texts), length), np.int32)
+    tokens_NL[np.arange(length) < length_N[:, None]] = np.concatenate(encoded)
+    return {"tokens": tokens_NL, "length": length_N}
+
+
+def _strings(texts: Iterable[str]) -> list[str]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    bad = next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)
+    if bad is not None:
+        raise UsageError(f"text {bad} (counted from 0) is a {type(texts[bad]).__name__}, not a string: give strings")
+    return texts

@@ -1,0 +1,116 @@
+"""Judgements on the host that (sum, count) cannot hold: distances between distributions, diversity, probes.
+
+N examples, F features, Z numbers of a code, C classes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigjax.data import pipeline
+from bigjax.step import to_float
+from bigjax.tasks import Key, ModelState, Params
+
+Evaluator = Callable[[Params, ModelState, Key], dict[str, float]]
+
+
+def images_of(split: pipeline.Split, count: int | None = None) -> np.ndarray:
+    """The first `count` images (N, H, W, C) of a split as floats in [0, 1]."""
+    rows = range(pipeline.size_of(split) if count is None else min(count, pipeline.size_of(split)))
+    image = split["image"][rows.start : rows.stop] if isinstance(split, Mapping) else np.stack([split[i]["image"] for i in rows])
+    return np.asarray(to_float({"image": jnp.asarray(image)})["image"])
+
+
+def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
+    """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½) between two sets of features (Heusel et al. 2017, equation 6)."""
+    a_NF, b_NF = np.asarray(a_NF, np.float64), np.asarray(b_NF, np.float64)
+    cov_a, cov_b = np.cov(a_NF, rowvar=False), np.cov(b_NF, rowvar=False)
+    # the eigenvalues of Σa Σb are those of the symmetric Σa^½ Σb Σa^½, real and not negative
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0, None)).sum()
+    return float(np.square(a_NF.mean(0) - b_NF.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def nearest_other(x_NF: np.ndarray) -> np.ndarray:
+    """The Euclidean distance of each row to the nearest other row (N,)."""
+    x_NF = np.asarray(x_NF, np.float64).reshape(len(x_NF), -1)
+    squares_N = np.square(x_NF).sum(1)
+    distance_NN = squares_N[:, None] + squares_N[None] - 2 * x_NF @ x_NF.T
+    np.fill_diagonal(distance_NN, np.inf)
+    return np.sqrt(np.clip(distance_NN.min(1), 0, None))
+
+
+def generate_images(
+    generator: nn.Module, params: Params, model_state: ModelState, key: Key, count: int
+) -> np.ndarray:
+    """`count` images (N, H, W, C) of the player "generator"; a conditioned one is given the classes in turn."""
+    variables = {"params": params["generator"], **model_state["generator"]}
+    labels = (jnp.arange(count) % generator.classes,) if generator.classes else ()
+    z_NZ = jax.random.normal(key, (count, generator.latent))
+    return np.asarray(jax.jit(lambda v, *x: generator.apply(v, *x, train=False))(variables, z_NZ, *labels))
+
+
+def generated_images(generator: nn.Module, judge: nn.Module, variables: Any, test: pipeline.Split) -> Evaluator:
+    """Judges a generator by a classifier: what it takes 1,000 samples for, and how they lie among its features.
+
+    judge: a module of images that sows `features`, with its variables; test: the real images, at least 1,000.
+    classes_covered: classes with at least one sample; smallest_class_share: of the rarest class among the samples;
+    frechet_ratio: the Fréchet distance of 500 samples to 500 real images over that between disjoint 500s of real
+    images (mean of 10 fixed splits); diversity_ratio: the median distance, in pixels, of a sample to its nearest other
+    sample, over the same of as many real images.
+    """
+    real = images_of(test, 1000)
+
+    @jax.jit
+    def look(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, state = judge.apply(variables, image, train=False, mutable="intermediates")
+        return logits.argmax(-1), state["intermediates"]["features"][0].reshape(len(image), -1)
+
+    features_real = np.asarray(look(real)[1])
+    orders = [np.random.default_rng(i).permutation(len(real)) for i in range(10)]
+    half = len(real) // 2
+    halves = [(features_real[o[:half]], features_real[o[half : 2 * half]]) for o in orders]
+    between_real = float(np.mean([frechet_distance(a, b) for a, b in halves]))
+    spread_real = float(np.median(nearest_other(real)))
+
+    def judged(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
+        fake = generate_images(generator, params, model_state, key, len(real))
+        label, features = (np.asarray(x) for x in look(fake))
+        share_C = np.bincount(label, minlength=judge.outputs) / len(fake)
+        pick = orders[0][:half]
+        return {
+            "frechet_ratio": float(np.mean([frechet_distance(features[pick], a) for a, _ in halves])) / between_real,
+            "diversity_ratio": float(np.median(nearest_other(fake))) / spread_real,
+            "classes_covered": float((share_C > 0).sum()),
+            "smallest_class_share": float(share_C.min()),
+        }
+
+    return judged
+
+
+def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, *, ridge: float = 1e-2) -> Evaluator:
+    """How well a linear map of an autoencoder's codes tells the labels: `probe_accuracy`.
+
+    Ridge regression on one-hot labels, in closed form, fitted on the training split and scored on the test split.
+    """
+    splits = [(images_of(split), np.asarray(split["label"])) for split in (train, test) if "label" in split]
+
+    def probe(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
+        if len(splits) < 2:
+            return {}
+        variables = {"params": params["model"], **model_state["model"]}
+        encode = jax.jit(lambda image: model.apply(variables, image, method="encode"))
+        (a_NZ, a_N), (b_NZ, b_N) = ((np.asarray(encode(x), np.float64), y) for x, y in splits)
+        centre, spread = a_NZ.mean(0), a_NZ.std(0) + 1e-9
+        a_NZ, b_NZ = ((x - centre) / spread for x in (a_NZ, b_NZ))
+        a_NZ, b_NZ = (np.concatenate([x, np.ones((len(x), 1))], 1) for x in (a_NZ, b_NZ))
+        target_NC = np.eye(a_N.max() + 1)[a_N]
+        weights_ZC = np.linalg.solve(a_NZ.T @ a_NZ + ridge * len(a_NZ) * np.eye(a_NZ.shape[1]), a_NZ.T @ target_NC)
+        return {"probe_accuracy": float(((b_NZ @ weights_ZC).argmax(1) == b_N).mean())}
+
+    return probe

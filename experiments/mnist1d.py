@@ -1,0 +1,74 @@
+"""MNIST-1D: four models on the same small benchmark, whose data everybody has (Greydanus & Kobak 2024).
+
+Measured: not yet.
+
+    python experiments/mnist1d.py --model linear     # or mlp, cnn, gru
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigjax import cli, optim
+from bigjax.data import sources
+from bigjax.experiment import Experiment, Published, RunConfig
+from bigjax.models import LSTM, MLP
+from bigjax.tasks import classify, fields
+
+PUBLISHED = {"linear": 0.32, "mlp": 0.68, "cnn": 0.94, "gru": 0.91}
+SOURCE = "Greydanus & Kobak, Scaling Down Deep Learning with MNIST-1D, ICML 2024, arXiv:2011.14439"
+
+
+class CNN1D(nn.Module):
+    """Signals (B, 40) to logits (B, 10): three convolutions of width 5 and stride 2, as in the paper's code."""
+
+    channels: int = 25
+    outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = x[..., None]
+        for width in (5, 3, 3):
+            x = nn.relu(nn.Conv(self.channels, (width,), strides=2, padding=1)(x))
+        return nn.Dense(self.outputs)(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "mnist1d"
+    model: Literal["linear", "mlp", "cnn", "gru"] = "cnn"
+    steps: int | None = 6000
+    batch_size: int = 100
+    learning_rate: float = 1e-2
+    schedule: optim.Schedule | None = None  # cosine for the GRU, constant for the others
+    log_every: int = 200
+    eval_every: int = 1500
+    save_every: int = 3000
+
+
+def build(c: Config) -> Experiment:
+    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    model = {
+        "linear": MLP(features=(), outputs=data.classes),
+        "mlp": MLP(features=(100, 100), outputs=data.classes),
+        "cnn": CNN1D(outputs=data.classes),
+        "gru": LSTM(cell="gru", hidden=(6,), bidirectional=True, pool="flatten", outputs=data.classes),
+    }[c.model]
+    schedule = c.schedule or ("cosine" if c.model == "gru" else "constant")
+    return Experiment(
+        model=model,
+        task=classify(model, classes=data.classes, inputs=fields("x")),
+        tx=lambda steps: {"model": optax.adam(optim.schedule(schedule, c.learning_rate, steps=steps))},
+        train=data.train,
+        test=data.test,
+        class_names=data.class_names,
+        published=[Published("eval/accuracy", PUBLISHED[c.model], SOURCE)] if c.data == "mnist1d" else [],
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, build)

@@ -1,0 +1,77 @@
+"""LSTM on text: which package of Python's standard library is a piece of source from? Or your own texts and labels.
+
+Measured: not yet.
+
+    python experiments/text_lstm.py
+    python experiments/text_lstm.py --data reviews.jsonl                     # lines of {"text": ..., "label": ...}
+    python experiments/text_lstm.py --data imdb                              # imdb_reviews, through TFDS
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from bigjax import cli, optim
+from bigjax.data import sources, text
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.models import LSTM
+from bigjax.tasks import classify, fields
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "python_topics"  # or imdb (TFDS), or a path to your own .jsonl or .csv with text and label
+    steps: int | None = 1500
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    schedule: optim.Schedule = "warmup-cosine"
+    weight_decay: float = 1e-2
+    tokenizer: Literal["words", "bpe", "wordpiece"] = "words"  # trained on the training texts
+    tokenizer_file: str | None = None  # any tokenizer.json instead
+    vocabulary: int = 8000
+    length: int = 200  # tokens at most
+    embedding: int = 100
+    hidden: tuple[int, ...] = (200,)
+    bidirectional: bool = False
+    pool: Literal["last", "mean", "max"] = "max"
+    dropout: float = 0.5
+
+
+def build(c: Config) -> Experiment:
+    data = sources.load({"imdb": "tfds:imdb_reviews"}.get(c.data, c.data), eval_data=c.eval_data, seed=c.seed)
+    texts = list(data.train["text"])
+    if c.tokenizer_file:
+        tokenizer = text.load_tokenizer(c.tokenizer_file)
+    else:
+        tokenizer = text.train_tokenizer(texts, kind=c.tokenizer, vocabulary=c.vocabulary)
+
+    def tokens(split: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {**text.encode(tokenizer, list(split["text"]), length=c.length), "label": split["label"]}
+
+    model = LSTM(
+        vocabulary=tokenizer.get_vocab_size(),
+        embedding=c.embedding,
+        hidden=c.hidden,
+        bidirectional=c.bidirectional,
+        pool=c.pool,
+        outputs=1 if data.classes == 2 else data.classes,  # one logit and binary cross-entropy for two classes
+        dropout=c.dropout,
+        dtype=c.dtype,
+    )
+    return Experiment(
+        model=model,
+        task=classify(model, classes=data.classes, inputs=fields("tokens", "length")),
+        tx=lambda steps: {
+            "model": optim.adamw(
+                optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0
+            )
+        },
+        train=tokens(data.train),
+        test=tokens(data.test),
+        class_names=data.class_names,
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, build)

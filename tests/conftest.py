@@ -1,0 +1,61 @@
+"""Strict settings for every test, and a tiny classifier that trains in a second."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="bigjax-test-cache-"))
+for name in ("TFDS_DATA_DIR", "XLA_FLAGS"):
+    os.environ.pop(name, None)
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+import pytest  # noqa: E402
+
+from bigjax import train  # noqa: E402
+from bigjax.experiment import Experiment, RunConfig  # noqa: E402
+from bigjax.models import MLP  # noqa: E402
+from bigjax.tasks import classify  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def blobs(size: int, *, seed: int) -> dict[str, np.ndarray]:
+    """Images (size, 4, 4, 1) of three classes that a small network can tell apart: a bright row at 0, 1 or 2, and noise."""
+    random = np.random.default_rng(seed)
+    label = random.integers(0, 3, size).astype(np.int32)
+    image = random.integers(0, 120, (size, 4, 4, 1)).astype(np.uint8)
+    image[np.arange(size), label] += 100
+    return {"image": image, "label": label}
+
+
+def tiny_experiment(**changes: Any) -> Experiment:
+    """An MLP on `blobs`: 60 images to train on, 20 to test."""
+    model = changes.pop("model", MLP(features=(8,), outputs=3, dropout=0.1))
+    parts = {
+        "name": "tiny",
+        "model": model,
+        "task": classify(model, classes=3, top_k=2),
+        "tx": lambda steps: {"model": optax.adam(1e-2)},
+        "train": blobs(60, seed=0),
+        "test": blobs(20, seed=1),
+    }
+    return Experiment(**(parts | changes))
+
+
+@pytest.fixture
+def fit_tiny(tmp_path: Path) -> Callable[..., train.Run]:
+    """fit_tiny(experiment=..., folder="run", steps=..., ...) trains the tiny experiment quietly in a temporary folder."""
+
+    def fit(experiment: Experiment | None = None, *, folder: str = "run", **flags: Any) -> train.Run:
+        flags = {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 6, "save_every": 3} | flags
+        return train.fit(experiment or tiny_experiment(), RunConfig(workdir=str(tmp_path / folder), **flags), quiet=True)
+
+    return fit

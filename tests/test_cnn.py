@@ -1,0 +1,120 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigjax import UsageError
+from bigjax.models import CNN
+from bigjax.models.cnn import Conv, Upsample, convolve, max_pool
+
+
+@pytest.mark.parametrize("fields, count", [({}, 93_322), ({"features": (32, 64), "dense": (128,)}, 225_034)])
+def test_parameter_counts_of_the_classic_listings(fields, count):
+    shapes = jax.eval_shape(CNN(**fields).init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, "VALID"), (3, 2, "SAME"), (4, 2, "SAME"), (5, 1, "SAME")])
+def test_conv_equals_linens(channels, kernel, stride, padding):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, channels))
+    ours = Conv(4, kernel, stride, padding)
+    theirs = nn.Conv(4, (kernel, kernel), (stride, stride), padding)
+    variables = theirs.init(jax.random.key(1), x)
+    chex.assert_trees_all_equal_shapes(variables, ours.init(jax.random.key(1), x))
+
+    def loss(variables, x, module):
+        return jnp.sin(module.apply(variables, x)).sum()
+
+    def everything(module):
+        return module.apply(variables, x), jax.grad(loss, (0, 1))(variables, x, module)
+
+    chex.assert_trees_all_close(everything(ours), everything(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_upsample_equals_linens_transposed_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 3))
+    theirs = nn.ConvTranspose(6, (4, 4), (2, 2))
+    variables = theirs.init(jax.random.key(1), x)
+    ours = Upsample(6)
+    chex.assert_trees_all_equal_shapes(variables, ours.init(jax.random.key(1), x))
+    chex.assert_trees_all_close(ours.apply(variables, x), theirs.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_platform_compiled_for_decides_the_form():
+    traced = jax.jit(jax.grad(lambda k, x: convolve(x, k).sum())).trace(
+        jnp.zeros((3, 3, 2, 4)), jnp.zeros((1, 8, 8, 2))
+    )
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")}
+    assert {name: "stablehlo.convolution" in text for name, text in texts.items()} == {
+        "cpu": False, "tpu": True, "cuda": True,
+    }  # fmt: skip
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(2, 7), st.integers(2, 7), st.integers(0, 1000))
+def test_pooling_equals_linens(height, width, seed):
+    x = jax.random.normal(jax.random.key(seed), (2, height, width, 3))
+
+    def pooled(x):
+        return nn.max_pool(x, (2, 2), (2, 2))
+
+    chex.assert_trees_all_equal(max_pool(x), pooled(x))
+    gradients = [jax.grad(lambda x, f=f: (f(x) ** 3).sum())(x) for f in (max_pool, pooled)]
+    chex.assert_trees_all_close(*gradients, rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_pooling_keeps_nan(place):
+    x = jnp.zeros((4,)).at[place].set(jnp.nan).reshape(1, 2, 2, 1)
+    assert bool(jnp.isnan(max_pool(x)).all())
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh", "gelu"])
+def test_equals_the_network_written_out(activation):
+    model = CNN(features=(4, 5), dense=(6,), activation=activation, mean=0.1, std=0.3)
+    x = jax.random.uniform(jax.random.key(0), (2, 12, 12, 1))
+    variables = model.init(jax.random.key(1), x)
+    p = variables["params"]
+    act = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu}[activation]
+    y = (x - 0.1) / 0.3
+    for i in range(2):
+        y = nn.Conv((4, 5)[i], (3, 3), padding="VALID").apply({"params": p[f"conv_{i}"]}, y)
+        y = nn.max_pool(act(y), (2, 2), (2, 2))
+    y = act(nn.Dense(6).apply({"params": p["dense_0"]}, y.reshape(2, -1)))
+    y = nn.Dense(10).apply({"params": p["logits"]}, y)
+    chex.assert_trees_all_close(model.apply(variables, x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_stages_are_sown():
+    model = CNN()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    _, state = jax.eval_shape(
+        lambda v, x: model.apply(v, x, mutable="intermediates"), shapes, jnp.zeros((2, 28, 28, 1))
+    )
+    assert {name: value[0].shape for name, value in state["intermediates"].items()} == {
+        "stage_0": (2, 13, 13, 32), "stage_1": (2, 5, 5, 64), "stage_2": (2, 3, 3, 64), "stage_3": (2, 64),
+        "features": (2, 64),
+    }  # fmt: skip
+
+
+def test_images_that_are_too_small_are_refused():
+    with pytest.raises(UsageError, match="8×8.*padding='SAME'"):
+        CNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    CNN(padding="SAME").init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    with pytest.raises(UsageError, match="batch, height, width"):
+        CNN().init(jax.random.key(0), jnp.zeros((1, 784)))
+
+
+def test_batch_norm_moves_its_statistics_in_training_only():
+    model = CNN(features=(3,), dense=(4,), batch_norm=True)
+    x = jax.random.uniform(jax.random.key(0), (4, 6, 6, 1))
+    variables = model.init(jax.random.key(1), x)
+    _, trained = model.apply(variables, x, train=True, mutable="batch_stats")
+    _, evaluated = model.apply(variables, x, mutable="batch_stats")
+    chex.assert_trees_all_equal(evaluated["batch_stats"], variables["batch_stats"])
+    assert not np.allclose(trained["batch_stats"]["norm_0"]["mean"], variables["batch_stats"]["norm_0"]["mean"])

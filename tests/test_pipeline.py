@@ -1,0 +1,271 @@
+"""Batches: B rows of a batch, N rows of a set."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigjax import UsageError
+from bigjax.data.pipeline import Batch, batch_rows, batches, eval_batches, hold_out, size_of
+from bigjax.data.prefetch import prefetch
+
+N = 50
+MEMORY = {"x": np.arange(N, dtype=np.float32)[:, None], "label": (np.arange(N) % 5).astype(np.int32)}
+
+
+class Reader:
+    """The same examples, one by one; the odd ones come late."""
+
+    def __init__(self, broken: int = -1, label: np.ndarray | None = None) -> None:
+        self.broken, self.label = broken, label
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        if row == self.broken:
+            raise ValueError("torn")
+        if row % 2:
+            time.sleep(0.001)
+        return {k: v[row] for k, v in MEMORY.items()}
+
+
+def first(count: int, split, **options) -> list[Batch]:
+    return list(itertools.islice(batches(split, **options), count))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 3))
+def test_every_row_once_an_epoch_and_batches_straddle(size: int, batch_size: int, seed: int, epoch: int) -> None:
+    count = (epoch + 1) * size // batch_size + 1
+    rows = np.concatenate([batch_rows(n, seed=seed, batch_size=batch_size, size=size) for n in range(count)])
+    assert rows.dtype == np.int64 and len(rows) == count * batch_size
+    np.testing.assert_array_equal(np.sort(rows[epoch * size : (epoch + 1) * size]), np.arange(size))
+
+
+def test_rows_depend_on_seed_and_epoch_only() -> None:
+    def epoch(seed: int, number: int, batch_size: int) -> list[int]:
+        per = 40 // batch_size
+        numbers = range(number * per, (number + 1) * per)
+        return [int(r) for n in numbers for r in batch_rows(n, seed=seed, batch_size=batch_size, size=40)]
+
+    assert epoch(0, 1, 8) == epoch(0, 1, 20)
+    assert len({tuple(epoch(seed, number, 8)) for seed in (0, 1, -1) for number in (0, 1)}) == 6
+
+
+def test_rows_are_the_documented_philox_permutation() -> None:
+    order = np.random.Generator(np.random.Philox(key=np.array([7, 1], np.uint64))).permutation(10)
+    np.testing.assert_array_equal(batch_rows(2, seed=7, batch_size=5, size=10), order[:5])
+
+
+@pytest.mark.parametrize("split", [MEMORY, Reader()], ids=["memory", "reader"])
+def test_batches_hold_their_rows(split) -> None:
+    for n, batch in enumerate(first(8, split, seed=3, batch_size=16)):
+        rows = batch_rows(n, seed=3, batch_size=16, size=N)
+        np.testing.assert_array_equal(batch["index"], rows)
+        np.testing.assert_array_equal(batch["x"][:, 0], rows)
+        np.testing.assert_array_equal(batch["label"], rows % 5)
+        assert (batch["index"].dtype, batch["mask"].dtype) == (np.int32, np.float32) and batch["mask"].all()
+
+
+@pytest.mark.parametrize("split", [MEMORY, Reader()], ids=["memory", "reader"])
+def test_starting_late_and_sharing_give_the_same_rows(split) -> None:
+    whole = first(9, split, seed=3, batch_size=16)
+    late = first(4, split, seed=3, batch_size=16, start=5)
+    shares = [first(9, split, seed=3, batch_size=16, process=p, processes=4) for p in range(4)]
+    for name in whole[0]:
+        for a, b in zip(whole[5:], late, strict=True):
+            np.testing.assert_array_equal(a[name], b[name])
+        for n, a in enumerate(whole):
+            np.testing.assert_array_equal(a[name], np.concatenate([share[n][name] for share in shares]))
+
+
+@pytest.mark.parametrize("split", [MEMORY, Reader()], ids=["memory", "reader"])
+def test_transform_draws_by_seed_epoch_and_row(split) -> None:
+    def jitter(example: dict[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
+        return {**example, "noise": generator.random(2)}
+
+    def noise(batch_size: int, **options) -> dict[tuple[int, int], tuple]:
+        made = first(2 * N // batch_size, split, batch_size=batch_size, transform=jitter, **options)
+        flat = [(int(i), tuple(v)) for b in made for i, v in zip(b["index"], b["noise"], strict=True)]
+        return {(place // N, row): value for place, (row, value) in enumerate(flat)}
+
+    a, b = noise(10, seed=1), noise(25, seed=1)
+    assert a == b and len(set(a.values())) == 2 * N  # another draw for each row and epoch
+    assert not set(a.values()) & set(noise(10, seed=2).values())
+
+
+@pytest.mark.parametrize("split", [MEMORY, Reader()], ids=["memory", "reader"])
+@pytest.mark.parametrize("batch_size", [1, 16, 50, 64])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_counts_every_example_once(split, batch_size: int, processes: int) -> None:
+    if batch_size % processes:
+        pytest.skip("no whole rows a process")
+    shares = [
+        list(eval_batches(split, batch_size=batch_size, process=p, processes=processes)) for p in range(processes)
+    ]
+    assert {len(s) for s in shares} == {-(-N // batch_size)}
+    rows = []
+    for parts in zip(*shares, strict=True):
+        batch = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        real = batch["mask"] == 1
+        assert len(real) == batch_size and (batch["index"][~real] == -1).all() and (batch["x"][~real] == 0).all()
+        np.testing.assert_array_equal(batch["x"][real, 0], batch["index"][real])
+        np.testing.assert_array_equal(batch["label"][real], batch["index"][real] % 5)
+        rows += list(batch["index"][real])
+    assert rows == list(range(N))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            dict(batch_size=51),
+            "batch_size 51 does not fit 50 training examples: pass --batch-size with a number from 1 to 50",
+        ),
+        (dict(batch_size=0), "batch_size 0 does not fit 50 training examples"),
+        (
+            dict(batch_size=10, processes=4),
+            r"batch_size 10 is not divisible by the number of processes \(4\): use 8 or 12",
+        ),
+    ],
+)
+def test_impossible_batches_are_refused_at_once(options: dict, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        batches(MEMORY, seed=0, **options)
+
+
+def test_broken_and_ragged_examples_are_named() -> None:
+    with pytest.raises(UsageError, match=r"example 13 .*ValueError: torn"):
+        first(5, Reader(broken=13), seed=0, batch_size=10)
+
+    def ragged(example: dict[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"image": np.zeros((4 + (example["x"][0] == 13), 4, 1))}
+
+    with pytest.raises(UsageError, match=r"image has shape \(\d, 4, 1\) in example .*example 13\b|in example 13 but"):
+        [first(5, MEMORY, seed=s, batch_size=10, transform=ragged) for s in range(3)]
+
+
+# ---- prefetch
+
+
+def threads() -> set[str]:
+    return {t.name for t in threading.enumerate() if t.name.startswith("bigjax")}
+
+
+def test_prefetch_keeps_order_applies_put_and_ends() -> None:
+    with prefetch(iter(range(20)), lambda i: i * i) as items:
+        assert list(items) == [i * i for i in range(20)]
+    assert not threads()
+
+
+def test_prefetch_works_ahead_no_further_than_depth_and_in_another_thread() -> None:
+    made = []
+
+    def put(i: int) -> int:
+        made.append(threading.current_thread().name)
+        return i
+
+    with prefetch(itertools.count(), put, depth=3) as items:
+        assert next(items) == 0
+        deadline = time.time() + 10
+        while len(made) < 5 and time.time() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert made == ["bigjax-prefetch"] * 5  # one taken, three ready, one in hand
+
+
+def test_prefetch_measures_the_wait() -> None:
+    def slow():
+        for i in range(3):
+            time.sleep(0.05)
+            yield i
+
+    with prefetch(slow(), lambda i: i) as items:
+        list(items)
+        assert 0.1 < items.wait_seconds < 2
+    with prefetch(iter(range(3)), lambda i: i, depth=3) as items:
+        time.sleep(0.1)
+        list(items)
+        assert items.wait_seconds < 0.05
+
+
+def test_prefetch_closes_a_blocked_producer_and_its_iterator() -> None:
+    closed = []
+
+    def endless():
+        try:
+            yield from itertools.count()
+        finally:
+            closed.append(True)
+
+    items = prefetch(endless(), lambda i: i, depth=1)
+    assert next(items) == 0
+    time.sleep(0.05)  # now it waits for room
+    before = time.time()
+    items.close()
+    items.close()
+    assert time.time() - before < 5 and closed and not threads()
+    with pytest.raises(StopIteration):
+        next(items)
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), UsageError("boom"), SystemExit("boom")])
+def test_prefetch_raises_what_failed(error: BaseException) -> None:
+    def put(i: int) -> int:
+        if i == 2:
+            raise error
+        return i
+
+    items = prefetch(itertools.count(), put)
+    with pytest.raises(UsageError if isinstance(error, UsageError) else RuntimeError, match="boom") as caught:
+        list(items)
+    assert caught.value.__cause__ is error
+    items.close()
+    assert not threads()
+
+
+def test_prefetch_of_a_reader_leaves_no_thread() -> None:
+    with prefetch(batches(Reader(), seed=0, batch_size=8), lambda b: b) as items:
+        next(items)
+    deadline = time.time() + 10
+    while any("grain" in t.name for t in threading.enumerate()) and time.time() < deadline:
+        time.sleep(0.01)
+    assert not threads() and not [t.name for t in threading.enumerate() if "grain" in t.name]
+
+
+# ---- hold_out
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(20, 200), st.integers(1, 5), st.floats(0.1, 0.9), st.integers(0, 1000))
+def test_hold_out_is_stratified_and_loses_nothing(size: int, classes: int, fraction: float, seed: int) -> None:
+    label = np.random.default_rng(seed).integers(0, classes, size)
+    rest, held = hold_out({"label": label, "row": np.arange(size)}, fraction=fraction, seed=seed)
+    assert size_of(held) == round(size * fraction)
+    np.testing.assert_array_equal(np.sort(np.concatenate([rest["row"], held["row"]])), np.arange(size))
+    for part in (rest, held):
+        np.testing.assert_array_equal(part["label"], label[part["row"]])
+    share = np.bincount(label, minlength=classes) * size_of(held) / size
+    assert (np.abs(np.bincount(held["label"], minlength=classes) - share) <= 1).all()
+
+
+def test_hold_out_by_seed_and_of_readers() -> None:
+    memory = hold_out(MEMORY, fraction=0.2, seed=1)
+    reader = hold_out(Reader(label=MEMORY["label"]), fraction=0.2, seed=1)
+    for in_memory, view in zip(memory, reader, strict=True):
+        np.testing.assert_array_equal(view.label, in_memory["label"])
+        for row in range(size_of(view)):
+            assert view[row]["x"] == in_memory["x"][row] and view[row]["label"] == in_memory["label"][row]
+    assert set(memory[1]["x"][:, 0]) != set(hold_out(MEMORY, fraction=0.2, seed=2)[1]["x"][:, 0])
+    assert len(hold_out(Reader(), fraction=0.2, seed=1)[1]) == 10
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 1.0, -1.0, 2.0])
+def test_hold_out_refuses_empty_parts(fraction: float) -> None:
+    with pytest.raises(UsageError, match="of 50 examples: give more data"):
+        hold_out(MEMORY, fraction=fraction, seed=0)

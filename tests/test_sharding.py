@@ -1,0 +1,194 @@
+"""Meshes, their error messages, and one process with 8 virtual devices against this one with 1."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import REPOSITORY, blobs, tiny_experiment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+
+from bigjax import UsageError, sharding
+from bigjax.experiment import RunConfig
+from bigjax.sharding import MeshConfig, make_mesh
+from bigjax.step import make_evaluate
+from bigjax.train import Program
+
+
+def numbers(sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """What must not depend on the devices: parameters and metrics of a tiny run, and its evaluation by batch size."""
+    experiment = tiny_experiment(tx=lambda steps: {"model": optax.sgd(0.1)})
+    program = Program(experiment, RunConfig(batch_size=16, steps=3, ema=0.9), experiment.train, steps=3)
+    out = {}
+    with jax.set_mesh(program.mesh):
+        state, window = program.initialize(program.key), program.fresh_window()
+        out["born"] = np.array([len(x.sharding.device_set) for x in jax.tree.leaves(state)])
+        with program.batches(0) as batches:
+            batch = next(batches)
+            out["rows"] = np.array([s.data.shape[0] for s in batch["image"].addressable_shards])
+            out["order"] = np.asarray(batch["index"])
+        with program.batches(0) as batches:
+            state, window = program.chunk(state, window, batches, 3)
+        for path, value in jax.tree_util.tree_leaves_with_path(
+            {"params": state.params, "ema": state.ema, "out": window}
+        ):
+            out["run" + jax.tree_util.keystr(path)] = np.asarray(value)
+        for size in sizes:
+            evaluate = make_evaluate(experiment.task, batch_size=size, seed=0, mesh=program.mesh)
+            counted = evaluate(state.params, state.model_state, experiment.test)
+            for name, (total, count) in counted.items():
+                out[f"eval/{size}/{name}"], out[f"count/{size}/{name}"] = np.asarray(total), np.asarray(count)
+    return out
+
+
+def eight_devices(file: str) -> None:
+    """Runs in the other process."""
+    assert jax.device_count() == 8
+    out = numbers((8, 16, 24, 40))
+    for size in (100, 3, 9, 1001):  # what a message suggests does work
+        with pytest.raises(UsageError) as e:
+            make_mesh(MeshConfig(), batch_size=size)
+        for better in map(int, re.findall(r"\d+", str(e.value).split("use")[1])):
+            assert dict(make_mesh(MeshConfig(), batch_size=better).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    mesh = make_mesh(MeshConfig(), batch_size=8)
+    with jax.set_mesh(mesh):
+        x_BD = jax.device_put(jnp.arange(16.0).reshape(8, 2), jax.sharding.NamedSharding(mesh, PartitionSpec()))
+        y_BD = jax.jit(lambda x: sharding.constrain(x * 2, "batch"))(x_BD)
+    np.testing.assert_array_equal(y_BD, 2 * np.asarray(x_BD))
+    out["constrained"] = np.array([s.data.shape for s in y_BD.addressable_shards])
+    np.savez(file, **out)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    file = tmp_path_factory.mktemp("eight") / "numbers.npz"
+    code = f"import conftest, test_sharding; test_sharding.eight_devices({str(file)!r})"
+    start = "import jax; jax.config.update('jax_num_cpu_devices', 8); "  # conftest takes XLA_FLAGS away
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", start + code],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    with np.load(file) as loaded:
+        return dict(loaded)
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, np.ndarray]:
+    return numbers((7, 20, 33))
+
+
+def test_the_state_is_born_on_all_devices_and_batches_are_split(eight: dict, one: dict) -> None:
+    assert set(eight["born"]) == {8} and set(one["born"]) == {1}
+    assert list(eight["rows"]) == [2] * 8 and list(one["rows"]) == [16]
+    np.testing.assert_array_equal(eight["order"], one["order"])  # the same global batch
+    np.testing.assert_array_equal(eight["constrained"], [[1, 2]] * 8)
+
+
+def test_eight_devices_train_as_one(eight: dict, one: dict) -> None:
+    """Parameters after 3 SGD updates with dropout, their average, and the summed metrics."""
+    runs = [{k: v for k, v in x.items() if k.startswith("run")} for x in (eight, one)]
+    assert len(runs[0]) > 10
+    chex.assert_trees_all_close(*runs, rtol=1e-4, atol=1e-6)
+
+
+def test_every_batch_size_on_1_and_8_devices_evaluates_to_the_same(eight: dict, one: dict) -> None:
+    results = [(x, n) for x, sizes in ((one, (7, 20, 33)), (eight, (8, 16, 24, 40))) for n in sizes]
+    assert one["count/7/accuracy"] == 20 and one["eval/7/confusion"].sum() == 20
+    for x, n in results:
+        for kind in ("eval", "count"):
+            for name in ("loss", "accuracy", "confusion", "calibration", "top2_accuracy"):
+                np.testing.assert_allclose(x[f"{kind}/{n}/{name}"], one[f"{kind}/7/{name}"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_sharded_split_of_labels_is_the_tests(one: dict) -> None:
+    np.testing.assert_array_equal(one["eval/20/confusion"].sum(1), np.bincount(blobs(20, seed=1)["label"], minlength=3))
+
+
+# --- messages
+
+
+def devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices() * count)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch_size", "message"),
+    [
+        (MeshConfig(data=0), 8, "mesh.data 0: an axis is a number of devices, or -1 for all that is left"),
+        (MeshConfig(fsdp=-2), 8, "mesh.fsdp -2: an axis is a number of devices, or -1 for all that is left"),
+        (MeshConfig(tensor=0), 8, "mesh.tensor 0: an axis is a number of devices, or -1 for all that is left"),
+        (MeshConfig(data=-1, fsdp=-1), 8, "mesh.data and mesh.fsdp are both -1: give one of them a number"),
+        (MeshConfig(data=4, fsdp=-1, tensor=-1), 8, "mesh.fsdp and mesh.tensor are both -1: give one of them a number"),
+        (MeshConfig(fsdp=2), 8, "nothing is sharded over mesh.fsdp or mesh.tensor yet: use --mesh.data alone"),
+        (
+            MeshConfig(data=3),
+            9,
+            "the mesh (data 3 × fsdp 1 × tensor 1 = 3) does not cover the 8 devices: use --mesh.data 8",
+        ),
+        (MeshConfig(), 100, "batch_size 100 is not divisible by the data axis (8): use 96 or 104"),
+        (MeshConfig(data=8), 5, "batch_size 5 is not divisible by the data axis (8): use 8"),
+    ],
+)
+def test_every_mistake_has_its_message(
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, batch_size: int, message: str
+) -> None:
+    devices(monkeypatch, 8)
+    with pytest.raises(UsageError) as e:
+        make_mesh(config, batch_size=batch_size)
+    assert str(e.value) == message
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 64), st.integers(1, 500))
+def test_the_suggested_batch_sizes_are_the_nearest_that_work(count: int, batch_size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        devices(patch, count)
+        patch.setattr(sharding, "Mesh", lambda devices, axes: devices.shape)
+        if batch_size % count == 0:
+            assert make_mesh(MeshConfig(), batch_size=batch_size) == (count, 1, 1)
+            return
+        with pytest.raises(UsageError) as e:
+            make_mesh(MeshConfig(), batch_size=batch_size)
+        suggested = [int(n) for n in re.findall(r"\d+", str(e.value).split("use")[1])]
+        works = [n for n in range(1, 600) if n % count == 0]
+        below, above = [n for n in works if n < batch_size], [n for n in works if n > batch_size]
+        assert suggested == below[-1:] + above[:1]
+
+
+def test_one_device_makes_a_mesh_of_one() -> None:
+    for config in (MeshConfig(), MeshConfig(data=1), MeshConfig(data=1, fsdp=1, tensor=1)):
+        assert dict(make_mesh(config, batch_size=7).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_constrain_does_nothing_without_a_mesh_and_keeps_values_with_one() -> None:
+    x_BD = jnp.arange(6.0).reshape(3, 2)
+    assert sharding.constrain(x_BD, "batch") is x_BD
+    constrain = partial(sharding.constrain, axis="batch")
+    assert "sharding_constraint" not in str(jax.make_jaxpr(constrain)(x_BD))
+    with jax.set_mesh(make_mesh(MeshConfig(), batch_size=3)):
+        assert "sharding_constraint" in str(jax.make_jaxpr(constrain)(x_BD))
+        y_BD = jax.jit(constrain)(x_BD)
+    chex.assert_equal_shape([x_BD, y_BD])
+    np.testing.assert_array_equal(x_BD, y_BD)
+
+
+def test_put_batch_keeps_rows_and_types() -> None:
+    mesh, batch = make_mesh(MeshConfig(), batch_size=20), blobs(20, seed=0)
+    placed = sharding.put_batch(batch, mesh)
+    for name, value in batch.items():
+        assert placed[name].dtype == value.dtype and placed[name].sharding.spec == sharding.BATCH
+        np.testing.assert_array_equal(placed[name], value)

@@ -1,0 +1,292 @@
+"""What is learned: losses against formulas. B batch, C classes, D values a row."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import blobs
+from jax import Array
+
+from bigjax import UsageError
+from bigjax.models import MLP
+from bigjax.step import init_state, train_step
+from bigjax.tasks import Task, classify, fields, forward, regress
+
+KEY = jax.random.key(0)
+B, C = 6, 4
+EMPTY = {"model": {}}
+
+
+class Same(nn.Module):
+    """Gives back its input: the losses' arithmetic without a network."""
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        return x
+
+
+def rows(**fields: Any) -> dict[str, Array]:
+    size = len(next(iter(fields.values())))
+    batch = {"index": np.arange(size, dtype=np.int32), "mask": np.ones(size, np.float32)} | fields
+    return {k: jnp.asarray(v) for k, v in batch.items()}
+
+
+def logit_batch(classes: int = C, **fields: Any) -> dict[str, Array]:
+    random = np.random.default_rng(0)
+    logits_BC = random.normal(size=(B, classes)).astype(np.float32) * 2
+    return rows(**{"x": logits_BC, "label": random.integers(0, classes, B).astype(np.int32)} | fields)
+
+
+def mean_loss(task: Task, batch: dict[str, Array], params: Any = None) -> float:
+    (total, count), _ = task.losses["model"](params or EMPTY, EMPTY, batch, KEY)
+    return float(total / count)
+
+
+def log_softmax(x_BC: Array) -> np.ndarray:
+    x = np.asarray(x_BC, np.float64)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+features = partial(classify, Same(), inputs=fields("x"))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_with_label_smoothing(smoothing: float) -> None:
+    batch = logit_batch()
+    log_BC, label_B = log_softmax(batch["x"]), np.asarray(batch["label"])
+    each_B = -(1 - smoothing) * log_BC[np.arange(B), label_B] - smoothing * log_BC.mean(-1)
+    task = features(classes=C, label_smoothing=smoothing)
+    np.testing.assert_allclose(mean_loss(task, batch), each_B.mean(), rtol=1e-5)
+    plain = task.evaluate(EMPTY, EMPTY, batch, KEY)["loss"]  # evaluation does not smooth
+    np.testing.assert_allclose(plain[0] / plain[1], -log_BC[np.arange(B), label_B].mean(), rtol=1e-5)
+
+
+def test_mixup_is_trained_towards_both_labels() -> None:
+    mix_B = np.linspace(0, 1, B).astype(np.float32)
+    other_B = np.array([3, 0, 1, 2, 3, 0], np.int32)
+    batch = logit_batch(mix=mix_B, label_mix=other_B)
+    log_BC, label_B = log_softmax(batch["x"]), np.asarray(batch["label"])
+    each_B = -mix_B * log_BC[np.arange(B), label_B] - (1 - mix_B) * log_BC[np.arange(B), other_B]
+    np.testing.assert_allclose(mean_loss(features(classes=C), batch), each_B.mean(), rtol=1e-5)
+
+
+def test_one_logit_is_sigmoid_binary_cross_entropy() -> None:
+    batch = logit_batch(1, label=np.array([0, 1, 1, 0, 1, 0], np.int32))
+    z_B, label_B = np.asarray(batch["x"], np.float64)[:, 0], np.asarray(batch["label"])
+    p_B = 1 / (1 + np.exp(-z_B))
+    expected = -np.where(label_B == 1, np.log(p_B), np.log(1 - p_B)).mean()
+    task = features(classes=2)
+    np.testing.assert_allclose(mean_loss(task, batch), expected, rtol=1e-5)
+    out = task.summarize(task.evaluate(EMPTY, EMPTY, batch, KEY))
+    np.testing.assert_allclose([out["loss"], out["accuracy"]], [expected, ((z_B > 0) == label_B).mean()], rtol=1e-5)
+
+
+def test_top_k_counts_a_label_among_the_k_largest() -> None:
+    logits_BC = np.array([[4, 3, 2, 1]] * 4, np.float32)
+    batch = rows(x=logits_BC, label=np.arange(4, dtype=np.int32), mask=np.array([1, 1, 1, 1], np.float32))
+    for k, share in ((1, 0.25), (2, 0.5), (3, 0.75)):
+        out = features(classes=4, top_k=k).evaluate(EMPTY, EMPTY, batch, KEY)
+        total, count = out[f"top{k}_accuracy"]
+        assert total / count == share
+    assert "top4_accuracy" not in features(classes=4, top_k=4).evaluate(EMPTY, EMPTY, batch, KEY)
+
+
+@pytest.mark.parametrize("target_shape", [(B,), (B, 1), (B, 3), (B, 2, 2)])
+def test_squared_error_is_numpys(target_shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(1)
+    target = random.normal(size=target_shape).astype(np.float32)
+    out_BD = random.normal(size=(B, target[0].size)).astype(np.float32)
+    mask_B = np.array([1, 1, 0, 1, 1, 0], np.float32)
+    batch = rows(x=out_BD, target=target, mask=mask_B)
+    expected = np.square(out_BD - target.reshape(B, -1))[mask_B > 0].mean()
+    task = regress(Same())
+    np.testing.assert_allclose(mean_loss(task, batch), expected, rtol=1e-5)
+    np.testing.assert_allclose(task.summarize(task.evaluate(EMPTY, EMPTY, batch, KEY))["loss"], expected, rtol=1e-5)
+
+
+def test_outputs_that_do_not_fit_are_named_not_broadcast() -> None:
+    batch = rows(x=np.ones((B, 1), np.float32), target=np.ones((B, 3), np.float32))
+    with pytest.raises(UsageError, match="gives 1 values a row, `target` has 3: give it 3 outputs"):
+        mean_loss(regress(Same()), batch)
+    task = features(classes=3)
+    for run in (task.losses["model"], task.evaluate):
+        with pytest.raises(UsageError, match="gives 4 logits for 3 classes: give it 3 outputs"):
+            run(EMPTY, EMPTY, logit_batch(4), KEY)
+
+
+def test_l1_and_l2_are_terms_of_the_loss_and_leave_biases_alone() -> None:
+    model = MLP(features=(3,), outputs=C)
+    batch = rows(x=np.ones((B, 2), np.float32), label=np.zeros(B, np.int32))
+    params, _ = classify(model, classes=C, inputs=fields("x")).init(KEY, batch)
+    params = jax.tree.map(lambda w: w + 0.5, params)  # biases are not zero
+    kernels = [np.asarray(layer["kernel"], np.float64) for layer in params["model"].values()]
+    l1, l2 = 0.01, 0.003
+    plain = mean_loss(classify(model, classes=C, inputs=fields("x")), batch, params)
+    task = classify(model, classes=C, inputs=fields("x"), l1=l1, l2=l2)
+    penalty = sum(l1 * np.abs(w).sum() + l2 * np.square(w).sum() for w in kernels)
+    for mask_B in (
+        np.ones(B, np.float32),
+        np.array([1, 0, 0, 1, 0, 0], np.float32),
+    ):  # equal rows: the mean is the same
+        np.testing.assert_allclose(
+            mean_loss(task, batch | {"mask": jnp.asarray(mask_B)}, params), plain + penalty, rtol=1e-5
+        )
+    _, (_, metrics) = task.losses["model"](params, EMPTY, batch, KEY)
+    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], plain, rtol=1e-5)  # comparable with evaluation
+
+
+@pytest.mark.parametrize("kind", ["classify", "regress"])
+def test_masked_rows_count_for_nothing(kind: str) -> None:
+    """A batch padded with junk gives the sums, and the gradient, of its real rows alone."""
+    model = MLP(features=(3,), outputs=C, dropout=0.5)
+    task = (
+        classify(model, classes=C, inputs=fields("x"), top_k=2, l2=0.1)
+        if kind == "classify"
+        else regress(model, l1=0.1)
+    )
+    random = np.random.default_rng(2)
+    small = rows(
+        x=random.normal(size=(4, 2)).astype(np.float32),
+        label=np.array([0, 1, 2, 3], np.int32),
+        target=random.normal(size=(4, C)).astype(np.float32),
+    )
+    params, state = task.init(KEY, small)
+    junk = {k: jnp.concatenate([v, 7 * v[:2]]) for k, v in small.items()}
+    junk |= {
+        "mask": jnp.array([1.0, 1, 1, 1, 0, 0]),
+        "index": jnp.array([0, 1, 2, 3, -1, -1]),
+        "label": junk["label"] % C,
+    }
+
+    def value(params: Any, batch: dict[str, Array]) -> Any:
+        (total, count), (_, metrics) = task.losses["model"](params, state, batch, KEY)
+        return total, (count, metrics)
+
+    both = [jax.value_and_grad(value, has_aux=True)(params, b) for b in (small, junk)]
+    chex.assert_trees_all_close(*both, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(*(task.evaluate(params, state, b, KEY) for b in (small, junk)), rtol=1e-5, atol=1e-6)
+
+
+class Drop(nn.Module):
+    """A user's own module; `how` it calls dropout is its own affair."""
+
+    how: str = "keyword"
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        drop = partial(nn.Dropout, self.rate)
+        return {
+            "keyword": lambda: drop()(x, deterministic=not train),
+            "position": lambda: drop()(x, not train),
+            "inputs": lambda: drop()(inputs=x, deterministic=not train),
+            "field": lambda: drop(deterministic=not train)(x),
+            "key": lambda: drop()(x, not train, jax.random.key(5)),
+            "shared": lambda: drop(broadcast_dims=(-1,))(x, deterministic=not train),
+            "nested": lambda: nn.Sequential([drop(deterministic=not train), nn.Dense(x.shape[-1], kernel_init=eye)])(x),
+        }[self.how]()
+
+
+def eye(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return jnp.eye(*shape, dtype=dtype)
+
+
+D = 40
+
+
+def dropped(
+    index: list[int], *, key: Array = KEY, how: str = "keyword", rate: float = 0.5, shape: tuple = (D,)
+) -> np.ndarray:
+    """What dropout makes of ones, (B, *shape)."""
+    index_B = jnp.array(index, jnp.int32)
+    model, x = Drop(how, rate), jnp.ones((len(index), *shape))
+    params = model.init(key, x).get("params", {})
+    out, state = forward(model, params, {}, (x,), key=key, index_B=index_B, train=True)
+    assert not state
+    chex.assert_equal_shape([out, x])
+    return np.asarray(out)
+
+
+@pytest.mark.parametrize("how", ["keyword", "position", "inputs", "field", "key", "shared", "nested"])
+def test_dropout_of_a_row_depends_on_its_index_alone(how: str) -> None:
+    shape = (5, 4) if how == "shared" else (D,)
+    a, b = dropped([3, 11, 7, 200], how=how, shape=shape), dropped([200, 5, 3], how=how, shape=shape)
+    np.testing.assert_array_equal(a[0], b[2])
+    np.testing.assert_array_equal(a[3], b[0])
+    assert set(np.unique(a)) == {0.0, 2.0}
+    if how == "shared":
+        np.testing.assert_array_equal(a, a[..., :1] * np.ones(4))
+    else:
+        assert len({row.tobytes() for row in a}) == 4  # rows differ
+
+
+def test_dropout_differs_between_steps_and_layers() -> None:
+    index, other = [0, 1, 2], jax.random.fold_in(KEY, 1)
+    assert (dropped(index) != dropped(index, key=other)).any(axis=1).all()
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, *, train: bool = False) -> Array:
+            return jnp.stack([nn.Dropout(0.5)(x, deterministic=not train) for _ in range(2)])
+
+    two, _ = forward(Two(), {}, {}, (jnp.ones((3, D)),), key=KEY, index_B=jnp.arange(3), train=True)
+    assert (two[0] != two[1]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_rate_and_keeps_the_mean(rate: float) -> None:
+    out = dropped(list(range(50)), rate=rate, shape=(200,))
+    n, kept = out.size, out != 0
+    np.testing.assert_allclose(out[kept], 1 / (1 - rate), rtol=1e-5)
+    assert abs(kept.mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / n)
+    columns, across = kept.mean(0), 4.5 * np.sqrt(rate * (1 - rate) / 50)  # no column is favoured
+    assert np.abs(columns - (1 - rate)).max() < across
+
+
+def test_dropout_at_its_ends_and_when_off() -> None:
+    np.testing.assert_array_equal(dropped([0, 1], rate=0.0), 1)
+    np.testing.assert_array_equal(dropped([0, 1], rate=1.0), 0)
+    model, x = Drop("keyword", 1.0), jnp.ones((2, 3))
+    grad = jax.grad(lambda x: forward(model, {}, {}, (x,), key=KEY, index_B=jnp.arange(2), train=True)[0].sum())(x)
+    np.testing.assert_array_equal(grad, 0)  # not NaN
+    np.testing.assert_array_equal(model.apply({}, x, train=False), 1)
+
+
+def test_evaluation_has_no_dropout_and_needs_no_key() -> None:
+    task = classify(Drop("keyword", 0.9), classes=C, inputs=fields("x"))
+    batch = logit_batch()
+    out = task.evaluate(EMPTY, EMPTY, batch, KEY)
+    np.testing.assert_allclose(out["loss"][0], -log_softmax(batch["x"])[np.arange(B), batch["label"]].sum(), rtol=1e-5)
+
+
+def regression_blobs(size: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(3)
+    x_BD = random.normal(size=(size, 3)).astype(np.float32)
+    return {"x": x_BD, "target": np.sin(2 * x_BD[:, :2]).astype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        (lambda: classify(MLP(features=(16,), outputs=3), classes=3), lambda: blobs(8, seed=0)),
+        (lambda: regress(MLP(features=(16,), outputs=2)), lambda: regression_blobs(8)),
+    ],
+    ids=["classify", "regress"],
+)
+def test_one_batch_can_be_learned_by_heart(task: Callable[[], Task], data: Callable[[], dict[str, np.ndarray]]) -> None:
+    batch, learned = rows(**data()), task()
+    tx = {"model": optax.adam(0.03)}
+    state = init_state(KEY, batch, task=learned, tx=tx, ema=0.0)
+    step = jax.jit(partial(train_step, task=learned, tx=tx))
+    losses = []
+    for _ in range(200):
+        state, out = step(state, batch, KEY)
+        losses.append(float(out["loss"][0] / out["loss"][1]))
+    assert losses[0] > 0.3 and losses[-1] < 0.02, losses[::30]

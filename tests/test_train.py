@@ -1,0 +1,588 @@
+"""The loop: what is counted, written, resumed and refused. One run is 6 updates of 8 rows; few runs serve many tests."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import REPOSITORY, blobs, tiny_experiment
+
+import bigjax
+from bigjax import UsageError, metrics, train
+from bigjax.checkpoint import Checkpoints
+from bigjax.data import pipeline
+from bigjax.experiment import Pictures, Published, RunConfig
+from bigjax.models import MLP
+from bigjax.report import load_gallery
+from bigjax.tasks import classify
+
+FLAGS = {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 3, "save_every": 3}
+
+
+def flags(folder: Path, **changes: Any) -> RunConfig:
+    return RunConfig(workdir=str(folder), **(FLAGS | changes))
+
+
+def fit(folder: Path, experiment: Any = None, **changes: Any) -> train.Run:
+    return train.fit(experiment or tiny_experiment(), flags(folder, **changes), quiet=True)
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The log without the one number that depends on the clock."""
+    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in log(folder)]
+
+
+def saved(folder: Path, step: int) -> dict[str, Any]:
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    tree = checkpoints.restore(step, checkpoints.shapes(step))
+    checkpoints.close()
+    return tree
+
+
+def killed_at_3(folder: Path, copy: Path) -> Path:
+    """A copy of a run of 6 updates as a kill after its checkpoint 3 leaves it: later lines in the log, the last one torn."""
+    shutil.copytree(folder, copy)
+    for name in ("result.json", "report.html"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / "checkpoints" / "6")
+    (copy / "metrics.jsonl").write_text((copy / "metrics.jsonl").read_text()[:-9])
+    return copy
+
+
+class Killed(Exception):
+    """Stands for a process that ends."""
+
+
+def rich(*, kill: int | None = None, seen: list[int] | None = None) -> Any:
+    """The tiny experiment with everything that a run may have; `kill`: it dies at the n-th picture of this session."""
+    drawn = seen if seen is not None else []
+
+    def draw(params: Any, model_state: Any, key: Any) -> Pictures:
+        drawn.append(0)
+        if len(drawn) == kill:
+            raise Killed
+        return Pictures(np.full((2, 4, 4), 0.5), ["a", "b"])
+
+    return tiny_experiment(
+        model=MLP(features=(8,), outputs=3, dropout=0.1, batch_norm=True),
+        augment=lambda batch, key: {**batch, "image": batch["image"] + 0.01 * jax.random.normal(key, (8, 4, 4, 1))},
+        evaluators={"bias": lambda p, s, key: {"bias_sum": float(p["model"]["logits"]["bias"].sum())}},
+        gallery={"halves": draw, "words": lambda p, s, key: "some text"},
+        class_names=("top", "middle", "low"),
+        published=(Published("eval/loss", 99.0, "a test", better="lower"),),
+        facts={"corpus_sha256": "abc"},
+    )
+
+
+RICH = {"validation": 0.2, "ema": 0.9, "best": "max:accuracy"}
+
+
+class Watched(NamedTuple):
+    run: train.Run
+    folder: Path
+    programs: list[train.Program]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """6 updates in one go."""
+    folder, programs = tmp_path_factory.mktemp("straight") / "run", []
+
+    class Seen(train.Program):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            programs.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Program", Seen)
+        run = fit(folder, rich(), **RICH)
+    return Watched(run, folder, programs)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """The same, but the process ends while it evaluates at step 6, after checkpoint 3, and is started again."""
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    with pytest.raises(Killed):
+        fit(folder, rich(kill=2), **RICH)
+    assert [line["step"] for line in log(folder)][-1] == 6  # of what a kill may leave, the lines beyond the checkpoint
+    return Watched(fit(folder, rich(), **RICH), folder, [])
+
+
+# ---- what step N means, and what a run writes
+
+
+def test_step_n_is_n_batches(straight):
+    run, folder, _ = straight
+    chex.assert_trees_all_equal(run.state.step, jnp.int32(6))
+    assert run.result["step"] == 6 and run.result["skipped"] == 0
+    assert saved(folder, 3)["state"]["step"] == 3 and saved(folder, 6)["state"]["step"] == 6
+    assert run.state.opt_state["model"][0].count == 6  # Adam's own
+    assert [(line["step"], line["split"]) for line in log(folder)] == [
+        (2, "train"), (3, "validation"), (3, "eval"), (4, "train"), (6, "train"), (6, "validation"), (6, "eval"),
+    ]
+
+
+def test_the_loop_is_train_step_over_the_batches_by_number(straight):
+    """Checkpoint 3 is `train_step` over batches 0, 1, 2 and nothing else, up to how XLA groups additions."""
+    experiment, config = rich(), flags(straight.folder, **RICH)
+    rest, _ = pipeline.hold_out(experiment.train, fraction=0.2, seed=0)
+    batches = pipeline.batches(rest, seed=0, batch_size=8)
+    state, key = train.Program(experiment, config, rest, steps=6).initialize(jax.random.key(0)), jax.random.key(0)
+    step = jax.jit(lambda state, batch: train.train_step(
+        state, batch, key, task=experiment.task, tx=experiment.tx(6), augment=experiment.augment, ema=0.9))
+    for _ in range(3):
+        state, _ = step(state, next(batches))
+    chex.assert_trees_all_close(saved(straight.folder, 3)["state"]["params"], state.params, rtol=1e-5, atol=1e-6)
+
+
+def test_result_has_the_promised_keys(straight):
+    result = json.loads((straight.folder / "result.json").read_text())
+    assert result == json.loads(json.dumps(straight.run.result))
+    assert result.keys() >= {"experiment", "step", "seed", "parameters", "metrics", "published", "seconds",
+                             "examples_per_second", "mfu", "devices", "git_commit", "versions"}
+    assert result["experiment"] == "tiny" and result["seed"] == 0 and result["corpus_sha256"] == "abc"
+    assert result["parameters"] == 16 * 8 + 8 + 2 * 8 + 8 * 3 + 3
+    assert result["published"] == [{"metric": "eval/loss", "value": 99.0, "source": "a test", "reached": True}]
+    assert result["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1}
+    assert result["class_names"] == ["top", "middle", "low"]
+    assert np.sum(result["confusion"]) == 20  # each test image once
+    assert {len(v) for v in result["per_class"].values()} == {3}
+    last = {line["split"]: line for line in log(straight.folder)}
+    for split in ("train", "validation", "eval"):
+        for name in ("loss", "accuracy"):
+            assert result["metrics"][f"{split}/{name}"] == last[split][name]
+
+
+def test_time_is_accounted_for(straight):
+    seconds = straight.run.result["seconds"]
+    assert seconds.keys() == {"total", "compile", "train", "eval", "data_wait", "checkpoint"}
+    assert all(seconds[k] > 0 for k in ("total", "compile", "train", "eval", "checkpoint")) and seconds["data_wait"] >= 0
+    assert sum(seconds[k] for k in ("compile", "train", "eval", "checkpoint")) <= seconds["total"] + 0.05
+    assert straight.run.result["examples_per_second"] > 0
+
+
+def test_every_train_line_has_norms_and_speed(straight):
+    for line in log(straight.folder):
+        if line["split"] == "train":
+            assert line["examples_per_second"] > 0 and line["skipped"] == 0
+            for name in ("grad_norm", "param_norm", "update_norm"):
+                layers = [line[f"{name}/model/{layer}"] for layer in ("dense_0", "norm_0", "logits")]
+                assert max(layers) <= line[name] <= sum(layers)
+
+
+def test_evaluators_are_logged_and_in_the_result(straight):
+    lines = [line for line in log(straight.folder) if line["split"] == "eval"]
+    assert straight.run.result["metrics"]["eval/bias_sum"] == lines[-1]["bias_sum"]
+    np.testing.assert_allclose(lines[-1]["bias_sum"], straight.run.state.ema["model"]["logits"]["bias"].sum(), rtol=1e-6)
+    assert "bias_sum" not in next(line for line in log(straight.folder) if line["split"] == "validation")
+
+
+def test_gallery_at_each_evaluation(straight):
+    found = load_gallery(straight.folder)
+    assert {name: list(steps) for name, steps in found.items()} == {"halves": [3, 6], "words": [3, 6]}
+    assert found["words"][6] == "some text" and found["halves"][6].images.shape == (2, 4, 4)
+    assert "some text" in (straight.folder / "report.html").read_text()
+
+
+def test_evaluation_uses_the_averaged_parameters(straight):
+    state, experiment = straight.run.state, rich()
+    assert not np.array_equal(state.ema["model"]["logits"]["kernel"], state.params["model"]["logits"]["kernel"])
+    batch = next(pipeline.eval_batches(experiment.test, batch_size=20))
+    batch = {k: jnp.asarray(v) for k, v in batch.items()} | {"image": jnp.asarray(batch["image"] / np.float32(255))}
+    out = metrics.means(experiment.task.evaluate(state.ema, state.model_state, batch, jax.random.key(0)))
+    np.testing.assert_allclose(straight.run.result["metrics"]["eval/loss"], out["loss"], rtol=1e-5)
+    again = train.evaluate(experiment, flags(straight.folder, **RICH))
+    assert again["step"] == 6
+    np.testing.assert_allclose(again["eval/loss"], out["loss"], rtol=1e-5)
+    assert again["eval/bias_sum"] == straight.run.result["metrics"]["eval/bias_sum"]
+
+
+def test_validation_is_held_out_of_training(straight):
+    rest, held = pipeline.hold_out(rich().train, fraction=0.2, seed=0)
+    (program,) = straight.programs
+    assert pipeline.size_of(program.train) == 48 and pipeline.size_of(held) == 12
+    np.testing.assert_array_equal(program.train["image"], rest["image"])
+    seen = {image.tobytes() for image in program.train["image"]}
+    assert not seen & {image.tobytes() for image in held["image"]}
+
+
+# ---- speed: nothing compiles twice, nothing waits
+
+
+def test_the_update_compiles_once(straight):
+    (program,) = straight.programs
+    assert program.update._cache_size() == 1
+    assert program.initialize._cache_size() == 1 and program.fresh_window._cache_size() == 1
+
+
+def test_the_loop_never_waits_for_a_number(tmp_path, monkeypatch):
+    """No array is read inside the loop's updates; each window is read once, when the next one has been handed over."""
+    reads, updates, inside = [], [], []
+    original = type(jnp.ones(())).__dict__["_value"]
+    advance, means, chunk = train.Loop.advance, metrics.means, train.Program.chunk
+
+    def value(array: Any) -> Any:
+        if inside:
+            reads.append("inside an update")
+        return original.fget(array)
+
+    def watched(self: Any, count: int) -> None:
+        inside.append(count)
+        advance(self, count)
+        inside.pop()
+
+    def counted(self: Any, state: Any, window: Any, batches: Any, count: int) -> Any:
+        updates.append(count)
+        return chunk(self, state, window, batches, count)
+
+    def mean(window: Any) -> dict[str, float]:
+        if "skipped" in window:
+            reads.append(sum(updates))
+        return means(window)
+
+    monkeypatch.setattr(type(jnp.ones(())), "_value", property(value))
+    monkeypatch.setattr(train.Loop, "advance", watched)
+    monkeypatch.setattr(train.Program, "chunk", counted)
+    monkeypatch.setattr(train.metrics, "means", mean)
+    fit(tmp_path / "run", steps=8, eval_every=100, save_every=100)
+    assert updates == [1, 1, 2, 2, 2]
+    assert reads == [4, 6, 8, 8]  # windows of step 2, 4, 6 when two more updates were under way; the last at the end
+
+
+# ---- interrupted = uninterrupted
+
+
+def test_resumed_run_equals_the_straight_one_bit_for_bit(straight, resumed):
+    chex.assert_trees_all_equal(resumed.run.state, straight.run.state)
+    assert numbers(resumed.folder) == numbers(straight.folder)
+    assert resumed.run.result["metrics"].keys() == straight.run.result["metrics"].keys()
+    same = {k: v for k, v in straight.run.result["metrics"].items() if k != "train/examples_per_second"}
+    assert same == {k: resumed.run.result["metrics"][k] for k in same}
+    chex.assert_trees_all_equal(saved(resumed.folder, 6), saved(straight.folder, 6))
+
+
+def test_speed_counts_only_the_updates_of_this_session(resumed):
+    first = next(line for line in log(resumed.folder) if line["step"] == 4)
+    last = next(line for line in log(resumed.folder) if line["step"] == 6)
+    assert np.isnan(first["examples_per_second"])  # steps 3 to 4: only the update that compiles, which is not timed
+    assert last["examples_per_second"] > 0
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "split": "tra'])
+def test_log_left_by_a_kill_has_no_line_missing_and_none_twice(straight, tmp_path, torn):
+    folder = killed_at_3(straight.folder, tmp_path / "copy")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:3]) + torn if torn else "".join(lines))
+    run = fit(folder, rich(), **RICH)
+    assert numbers(folder) == numbers(straight.folder)
+    chex.assert_trees_all_equal(run.state, straight.run.state)
+
+
+def test_finished_run_gives_its_result_and_runs_nothing(straight, monkeypatch):
+    before = {p: p.read_bytes() for p in straight.folder.iterdir() if p.is_file()}
+    monkeypatch.setattr(train, "Loop", None)
+    run = fit(straight.folder, rich(), **RICH)
+    assert run.state is None and run.result == json.loads(before[straight.folder / "result.json"])
+    assert {p: p.read_bytes() for p in straight.folder.iterdir() if p.is_file()} == before
+
+
+def test_killed_between_the_last_save_and_the_result(straight, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight.folder, folder)
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(train.Program, "chunk", None)  # no update is left to do
+    run = fit(folder, rich(), **RICH)
+    assert numbers(folder) == numbers(straight.folder)
+    assert run.result["metrics"] == straight.run.result["metrics"] and run.result["confusion"] == straight.run.result["confusion"]
+    assert json.loads((folder / "result.json").read_text())["step"] == 6 and (folder / "report.html").exists()
+
+
+def test_no_resume_starts_over(straight, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight.folder, folder)
+    run = fit(folder, steps=2, resume=False)
+    assert run.result["step"] == 2 and [line["step"] for line in log(folder)] == [2, 2]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["2"] and not (folder / "gallery").exists()
+
+
+def test_another_model_under_the_same_settings_is_refused(straight, tmp_path):
+    folder = killed_at_3(straight.folder, tmp_path / "copy")
+    wider = dataclasses.replace(rich(), model=(model := MLP(features=(16,), outputs=3)),
+                                task=classify(model, classes=3, top_k=2))
+    with pytest.raises(UsageError, match=r"checkpoint of step 3 is of another model.*dense_0/\w+ is .*saved"):
+        fit(folder, wider, **RICH)
+    assert (folder / "config.json").exists() and (folder / "checkpoints" / "3").exists()
+
+
+# ---- how long
+
+
+def test_steps_epochs_minutes_whichever_ends_first():
+    def planned(**limits: Any) -> int:
+        return train.planned_steps(RunConfig(batch_size=8, **limits), 60, lambda: 0.5)
+
+    assert planned(steps=7) == 7
+    assert planned(epochs=2) == 15  # 120 / 8
+    assert planned(epochs=0.001) == 1
+    assert planned(minutes=1) == 120
+    assert planned(steps=100, epochs=2, minutes=1) == 15
+    assert planned(steps=100, epochs=20, minutes=0.5) == 60
+    with pytest.raises(UsageError, match="--steps, --epochs or --minutes"):
+        planned()
+
+
+def test_minutes_become_a_number_of_steps_that_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Program, "seconds_a_step", lambda self: 30.0)
+    assert fit(tmp_path / "run", steps=None, minutes=1.0).result["step"] == 2
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 2
+    monkeypatch.setattr(train.Program, "seconds_a_step", lambda self: 1.0)  # a faster machine
+    (tmp_path / "run/result.json").unlink()
+    assert fit(tmp_path / "run", steps=None, minutes=1.0).result["step"] == 2
+
+
+def test_seconds_a_step_are_measured_without_touching_the_run(monkeypatch):
+    ticks = iter(np.arange(0, 100, 1.0))  # three chunks of 5 updates until three seconds have passed
+    program = train.Program(tiny_experiment(), flags(Path("unused")), blobs(60, seed=0), steps=10)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(program, "batches", lambda start: Endless(program, start))
+    with jax.set_mesh(program.mesh):
+        assert program.seconds_a_step() == pytest.approx(4 / 10)
+
+
+class Endless:
+    """Batches without a thread (it would draw from the test's clock)."""
+
+    def __init__(self, program: train.Program, start: int) -> None:
+        self.batch = next(pipeline.batches(program.train, start=start, **program.rows))
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return jax.tree.map(jnp.asarray, self.batch)
+
+    def close(self) -> None:
+        pass
+
+
+def test_epochs_resolve_on_what_is_left_after_the_validation_split(tmp_path):
+    run = fit(tmp_path / "run", steps=None, epochs=0.5, validation=0.2)
+    assert run.result["step"] == 3 == json.loads((tmp_path / "run/config.json").read_text())["steps"]
+
+
+# ---- checkpoints that are kept
+
+
+@pytest.mark.parametrize("best", ["max:score", "min:score"])
+def test_best_checkpoint_of_the_validation_split_is_kept(tmp_path, best, monkeypatch):
+    scores = {1: 0.1, 2: 0.9, 3: 0.05, 4: 0.5, 5: 0.4}
+    judge = train.Loop.judge
+
+    def judged(self: Any) -> dict[str, float]:
+        return judge(self) | {"score": scores[self.step]}
+
+    monkeypatch.setattr(train.Loop, "judge", judged)
+    fit(tmp_path / "run", steps=5, eval_every=1, save_every=1, keep=1, validation=0.2, best=best)
+    kept = {int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()}
+    assert kept == ({2, 5} if best == "max:score" else {3, 5})
+
+
+def test_best_by_a_number_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"--best: the validation split has no 'acuracy': use one of .*accuracy"):
+        fit(tmp_path / "run", steps=1, validation=0.2, best="max:acuracy")
+
+
+def test_last_k_are_kept(tmp_path):
+    fit(tmp_path / "run", steps=4, save_every=1, eval_every=9, keep=2)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["3", "4"]
+
+
+# ---- numbers that are not finite
+
+
+def nan_at(*bad: int) -> Any:
+    """The tiny experiment whose augmentation makes the pixels of these batches NaN; it tells a batch by its rows."""
+    split = blobs(60, seed=0)
+    rows = jnp.stack([jnp.asarray(next(pipeline.batches(split, seed=0, batch_size=8, start=n))["index"]) for n in bad])
+
+    def augment(batch: Any, key: Any) -> Any:
+        hit = (batch["index"][None] == rows).all(-1).any()
+        return {**batch, "image": jnp.where(hit, jnp.nan, batch["image"])}
+
+    return tiny_experiment(augment=augment)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """NaN in batch 4, the fifth: between the log lines of 4 and 8, the saves of 3 and 6."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(UsageError) as error:
+        fit(folder, nan_at(4), steps=9, log_every=4, save_every=3, eval_every=9)
+    return folder, str(error.value)
+
+
+def test_nonfinite_stops_and_names_update_batch_and_cause(stopped):
+    folder, said = stopped
+    assert "update 5 (batch 4) is not finite" in said and "augmented batch" in said
+    assert "checkpoint of step 3 is kept" in said and "--nonfinite skip" in said and "\n" not in said
+    assert not (folder / "result.json").exists()
+
+
+def test_nothing_newer_than_the_last_good_checkpoint_is_saved(stopped):
+    folder, _ = stopped
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["3"]
+    state = saved(folder, 3)["state"]
+    assert state["skipped"] == 0 and state["step"] == 3
+    chex.assert_tree_all_finite(state["params"])
+    assert [line["step"] for line in log(folder)] == [4]
+    module, variables = bigjax.load(folder)
+    assert np.isfinite(module.apply(variables, np.zeros((1, 4, 4, 1), np.float32))).all()
+
+
+def test_resuming_with_skip_as_advised_goes_on(stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path / "copy")
+    run = fit(tmp_path / "copy", nan_at(4), steps=9, log_every=4, save_every=3, eval_every=9, nonfinite="skip")
+    assert run.result["step"] == 9 and run.result["skipped"] == 1
+    assert [(r["step"], r["skipped"]) for r in log(tmp_path / "copy") if r["split"] == "train"] == [(4, 0), (8, 0.25), (9, 0)]
+    assert run.state.opt_state["model"][0].count == 8  # 9 batches are behind the state, 8 updates
+
+
+def test_dropped_update_leaves_the_state_and_enters_no_mean(tmp_path):
+    kept = fit(tmp_path / "two", nan_at(2), steps=2).state
+    run = fit(tmp_path / "three", nan_at(2), steps=3, log_every=3, nonfinite="skip")
+    chex.assert_trees_all_equal((run.state.params, run.state.opt_state), (kept.params, kept.opt_state))
+    line = log(tmp_path / "three")[0]
+    assert line["skipped"] == pytest.approx(1 / 3)
+    assert np.isfinite(line["loss"]) and line["loss"] == pytest.approx(log(tmp_path / "two")[0]["loss"], rel=1e-6)
+
+
+def test_nonfinite_parameters_are_blamed_on_their_module(tmp_path):
+    """Parameters of 1e30 are finite, and so is the first layer; the product of two is not."""
+    with pytest.raises(UsageError, match=r"update 2 \(batch 1\) .*module 'logits' of 'model' .*no checkpoint was saved"):
+        fit(tmp_path / "run", tiny_experiment(tx=lambda steps: {"model": optax.sgd(1e30)}), steps=4)
+
+
+# ---- starting from another run
+
+
+def test_init_from_takes_what_fits_and_lists_what_is_left(straight):
+    from bigjax import workdir
+
+    model = MLP(features=(8,), outputs=5, batch_norm=True)  # another head
+    experiment = tiny_experiment(model=model, task=classify(model, classes=5))
+    program = train.Program(experiment, flags(Path("unused"), ema=0.5), experiment.train, steps=1)
+    fresh = program.initialize(program.key)
+    state, said = workdir.transfer(fresh, straight.folder)
+    theirs = saved(straight.folder, 6)["state"]["params"]["model"]
+    chex.assert_trees_all_equal(state.params["model"]["dense_0"], theirs["dense_0"])
+    chex.assert_trees_all_equal(state.params["model"]["norm_0"], theirs["norm_0"])
+    chex.assert_trees_all_equal(state.params["model"]["logits"], fresh.params["model"]["logits"])
+    chex.assert_trees_all_equal(state.ema, state.params)
+    assert state.step == 0
+    assert "took 4 of 6 parameters" in said and "step 6" in said
+    assert "left as initialized: model/logits/bias, model/logits/kernel" in said
+
+
+def test_init_from_is_used_by_a_run(straight, tmp_path):
+    still = {"tx": lambda steps: {"model": optax.sgd(0.0)}, "model": MLP(features=(8,), outputs=3, batch_norm=True)}
+    run = fit(tmp_path / "run", tiny_experiment(**still), steps=1, init_from=str(straight.folder))
+    chex.assert_trees_all_equal(run.state.params, straight.run.state.params)
+
+
+def test_init_from_that_cannot_serve_leaves_no_run_behind(straight, tmp_path):
+    other = tiny_experiment(model=MLP(features=(), outputs=3))
+    with pytest.raises(UsageError, match="none of its parameters"):
+        fit(tmp_path / "run", other, init_from=str(straight.folder))
+    with pytest.raises(UsageError, match="holds no run"):  # the corrected command is not met with "other settings"
+        fit(tmp_path / "run", other, init_from=str(tmp_path / "nowhere"))
+    shutil.copytree(straight.folder, tmp_path / "early")
+    shutil.rmtree(tmp_path / "early" / "checkpoints")
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        fit(tmp_path / "run", other, init_from=str(tmp_path / "early"))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+# ---- other errors, before anything is written
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"batch_size": 61}, "batch_size 61 does not fit 60 training examples"),
+    ({"steps": None}, "--steps, --epochs or --minutes"),
+    ({"validation": 0.001}, "cannot hold out"),
+    ({"steps": 0}, "--steps 0"),
+])
+def test_mistakes_leave_nothing_behind(tmp_path, change, said):
+    with pytest.raises(UsageError, match=said) as error:
+        fit(tmp_path / "run", **change)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_data_that_fails_in_the_background_ends_the_run(tmp_path):
+    class Reader:
+        label = blobs(60, seed=0)["label"]
+
+        def __len__(self) -> int:
+            return 60
+
+        def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+            if row == late:
+                raise OSError("disk on fire")
+            return {k: v[row] for k, v in blobs_60.items()}
+
+    blobs_60 = blobs(60, seed=0)
+    late = int(pipeline.batch_rows(5, seed=0, batch_size=8, size=60)[3])
+    with pytest.raises(UsageError, match=f"example {late} .*disk on fire"):
+        fit(tmp_path / "run", tiny_experiment(train=Reader()), steps=7, save_every=2)
+
+
+# ---- what people see
+
+
+def test_display_shows_layers_phases_and_numbers(tmp_path, capsys):
+    train.fit(rich(), flags(tmp_path / "run", steps=3, ema=0.9), quiet=False)
+    out = capsys.readouterr().out
+    for words in ("dense_0", "logits", "163", "compiling", "training", "evaluating", "saving", "step 2/3", "examples/s",
+                  "step 3 eval: ", "eval/accuracy", "report: "):
+        assert words in out, words
+    train.fit(rich(), flags(tmp_path / "run", steps=3, ema=0.9), quiet=False)
+    assert "is finished" in (again := capsys.readouterr().out) and "eval/accuracy" in again and "training" not in again
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import tiny_experiment
+from bigjax import train
+from bigjax.experiment import RunConfig
+heavy = ("matplotlib", "tensorboardX", "tensorflow_datasets", "tensorflow")
+train.write_report = lambda home: print("loaded while training:", *(m for m in heavy if m in sys.modules))
+for board in (False, True):
+    config = RunConfig(workdir=f"run_{{board}}", steps=1, batch_size=8, tensorboard=board)
+    train.fit(tiny_experiment(), config, quiet=True)
+"""
+
+
+def test_tensorboard_only_when_asked_and_nothing_heavy_otherwise(tmp_path):
+    script = SCRIPT.format(tests=str(REPOSITORY / "tests"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["loaded while training:", "loaded while training: tensorboardX"]
+    assert not (tmp_path / "run_False/tensorboard").exists()
+    (events,) = (tmp_path / "run_True/tensorboard").iterdir()
+    content = events.read_bytes()
+    assert events.name.startswith("events.out.tfevents") and b"train/loss" in content and b"eval/accuracy" in content
