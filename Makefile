@@ -10,10 +10,10 @@ demo: $(INSTALLED) ## set up, train a CNN on 4,000 real MNIST images, show its r
 	$(RUN) experiments/mnist_cnn.py
 
 test: $(INSTALLED) ## set up, run the tests that take minutes, not hours
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 -m "not slow"
 
 slow: $(INSTALLED) ## the long proofs
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n 2 -m slow
 
 lint: $(INSTALLED) ## ruff
 	$(RUN) -m ruff check .

@@ -4,7 +4,10 @@ __version__ = "0.1.0"
 
 
 class UsageError(Exception):
-    """Something the user can put right. The text is one line: the cause, then the next action; it is shown without a traceback."""
+    """Something the user can put right. The text is one line: the cause, then the next action.
+
+    It is shown without a traceback.
+    """
 
 
 def __getattr__(name: str):  # lazily, so that importing bigjax.models stays as cheap as importing flax

@@ -1,4 +1,7 @@
-"""What survives: asynchronous, atomic checkpoints of any tree. The only file that imports orbax; it knows no task and no model."""
+"""What survives: asynchronous, atomic checkpoints of any tree. The only file that imports orbax.
+
+It knows no task and no model.
+"""
 
 from typing import Any
 
@@ -13,12 +16,17 @@ from bigjax.optim import path_string
 Tree = Any
 
 
-class Checkpoints:
-    """The checkpoints of one run, by step: the last `keep`, and with `best` = "max:accuracy" or "min:loss" the best `keep` too."""
+def raw(x: jax.Array) -> jax.Array:
+    """What is written for an array: for PRNG keys their numbers."""
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
-    def __init__(
-        self, directory: epath.PathLike, *, keep: int = 3, best: str | None = None, read_only: bool = False
-    ):
+
+class Checkpoints:
+    """The checkpoints of one run, by step:
+    the last `keep`, and with `best` = "max:accuracy" or "min:loss" the best `keep` too.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep: int = 3, best: str | None = None, read_only: bool = False):
         self.best = best.partition(":")[2] if best else None
         kept: policies.PreservationPolicy = policies.LatestN(keep)
         if best:
@@ -34,6 +42,7 @@ class Checkpoints:
                 preservation_policy=kept,
                 cleanup_tmp_directories=not read_only,  # a reader must leave the save of a run under way alone
                 create=not read_only,
+                best_fn=(lambda m: m[self.best]) if best else None,  # else orbax forgets the numbers at a resumption
                 enable_async_checkpointing=True,
             ),
         )
@@ -60,7 +69,7 @@ class Checkpoints:
         """
         tree = self.manager.item_metadata(step)["state"].tree
         there = {path_string(path): m.shape for path, m in jax.tree.leaves_with_path(tree)}
-        here = {path_string(path): s.shape for path, s in jax.tree.leaves_with_path(abstract)}
+        here = {path_string(path): jax.eval_shape(raw, s).shape for path, s in jax.tree.leaves_with_path(abstract)}
         if other := [f"{k} is {v}, saved {there.get(k, 'not at all')}" for k, v in here.items() if there.get(k) != v]:
             raise UsageError(
                 f"the checkpoint of step {step} is of another model or optimizer ({'; '.join(other[:3])}"
@@ -74,7 +83,9 @@ class Checkpoints:
         return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
     def shapes(self, step: int) -> Tree:
-        """The tree at `step` as nested dicts of jax.ShapeDtypeStruct on the first device: what is there, without reading it."""
+        """The tree at `step` as nested dicts of jax.ShapeDtypeStruct on the first device:
+        what is there, without reading it.
+        """
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         tree = self.manager.item_metadata(step)["state"].tree
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), tree)

@@ -24,7 +24,10 @@ def watch_modules(see: Callable[[str, Any], None]) -> Any:
 
 
 def layer_rows(init: Callable[[], Any], params: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """(layer, output shape of one example, parameters) of each module that owns parameters; `init` is traced, not run."""
+    """(layer, output shape of one example, parameters) of each module that owns parameters.
+
+    `init` is traced, not run.
+    """
     shapes: dict[str, str] = {}
 
     def see(path: str, out: Any) -> None:

@@ -67,8 +67,16 @@ class Display:
         """Prints `layer_table`."""
         self.console.print(layer_table(model_name, rows, total=total))
 
-    def update(self, step: int, steps: int | None, *, metrics: Mapping[str, float], examples_per_second: float,
-               data_wait_fraction: float, eta: float | None = None) -> None:
+    def update(
+        self,
+        step: int,
+        steps: int | None,
+        *,
+        metrics: Mapping[str, float],
+        examples_per_second: float,
+        data_wait_fraction: float,
+        eta: float | None = None,
+    ) -> None:
         """One log window: metrics called loss or accuracy (or ending in /loss, /accuracy) are shown, four at most.
 
         ETA (seconds) comes from the mean time a step since the first update, unless given.
@@ -78,8 +86,12 @@ class Display:
         if eta is None and steps is not None and step > step_0:
             eta = (now - first) / (step - step_0) * (steps - step)
         shown = [k for k in metrics if k.split("/")[-1] in ("loss", "accuracy")][:4]
-        words = [f"step {step:,}" + (f"/{steps:,}" if steps else ""), *(f"{k} {_number(metrics[k])}" for k in shown),
-                 f"{_number(examples_per_second)} examples/s", f"data wait {100 * data_wait_fraction:.0f}%"]
+        words = [
+            f"step {step:,}" + (f"/{steps:,}" if steps else ""),
+            *(f"{k} {_number(metrics[k])}" for k in shown),
+            f"{_number(examples_per_second)} examples/s",
+            f"data wait {100 * data_wait_fraction:.0f}%",
+        ]
         self._status, self._done = "  ".join([*words, f"ETA {_clock(eta)}"]), step / steps if steps else None
         if self._live is None:
             self.line(self._status)
@@ -111,15 +123,24 @@ def summary(result: Mapping[str, Any], *, report: str | None = None, console: Co
     console = console or Console()
     published = {p["metric"]: p for p in result.get("published") or ()}
     metrics = result.get("metrics", {})
-    table = Table(box=None, title=Text(f"{result.get('experiment', '')}, step {result.get('step', 0):,}"),
-                  title_justify="left", pad_edge=False)
+    table = Table(
+        box=None,
+        title=Text(f"{result.get('experiment', '')}, step {result.get('step', 0):,}"),
+        title_justify="left",
+        pad_edge=False,
+    )
     for heading, justify in (("metric", "left"), ("measured", "right"), ("published", "right"), ("", "left")):
         table.add_column(heading, justify=justify, overflow="fold")
     for name in [*published, *(k for k in metrics if k not in published)]:
         measured, aim = metrics.get(name), published.get(name)
         reached = ("reached" if aim.get("reached") else "NOT reached") if aim else ""
-        table.add_row(Text(name), "-" if measured is None else _number(measured), _number(aim["value"]) if aim else "",
-                      reached, style="bold" if aim else None)
+        table.add_row(
+            Text(name),
+            "-" if measured is None else _number(measured),
+            _number(aim["value"]) if aim else "",
+            reached,
+            style="bold" if aim else None,
+        )
     console.print(table)
     words = [f"{k.replace('_', ' ')} {_number(v)} s" for k, v in (result.get("seconds") or {}).items()]
     if result.get("examples_per_second"):

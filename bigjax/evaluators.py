@@ -21,7 +21,11 @@ Evaluator = Callable[[Params, ModelState, Key], dict[str, float]]
 def images_of(split: pipeline.Split, count: int | None = None) -> np.ndarray:
     """The first `count` images (N, H, W, C) of a split as floats in [0, 1]."""
     rows = range(pipeline.size_of(split) if count is None else min(count, pipeline.size_of(split)))
-    image = split["image"][rows.start : rows.stop] if isinstance(split, Mapping) else np.stack([split[i]["image"] for i in rows])
+    image = (
+        split["image"][rows.start : rows.stop]
+        if isinstance(split, Mapping)
+        else np.stack([split[i]["image"] for i in rows])
+    )
     return np.asarray(to_float({"image": jnp.asarray(image)})["image"])
 
 
@@ -45,9 +49,7 @@ def nearest_other(x_NF: np.ndarray) -> np.ndarray:
     return np.sqrt(np.clip(distance_NN.min(1), 0, None))
 
 
-def generate_images(
-    generator: nn.Module, params: Params, model_state: ModelState, key: Key, count: int
-) -> np.ndarray:
+def generate_images(generator: nn.Module, params: Params, model_state: ModelState, key: Key, count: int) -> np.ndarray:
     """`count` images (N, H, W, C) of the player "generator"; a conditioned one is given the classes in turn."""
     variables = {"params": params["generator"], **model_state["generator"]}
     labels = (jnp.arange(count) % generator.classes,) if generator.classes else ()

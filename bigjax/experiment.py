@@ -37,7 +37,9 @@ class RunConfig:
     eval_every: int = 500
     save_every: int = 500
     keep: int = 2  # checkpoints
-    best: str | None = None  # keep the best checkpoints too, by a number of the validation split: max:accuracy, min:loss
+    best: str | None = (
+        None  # keep the best checkpoints too, by a number of the validation split: max:accuracy, min:loss
+    )
     resume: bool = True  # --no-resume: start over in this working directory, dropping what is there
     init_from: str | None = None  # a working directory whose parameters to start from
     tensorboard: bool = False
@@ -45,9 +47,10 @@ class RunConfig:
     compilation_cache: bool = True  # in ~/.cache/bigjax
 
 
-ABOVE_ZERO = {"steps", "epochs", "minutes", "batch_size", "accumulate", "log_every", "eval_every", "save_every", "keep"} | {
-    "learning_rate", "latent", "heads", "layers", "width", "context", "warmup_epochs",
-}  # fmt: skip
+ABOVE_ZERO = set(
+    "steps epochs minutes batch_size accumulate log_every eval_every save_every keep learning_rate latent heads layers "
+    "width context vocabulary length embedding code".split()
+)
 BELOW_ONE = {"validation", "ema", "dropout", "label_smoothing"}
 
 
@@ -77,7 +80,10 @@ def check(config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Published:
-    """A result from elsewhere, with its source, to set beside ours; reached if ours is at least (or, for a loss, at most) it."""
+    """A result from elsewhere, with its source, to set beside ours.
+
+    Reached if ours is at least (or, for a loss, at most) it.
+    """
 
     metric: str
     value: float
@@ -107,7 +113,8 @@ class Experiment:
     tx: number of updates of the run -> {player: optax transformation}; schedules need to know the end.
     train, test: mappings of arrays with one leading axis, or readers by index (bigjax.data).
     augment: (batch, key) -> batch, on the device, inside the step.
-    evaluators: run on the host at evaluation steps, for what (sum, count) cannot hold; their numbers appear as eval/NAME.
+    evaluators: run on the host at evaluation steps, for what (sum, count) cannot hold; their numbers appear as
+        eval/NAME.
     gallery: pictures or text for the report, made at evaluation steps.
     """
 

@@ -39,7 +39,9 @@ def worst_mistakes(
                 if i < real:
                     guess = int(share_NC[i].argmax())
                     own = float(share_NC[i, label_N[i]])
-                    found.append((own, int(label_N[i]), guess, float(share_NC[i, guess]), np.asarray(batch["image"][i])))
+                    found.append(
+                        (own, int(label_N[i]), guess, float(share_NC[i, guess]), np.asarray(batch["image"][i]))
+                    )
         worst = sorted(found, key=lambda row: row[0])[:count]
         name = class_names or [str(c) for c in range(10**3)]
         captions = [f"{name[label]}, taken for {name[guess]} ({share:.0%})" for _, label, guess, share, _ in worst]

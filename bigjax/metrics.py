@@ -93,7 +93,10 @@ def read_log(path: epath.Path) -> Iterator[dict[str, Any]]:
 
 
 class Log:
-    """Writes metrics.jsonl, and TensorBoard's event files if asked; lines after `step`, left by a killed run, are dropped."""
+    """Writes metrics.jsonl, and TensorBoard's event files if asked.
+
+    Lines after `step`, left by a killed run, are dropped.
+    """
 
     def __init__(self, workdir: epath.Path, *, step: int, tensorboard: bool = False, active: bool = True):
         self.path, self.active, self.board = workdir / "metrics.jsonl", active, None

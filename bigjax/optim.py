@@ -1,4 +1,7 @@
-"""How it is updated: what optax lacks in one call. Everything else is plain optax, written in an experiment's `build`."""
+"""How it is updated: what optax lacks in one call.
+
+Everything else is plain optax, written in an experiment's `build`.
+"""
 
 import re
 from collections.abc import Callable
@@ -17,7 +20,8 @@ def schedule(name: Schedule, peak: float, *, steps: int, warmup: int = 0, end: f
     """A learning rate by name over `steps` updates, from `peak` down to `end` (a fraction of the peak).
 
     constant; step: × 0.1 at 50 %, 75 % and 90 %; cosine; warmup-cosine: linear from 0 over `warmup` updates (5 % if 0),
-    then cosine; rsqrt: linear over `warmup` updates, then ∝ 1/√update (Vaswani et al. 2017, section 5.3, with `peak` at its top).
+    then cosine; rsqrt: linear over `warmup` updates, then ∝ 1/√update (Vaswani et al. 2017, section 5.3, with `peak`
+    at its top).
     """
     if warmup and name in ("constant", "step", "cosine"):
         raise UsageError(f"schedule {name!r} has no warm-up: use warmup-cosine or rsqrt, or leave warmup at 0")
@@ -108,7 +112,10 @@ def muon(
 
 
 def trust_ratios() -> optax.GradientTransformation:
-    """Scales each update by |parameter| / |update|, one ratio a leaf, or a layer of a scanned stack; 1 where either is 0."""
+    """Scales each update by |parameter| / |update|, one ratio a leaf, or a layer of a scanned stack.
+
+    1 where either is 0.
+    """
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         def scale(path: tuple[Any, ...], u: jax.Array, p: jax.Array) -> jax.Array:

@@ -133,11 +133,17 @@ def _headline(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, st
 
 def _facts(result: Mapping[str, Any], record: Mapping[str, Any], *, seed: object, edited: bool) -> str:
     devices, command, commit = (record | result).get("devices") or {}, record.get("command"), record.get("git_commit")
-    facts = {"parameters": result.get("parameters"), "updates": result.get("step"), "seed": result.get("seed", seed),
-             "dropped as non-finite": result.get("skipped") or None, "examples/s": result.get("examples_per_second"),
-             "model FLOPs utilization": result.get("mfu"), "devices": ", ".join(f"{k} {v}" for k, v in devices.items()),
-             "commit": f"{commit} + edits in source.patch" if edited else commit,
-             "command": shlex.join(map(str, command)) if isinstance(command, list) else command}
+    facts = {
+        "parameters": result.get("parameters"),
+        "updates": result.get("step"),
+        "seed": result.get("seed", seed),
+        "dropped as non-finite": result.get("skipped") or None,
+        "examples/s": result.get("examples_per_second"),
+        "model FLOPs utilization": result.get("mfu"),
+        "devices": ", ".join(f"{k} {v}" for k, v in devices.items()),
+        "commit": f"{commit} + edits in source.patch" if edited else commit,
+        "command": shlex.join(map(str, command)) if isinstance(command, list) else command,
+    }
     page = "".join(f"<div><dt>{k}</dt><dd>{_show(v)}</dd></div>" for k, v in facts.items() if v not in (None, ""))
     seconds = {k.replace("_", " "): v for k, v in result.get("seconds", {}).items() if v is not None}
     total = seconds.pop("total", sum(seconds.values()))
@@ -177,6 +183,7 @@ def _panel(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     from matplotlib import rc_context, ticker
     from matplotlib.colors import hsv_to_rgb, to_hex
     from matplotlib.figure import Figure
+
     hues = np.linspace(0.6, 0.05, len(lines))
     colors = {k: SPLITS.get(k) or to_hex(hsv_to_rgb((hue, 0.7, 0.78))) for k, hue in zip(lines, hues, strict=True)}
     arrays = {k: np.array(v, np.float64) for k, v in lines.items()}
@@ -224,6 +231,7 @@ def _confusion(result: Mapping[str, Any]) -> str:
 
 def _png(image: np.ndarray, *, width: float, caption: str) -> str:
     from PIL import Image
+
     Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image).save(buffer := io.BytesIO(), "png")
     data, caption = base64.b64encode(buffer.getvalue()).decode(), escape(caption)
     picture = f'<img style="width:{width:.0f}px" alt="{caption}" src="data:image/png;base64,{data}">'

@@ -1,4 +1,5 @@
-"""The table of results: rows are run by `reproduce`, recorded as JSON, and every number that a reader sees comes from there.
+"""The table of results: rows are run by `reproduce`, recorded as JSON, and every number that a reader sees comes from
+there.
 
 experiments/rows.toml names the rows, experiments/results/ROW.json holds what was measured, experiments/README.md is
 the table made of them, and the line "Measured: …" in a script's docstring is `headline` of its first row.
@@ -64,7 +65,8 @@ def measured(record: Row) -> str:
 def headline(record: Row) -> str:
     """The line of a script's docstring."""
     name = record["metric"].removeprefix("eval/").replace("_", " ")
-    return f"Measured: {name} {measured(record)} in {record['seconds']:.0f} s on {record['device']}, commit {record['commit']}."
+    where = f"{record['seconds']:.0f} s on {record['device']}, commit {record['commit']}"
+    return f"Measured: {name} {measured(record)} in {where}."
 
 
 def table(folder: Path) -> str:
@@ -109,7 +111,10 @@ def run(folder: Path, name: str, row: Row) -> dict[str, Any]:
             if done.returncode:
                 raise UsageError(f"row {name}, seed {seed} ended with exit status {done.returncode}: see above")
             results.append(json.loads((Path(home) / "result.json").read_text()))
-        print(f"{name} seed {seed}: {row['metric']} {number(row['metric'], results[-1]['metrics'][row['metric']])}", flush=True)
+        print(
+            f"{name} seed {seed}: {row['metric']} {number(row['metric'], results[-1]['metrics'][row['metric']])}",
+            flush=True,
+        )
     first = results[0]
     shared = set.intersection(*(set(r["metrics"]) for r in results))
     return {
@@ -119,7 +124,9 @@ def run(folder: Path, name: str, row: Row) -> dict[str, Any]:
         "data": row["data"],
         "metric": row["metric"],
         "values": [r["metrics"][row["metric"]] for r in results],
-        "metrics": {k: statistics.mean(r["metrics"][k] for r in results) for k in sorted(shared) if k.startswith("eval/")},
+        "metrics": {
+            k: statistics.mean(r["metrics"][k] for r in results) for k in sorted(shared) if k.startswith("eval/")
+        },
         "seeds": [r["seed"] for r in results],
         "step": first["step"],
         "parameters": first["parameters"],
@@ -136,7 +143,10 @@ def run(folder: Path, name: str, row: Row) -> dict[str, Any]:
 
 
 def reproduce(names: list[str], *, record: bool = False) -> None:
-    """Runs rows again (all without names) and prints published, recorded and new values; `record` keeps the new ones."""
+    """Runs rows again (all without names) and prints published, recorded and new values.
+
+    `record` keeps the new ones.
+    """
     folder = experiments()
     known = rows(folder)
     if unknown := [n for n in names if n not in known]:
@@ -149,7 +159,10 @@ def reproduce(names: list[str], *, record: bool = False) -> None:
                 f"{new['corpus_sha256'][:12]}): the numbers can't be compared; use the Python that it was recorded with"
             )
         published = "; ".join(number(p["metric"], p["value"]) for p in new["published"]) or "none"
-        print(f"{name} {new['metric']}: published {published}, recorded {measured(old) if old else 'none'}, now {measured(new)}")
+        print(
+            f"{name} {new['metric']}: published {published}, "
+            f"recorded {measured(old) if old else 'none'}, now {measured(new)}"
+        )
         if record:
             (folder / "results").mkdir(exist_ok=True)
             (folder / "results" / f"{name}.json").write_text(json.dumps(new, indent=1) + "\n")

@@ -31,7 +31,9 @@ class TrainState:
     ema: Params
 
 
-def init_state(key: Key, batch: Batch, *, task: Task, tx: Mapping[str, optax.GradientTransformation], ema: float) -> TrainState:
+def init_state(
+    key: Key, batch: Batch, *, task: Task, tx: Mapping[str, optax.GradientTransformation], ema: float
+) -> TrainState:
     """The state before the first update; pure, so that it can be born sharded under jit."""
     params, model_state = task.init(key, to_float(batch))
     return TrainState(
@@ -68,8 +70,8 @@ def gradients(
 ) -> tuple[Tree, Tree, Metrics, Array]:
     """(gradient of the mean loss in the player's own parameters, its model state, metrics, mean loss).
 
-    With `accumulate` > 1 the batch is computed in as many parts; sums and counts add up to the same update. The parts take
-    every M-th row: a batch split over devices stays split.
+    With `accumulate` > 1 the batch is computed in as many parts; sums and counts add up to the same update. The parts
+    take every M-th row: a batch split over devices stays split.
     """
 
     def total(own: Tree, state: Tree, part: Batch) -> tuple[Array, tuple[Array, Tree, Metrics]]:
@@ -109,8 +111,8 @@ def train_step(
     """One update of every player, in the order of `task.losses`. Pure; it needs no mesh.
 
     key: key(seed), the same for every step; the step folds in its own number. A loss, gradient or update that is not
-    finite drops the whole update, and `state.skipped` counts it; unless skip_nonfinite, all later updates are dropped too, so that the
-    state stays as it was before the batch number step − skipped.
+    finite drops the whole update, and `state.skipped` counts it; unless skip_nonfinite, all later updates are dropped
+    too, so that the state stays as it was before the batch number step − skipped.
     """
     key = jax.random.fold_in(key, state.step)
     batch = to_float(batch)
@@ -141,7 +143,10 @@ def train_step(
 def make_evaluate(
     task: Task, *, batch_size: int, seed: int, mesh: jax.sharding.Mesh
 ) -> Callable[[Params, ModelState, pipeline.Split], Metrics]:
-    """A function (params, model_state, split) -> merged metrics, on the host; each example of the split counts exactly once."""
+    """A function (params, model_state, split) -> merged metrics, on the host.
+
+    Each example of the split counts exactly once.
+    """
     key = jax.random.key(seed)
     rows = {"batch_size": batch_size, "process": jax.process_index(), "processes": jax.process_count()}
 

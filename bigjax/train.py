@@ -30,7 +30,7 @@ __all__ = ["Run", "TrainState", "fit", "train_step"]
 
 @dataclass(frozen=True)
 class Run:
-    """What `fit` gives back: the final state (None if the run was finished before), result.json's content, the folder."""
+    """What `fit` gives back; `state` is None if the run was finished before."""
 
     state: TrainState | None
     result: dict[str, Any]
@@ -112,8 +112,10 @@ class Program:
         host = pipeline.batches(self.train, start=start, **self.rows)
         return prefetch(host, lambda batch: sharding.put_batch(batch, self.mesh))
 
-    def chunk(self, state: TrainState, window: Metrics, batches: Iterator[Batch], count: int) -> tuple[TrainState, Metrics]:
-        """`count` updates. The host runs two ahead of the device, so that the device never waits and no batches pile up."""
+    def chunk(
+        self, state: TrainState, window: Metrics, batches: Iterator[Batch], count: int
+    ) -> tuple[TrainState, Metrics]:
+        """`count` updates; the host runs two ahead, so that the device never waits and no batches pile up."""
         flying: list[Array] = []
         for batch in itertools.islice(batches, count):
             state, window, done = self.update(state, window, batch, self.key)
@@ -212,9 +214,7 @@ class Loop:
         with jax.set_mesh(self.program.mesh):
             self.step, self.state, self.window = self.start()
         self.first = self.step
-        self.log = metrics.Log(
-            home, step=self.step, tensorboard=config.tensorboard, active=jax.process_index() == 0
-        )
+        self.log = metrics.Log(home, step=self.step, tensorboard=config.tensorboard, active=jax.process_index() == 0)
         self.batches = self.program.batches(self.step)
         self.unread: tuple[int, Metrics, float] | None = None  # (step, window, examples/s), not yet asked of the device
         self.mark = (0.0, self.step)  # seconds trained and step at the window's start
@@ -254,7 +254,10 @@ class Loop:
             values = self.watch.timed("eval", self.judge) if evaluate else {}
             if save:
                 self.watch.timed("checkpoint", self.save, values)
-            ends = [self.steps, *((self.step // n + 1) * n for n in (config.log_every, config.eval_every, config.save_every))]
+            ends = [
+                self.steps,
+                *((self.step // n + 1) * n for n in (config.log_every, config.eval_every, config.save_every)),
+            ]
             count = min(ends) - self.step
         return self.finish()
 
@@ -282,7 +285,10 @@ class Loop:
         self.mark = (self.watch.seconds["train"], self.step)
 
     def read(self) -> None:
-        """Writes and shows the numbers of the window set aside, if there is one; stops the run if they are not finite."""
+        """Writes and shows the numbers of the window set aside, if there is one.
+
+        Stops the run if they are not finite.
+        """
         if self.unread is None:
             return
         (step, window, speed), self.unread = self.unread, None
@@ -290,13 +296,13 @@ class Loop:
         if values["skipped"] and self.config.nonfinite == "stop":
             self.stop_nonfinite()
         if values["skipped"]:
-            self.display.line(f"step {step}: {values['skipped']:.1%} of the updates since the last line were not finite and dropped")
+            self.display.line(
+                f"step {step}: {values['skipped']:.1%} of the updates since the last line were not finite and dropped"
+            )
         wait = self.watch.seconds["data_wait"] = self.batches.wait_seconds
         self.log.write(step, "train", {**values, "examples_per_second": speed})
         share = wait / max(self.watch.seconds["train"], 1e-9)
-        self.display.update(
-            step, self.steps, metrics=values, examples_per_second=speed, data_wait_fraction=share
-        )
+        self.display.update(step, self.steps, metrics=values, examples_per_second=speed, data_wait_fraction=share)
 
     def judge(self) -> dict[str, float]:
         """Evaluates every split, runs the evaluators, fills the gallery; the validation split's values."""

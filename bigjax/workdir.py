@@ -28,6 +28,7 @@ OURS = (
 )  # fmt: skip
 UNBEGUN = {".writable", "source.patch", "config.json.part"}  # what a kill in the first moment leaves
 
+
 def write_json(path: epath.Path, value: Any) -> None:
     """Atomically: the file is there whole or not at all."""
     part = path.parent / (path.name + ".part")
@@ -157,7 +158,9 @@ def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Modu
     if player is None and len(models) == 1:
         player = next(iter(models))
     if player not in models:
-        raise UsageError(f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})")
+        raise UsageError(
+            f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})"
+        )
     checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
     step = checkpoints.latest()
     if step is None:
@@ -198,7 +201,10 @@ def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume:
         clear(workdir)
     if not config.exists():
         if other := sorted(p.name for p in workdir.iterdir() if p.name not in UNBEGUN):
-            raise UsageError(f"--workdir {workdir} holds no run, but other things ({', '.join(other[:3])}): name an empty or new folder")
+            raise UsageError(
+                f"--workdir {workdir} holds no run, but other things ({', '.join(other[:3])}): "
+                "name an empty or new folder"
+            )
         (workdir / "source.patch").write_text(git("diff", "HEAD") or "")
         write_json(config, description)
         return None
@@ -208,8 +214,8 @@ def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume:
         changes.insert(0, f"experiment: {old['experiment']} -> {description['experiment']}")
     if changes:
         raise UsageError(
-            f"--workdir {workdir} belongs to a run with other settings: use another --workdir, or --no-resume to start over there\n  "
-            + "\n  ".join(changes)
+            f"--workdir {workdir} belongs to a run with other settings: use another --workdir, or --no-resume to "
+            "start over there\n  " + "\n  ".join(changes)
         )
     result = workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else None

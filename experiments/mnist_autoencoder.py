@@ -16,8 +16,8 @@ from bigjax.data.augment import augment_images
 from bigjax.evaluators import linear_probe
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.gallery import reconstructions
+from bigjax.generative import reconstruct
 from bigjax.models import Autoencoder
-from bigjax.tasks import reconstruct
 
 
 @dataclass(frozen=True)

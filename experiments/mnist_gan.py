@@ -7,9 +7,12 @@ Measured: not yet.
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import flax.linen as nn
 import mnist_cnn
 import optax
 from etils import epath
@@ -21,8 +24,8 @@ from bigjax.data.augment import augment_images
 from bigjax.evaluators import generated_images
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.gallery import generator_samples, nearest_training_images
+from bigjax.generative import adversarial
 from bigjax.models import Discriminator, Generator
-from bigjax.tasks import adversarial
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,13 @@ class Config(RunConfig):
     save_every: int = 1000
 
 
-def judge_of(c: Config) -> tuple[object, dict, float]:
-    """(module, variables, test accuracy) of the CNN that judges, trained by its own script's defaults if need be."""
-    home = epath.Path(c.judge)
-    config = mnist_cnn.Config(workdir=c.judge, data=c.data)
-    result = train.fit(dataclasses.replace(mnist_cnn.build(config), name="mnist_cnn"), config).result
-    return *bigjax.load(home), result["metrics"]["eval/accuracy"]
+def judge_of(c: Config) -> tuple[nn.Module, Mapping[str, Any], float]:
+    """(module, variables, test accuracy) of the CNN that judges: a finished run of mnist_cnn.py, or one made now."""
+    result = epath.Path(c.judge) / "result.json"
+    if not result.exists():
+        config = mnist_cnn.Config(workdir=c.judge, data=c.data)
+        train.fit(dataclasses.replace(mnist_cnn.build(config), name="mnist_cnn"), config)
+    return *bigjax.load(c.judge), json.loads(result.read_text())["metrics"]["eval/accuracy"]
 
 
 def build(c: Config) -> Experiment:
@@ -71,7 +75,9 @@ def build(c: Config) -> Experiment:
 
     def tx(steps: int) -> dict[str, optax.GradientTransformation]:
         rates = {"discriminator": c.discriminator_rate, "generator": c.learning_rate}
-        return {k: optax.adam(optim.schedule("cosine", rate, steps=steps), b1=0.5, b2=0.99) for k, rate in rates.items()}
+        return {
+            k: optax.adam(optim.schedule("cosine", rate, steps=steps), b1=0.5, b2=0.99) for k, rate in rates.items()
+        }
 
     judge, variables, accuracy = judge_of(c)
     return Experiment(

@@ -12,8 +12,8 @@ from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.gallery import latent_walk, prior_samples, reconstructions
+from bigjax.generative import variational
 from bigjax.models import VAE
-from bigjax.tasks import variational
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Measured: not yet.
 
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 import optax
 

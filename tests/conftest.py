@@ -28,7 +28,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def blobs(size: int, *, seed: int) -> dict[str, np.ndarray]:
-    """Images (size, 4, 4, 1) of three classes that a small network can tell apart: a bright row at 0, 1 or 2, and noise."""
+    """Images (size, 4, 4, 1) of three classes that a small network can tell apart:
+    a bright row at 0, 1 or 2, and noise.
+    """
     random = np.random.default_rng(seed)
     label = random.integers(0, 3, size).astype(np.int32)
     image = random.integers(0, 120, (size, 4, 4, 1)).astype(np.uint8)
@@ -52,10 +54,14 @@ def tiny_experiment(**changes: Any) -> Experiment:
 
 @pytest.fixture
 def fit_tiny(tmp_path: Path) -> Callable[..., train.Run]:
-    """fit_tiny(experiment=..., folder="run", steps=..., ...) trains the tiny experiment quietly in a temporary folder."""
+    """fit_tiny(experiment=..., folder="run", steps=...,
+    ...) trains the tiny experiment quietly in a temporary folder.
+    """
 
     def fit(experiment: Experiment | None = None, *, folder: str = "run", **flags: Any) -> train.Run:
         flags = {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 6, "save_every": 3} | flags
-        return train.fit(experiment or tiny_experiment(), RunConfig(workdir=str(tmp_path / folder), **flags), quiet=True)
+        return train.fit(
+            experiment or tiny_experiment(), RunConfig(workdir=str(tmp_path / folder), **flags), quiet=True
+        )
 
     return fit

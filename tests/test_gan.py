@@ -95,5 +95,8 @@ def test_mistakes_are_named():
         SMALL.init(jax.random.key(0), jnp.zeros((1, 7)))
     with pytest.raises(UsageError, match="28×28 can't be halved 3 times"):
         Generator(features=(8, 8, 8, 8)).init(jax.random.key(0), jnp.zeros((1, 100)))
+    for image in ((30, 28, 1), (28, 30, 1)):
+        with pytest.raises(UsageError, match="can't be halved 2 times"):
+            Generator(image).init(jax.random.key(0), jnp.zeros((1, 100)))
     with pytest.raises(UsageError, match="'mean'.*max or flatten"):
         Discriminator(pool="mean").init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))

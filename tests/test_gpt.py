@@ -120,8 +120,10 @@ def test_padding_changes_no_real_logit_and_no_gradient():
         return (model.apply(v, tokens, length_B) ** 2 * real_BL[..., None]).sum()
 
     chex.assert_trees_all_equal(*(jax.value_and_grad(run)(variables, t) for t in (tokens_BL, other_BL)))
+    apply = jax.jit(model.apply)
+    chex.assert_trees_all_equal(*(apply(variables, t, length_B) for t in (tokens_BL, other_BL)))
     alone = model.apply(variables, tokens_BL[1:, :2])
-    np.testing.assert_allclose(model.apply(variables, other_BL, length_B)[1:, :2], alone, atol=1e-5)
+    np.testing.assert_allclose(apply(variables, other_BL, length_B)[1:, :2], alone, atol=1e-5)
 
 
 def test_order_matters_and_rotary_logits_ignore_where_a_text_starts():

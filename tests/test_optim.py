@@ -49,6 +49,12 @@ def test_unknown_schedule_names_those_there_are() -> None:
         optim.schedule("linear", PEAK, steps=10)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["constant", "step", "cosine"])
+def test_a_warm_up_that_would_be_ignored_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"schedule '{name}' has no warm-up: use warmup-cosine or rsqrt"):
+        optim.schedule(name, PEAK, steps=10, warmup=2)  # type: ignore[arg-type]
+
+
 PARAMS = {
     "dense_0": {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]]), "bias": jnp.array([4.0, -1.0])},
     "norm_0": {"scale": jnp.array([1.5, 2.0]), "bias": jnp.array([0.25, 0.75])},

@@ -321,15 +321,32 @@ def test_a_nonfinite_update_is_dropped_whole_and_counted(policy: str) -> None:
         chex.assert_tree_all_finite(three)
 
 
-def test_an_infinite_gradient_of_a_finite_loss_is_dropped() -> None:
-    def loss(params: Any, state: Any, batch: Any, key: Array) -> Any:
-        return (jnp.sqrt(jnp.abs(params["model"]["w"])).sum(), jnp.ones(())), (state["model"], {})
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_loss_or_gradient_alone_that_is_not_finite_is_dropped(kind: str) -> None:
+    """A finite gradient of a loss that is NaN; an infinite gradient of a finite loss, whose updates are finite."""
 
-    task = Task(init=lambda *_: ({"model": {"w": jnp.zeros(2)}}, {"model": {}}), losses={"model": loss}, evaluate=None)  # type: ignore[arg-type]
-    tx = {"model": optax.sgd(1.0)}
+    def loss(params: Any, state: Any, batch: Any, key: Array) -> Any:
+        w = params["model"]["w"]
+        value = (jnp.square(w - 1) + jnp.nan if kind == "loss" else jnp.sqrt(jnp.abs(w))).sum()
+        return (value, jnp.ones(())), (state["model"], {})
+
+    init = lambda *_: ({"model": {"w": jnp.zeros(2)}}, {"model": {}})  # noqa: E731
+    task = Task(init=init, losses={"model": loss}, evaluate=lambda *_: {})
+    signs = optax.stateless(lambda grads, _: jax.tree.map(lambda g: jnp.sign(g) + 1, grads))
+    tx = {"model": optax.sgd(1.0) if kind == "loss" else signs}
     state, out = stepper(task, tx)(start(task, PAIR, tx), PAIR, KEY)
     assert int(state.skipped) == 1
     np.testing.assert_array_equal(state.params["model"]["w"], 0)
+
+
+def test_a_nonfinite_update_of_a_finite_gradient_is_dropped() -> None:
+    """As of an optimizer that divides by the norm of a gradient that is 0: the parameters must not be lost to it."""
+    tx = {"a": optax.scale(float("nan")), "b": optax.sgd(0.1)}
+    task = two_players("a")
+    old = start(two_players("a", "b"), PAIR, tx)
+    new, _ = stepper(task, tx)(old, PAIR, KEY)
+    assert int(new.skipped) == 1
+    chex.assert_trees_all_equal(new.params, old.params)
 
 
 def test_a_later_players_nan_drops_the_earlier_players_update_too() -> None:
@@ -408,7 +425,7 @@ def test_first_nonfinite_names_the_first_layer_that_overflows(layer: str) -> Non
 
 def test_first_nonfinite_names_parameters_losses_and_gradients() -> None:
     task, state, batch = three_layers()
-    assert first_nonfinite(task, None, state, batch, KEY) == "a gradient is not, though the losses are"
+    assert first_nonfinite(task, None, state, batch, KEY) == "a gradient or an update is not, though the losses are"
     params = jax.tree.map(jnp.copy, state.params)
     params["model"]["dense_1"]["kernel"] = params["model"]["dense_1"]["kernel"].at[0, 0].set(jnp.nan)
     said = first_nonfinite(task, None, state.replace(params=params), batch, KEY)
@@ -427,10 +444,8 @@ class Bare(nn.Module):
 
 
 def test_first_nonfinite_of_a_bare_module() -> None:
-    task, batch = (
-        classify(Bare(), classes=3, inputs=fields("x")),
-        rows(x=np.full((2, 3), 9.0), label=np.zeros(2, np.int32)),
-    )
+    task = classify(Bare(), classes=3, inputs=fields("x"))
+    batch = rows(x=np.full((2, 3), 9, np.float32), label=np.zeros(2, np.int32))
     said = first_nonfinite(task, None, start(task, batch, {"model": optax.sgd(0.1)}), batch, KEY)
     assert said == "the output of the outermost module of 'model' is the first that is not"
 

@@ -46,6 +46,23 @@ def test_causal_attention_masks_what_comes_later():
     np.testing.assert_allclose(attention(q, k, v, causal=True), attention_numpy(q, k, v, lower), atol=1e-5)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_long_causal_attention_in_quarters_equals_the_formula_and_jax(kv_heads):
+    q, k, v = normal(0, B, 128, 2, K), normal(1, B, 128, kv_heads, K), normal(2, B, 128, kv_heads, K)
+    lower = np.tril(np.ones((128, 128), bool))[None, None]
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (B, 2, 128, 128)) | np.eye(128, dtype=bool)[None, None]
+    np.testing.assert_allclose(attention(q, k, v, causal=True), attention_numpy(q, k, v, lower), atol=1e-5)
+    np.testing.assert_allclose(
+        attention(q, k, v, mask=mask, causal=True), attention_numpy(q, k, v, np.asarray(mask) & lower), atol=1e-5
+    )
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    theirs = gradient(lambda *x: jax.nn.dot_product_attention(*x, is_causal=True))
+    chex.assert_trees_all_close(gradient(lambda *x: attention(*x, causal=True)), theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_rotary_depends_on_relative_position_only_and_keeps_lengths():
     q, k = normal(0, 1, 1, 1, K), normal(1, 1, 1, 1, K)
 

@@ -1,0 +1,173 @@
+"""The verbs, as a user types them: what is right prints and exits 0, what is wrong is one message and exits 2."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, tiny_experiment
+
+from bigjax import UsageError, cli
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.models import MLP
+from bigjax.tasks import classify
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    steps: int | None = 2
+    batch_size: int = 8
+    learning_rate: float = 1e-2
+    activation: str = "relu"
+    features: tuple[int, ...] = (8,)
+
+
+def build(c: Config) -> Experiment:
+    if c.data == "nowhere":
+        raise UsageError("no data set is called 'nowhere': use digits")
+    model = MLP(features=c.features, outputs=3, activation=c.activation)
+    return tiny_experiment(model=model, task=classify(model, classes=3))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `python test_cli.py` was run."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cli.main(Config, build, [])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+def failed(arguments: str, capsys: Any) -> str:
+    """The message of a command that must fail."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(Config, build, arguments.split())
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and out in ("", "compiling ...\n") and err
+    assert "Traceback" not in err and "JAX has removed" not in err
+    return err
+
+
+# ---- what works
+
+
+def test_train_is_the_default_verb_and_the_script_names_the_run(home):
+    result = json.loads((home / "runs/test_cli/result.json").read_text())
+    assert result["experiment"] == "test_cli" and result["step"] == 2
+
+
+def test_again_shows_the_result(capsys):
+    for arguments in ([], ["train"]):
+        cli.main(Config, build, arguments)
+        out = capsys.readouterr().out
+        assert "is finished; this is its result" in out and "eval/accuracy" in out and "report.html" in out
+
+
+def test_evaluate_prints_the_results_numbers(home, capsys):
+    cli.main(Config, build, ["evaluate"])
+    printed = json.loads(capsys.readouterr().out)
+    wanted = {
+        k: v
+        for k, v in json.loads((home / "runs/test_cli/result.json").read_text())["metrics"].items()
+        if k.startswith("eval/")
+    }
+    assert printed == {"step": 2} | {k: pytest.approx(v, rel=1e-6) for k, v in wanted.items()}
+    assert len(wanted) > 3
+
+
+def test_report_is_written_again(home, capsys):
+    (page := home / "runs/test_cli/report.html").unlink()
+    cli.main(Config, build, ["report"])
+    assert capsys.readouterr().out.strip() == "runs/test_cli/report.html"
+    assert "<h1>test_cli</h1>" in page.read_text()
+
+
+@pytest.mark.parametrize("arguments", ["--help", *(f"{verb} --help" for verb in cli.VERBS)])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(Config, build, arguments.split())
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 0 and err == ""
+    verb = arguments.split()[0] if " " in arguments else "train"
+    assert f"test_cli.py {verb}" in out and cli.VERBS[verb].split(";")[0].split()[-1] in out
+    for words in (*cli.VERBS, "--learning-rate", "--mesh.data", "--no-resume", "--batch-size", "runs/NAME"):
+        assert words in out, words
+
+
+def test_a_limit_of_ones_own_replaces_the_scripts_steps():
+    def settled(**given: Any) -> RunConfig:
+        return cli.settle(Config(**given), Config())
+
+    assert settled().steps == 2
+    assert settled(epochs=3.0).steps is None and settled(epochs=3.0).epochs == 3.0
+    assert settled(minutes=1.0).steps is None
+    assert settled(epochs=3.0, steps=5).steps == 5  # both asked for: whichever ends first
+    assert settled(steps=7).steps == 7
+
+
+# ---- what does not
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("trian", ["has no verb 'trian'", "did you mean train?"]),
+        ("zzz", ["has no verb 'zzz'", "use one of train, evaluate, report"]),
+        ("--learning-rat 3", ["--learning-rat", "--learning-rate"]),
+        ("--batch-size many", ["--batch-size", "many"]),
+        ("--dtype float16", ["--dtype", "float16", "bfloat16"]),
+        ("--steps 0", ["error: --steps 0: give a number above 0"]),
+        ("--learning-rate -1", ["error: --learning-rate -1.0: give a number above 0"]),
+        ("--learning-rate nan", ["error: --learning-rate nan: give a finite number"]),
+        ("--features 8 0", ["error: --features 0: give a number above 0"]),
+        ("--validation 1.5", ["error: --validation 1.5"]),
+        ("--workdir new --batch-size 100", ["error: batch_size 100 does not fit 60 training examples"]),
+        ("--workdir new --mesh.data 3", ["error: the mesh (data 3", "does not cover the 1 devices: use --mesh.data 1"]),
+        ("--workdir new --mesh.fsdp 2", ["error: nothing is sharded over mesh.fsdp"]),
+        ("--workdir new --activation rulu", ["error: no activation is called 'rulu': use one of relu"]),
+        ("--workdir new --data nowhere", ["error: no data set is called 'nowhere'"]),
+        ("--workdir new --init-from nowhere", ["error: nowhere holds no run"]),
+        ("--workdir /dev/null", ["error: --workdir /dev/null is a file: name a folder"]),
+        ("--workdir /dev/null/below", ["error: --workdir /dev/null/below cannot be written", "choose another"]),
+        ("--seed 1", ["error: --workdir runs/test_cli belongs to a run with other settings", "seed: 0 -> 1"]),
+        ("evaluate --workdir new", ["error: new holds no run (no config.json): train first"]),
+        ("report --workdir new", ["error: new has no config.json"]),
+        ("evaluate --features 9", ["error: the checkpoint of step 2 is of another model", "is (9,), saved (8,)"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_status_2(home, arguments, words, capsys):
+    said = failed(arguments, capsys)
+    for word in words:
+        assert word in said, said
+    if said.startswith("error: ") and "--seed" not in arguments:
+        assert said.count("\n") == 1
+    assert not (home / "new" / "config.json").exists()  # the corrected command finds nothing in its way
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_cli import Config, build
+from bigjax import cli
+if __name__ == "__main__":
+    cli.main(Config, build)
+"""
+
+
+def test_a_whole_script_fails_cleanly(tmp_path):
+    (tmp_path / "digit.py").write_text(SCRIPT.format(tests=str(REPOSITORY / "tests")))
+    done = subprocess.run(
+        [sys.executable, "digit.py", "--activation", "rulu"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: no activation is called 'rulu': use one of relu, sigmoid, tanh, gelu\n"

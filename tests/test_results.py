@@ -1,0 +1,64 @@
+"""No number that a reader sees differs from the JSON files of experiments/results."""
+
+import json
+import re
+
+import pytest
+from conftest import REPOSITORY
+
+from bigjax import UsageError, results
+
+FOLDER = REPOSITORY / "experiments"
+RECORDED = results.recorded(FOLDER)
+
+
+def test_table_is_made_of_the_records() -> None:
+    assert (FOLDER / "README.md").read_text() == results.table(FOLDER)
+
+
+def test_scripts_say_what_was_measured() -> None:
+    first = {}
+    for record in RECORDED.values():
+        first.setdefault(record["script"], record)
+    for path in FOLDER.glob("*.py"):
+        line = re.findall(r"^Measured: .*$", path.read_text(), flags=re.M)
+        expected = results.headline(first[path.name]) if path.name in first else "Measured: not yet."
+        assert line == [expected], path.name
+
+
+def test_readme_quotes_the_record() -> None:
+    assert results.headline(RECORDED["mnist_cnn"]) in (REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", list(RECORDED))
+def test_a_record_says_its_circumstances(name: str) -> None:
+    record, row = RECORDED[name], results.rows(FOLDER)[name]
+    assert record["row"] == name and record["script"] == row["script"] and record["metric"] == row["metric"]
+    assert record["arguments"] == row.get("arguments", "") and record["data"] == row["data"]
+    assert record["seeds"] == list(range(row["seeds"])) and len(record["values"]) == row["seeds"]
+    assert re.fullmatch(r"[0-9a-f]{7}", record["commit"]) and record["device"] and record["versions"]["jax"]
+
+
+def test_measured_shows_mean_and_spread() -> None:
+    record = {"metric": "eval/accuracy", "values": [0.99, 0.992]}
+    assert results.measured(record) == "99.1 ± 0.1 % (2 seeds)"
+    assert results.measured({"metric": "eval/negative_elbo", "values": [104.25]}) == "104.2"
+    assert results.measured({"metric": "eval/negative_elbo", "values": [104.0, 105.0]}) == "104.5 ± 0.707 (2 seeds)"
+
+
+def test_unknown_row_is_named() -> None:
+    with pytest.raises(UsageError, match="there is no row 'nope': use one of mnist_cnn"):
+        results.reproduce(["nope"])
+
+
+def test_other_corpus_is_refused(tmp_path, monkeypatch) -> None:
+    record = {"metric": "eval/bits_per_byte", "values": [1.9], "published": [], "corpus_sha256": "a" * 64}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "rows.toml").write_text(
+        "[gpt]\nscript = 'gpt.py'\ndata = 'python'\nmetric = 'eval/bits_per_byte'\nseeds = 1\n"
+    )
+    (tmp_path / "results" / "gpt.json").write_text(json.dumps(record))
+    monkeypatch.setattr(results, "experiments", lambda: tmp_path)
+    monkeypatch.setattr(results, "run", lambda *_: record | {"corpus_sha256": "b" * 64})
+    with pytest.raises(UsageError, match="recorded on another corpus"):
+        results.reproduce(["gpt"])

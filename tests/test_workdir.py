@@ -1,0 +1,312 @@
+"""The working directory: what is refused, what is recorded, and a model given back."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import REPOSITORY, blobs, tiny_experiment
+from etils import epath
+from flax import nnx
+from flax.nnx import bridge
+
+import bigjax
+from bigjax import UsageError, train, workdir
+from bigjax.experiment import RunConfig
+from bigjax.models import CNN, MLP
+from bigjax.tasks import Task, classify
+
+FLAGS = {"steps": 2, "batch_size": 8, "log_every": 1, "eval_every": 2, "save_every": 1}
+
+
+def opened(folder: Path, *, resume: bool = True, name: str = "tiny", **changes: Any) -> Any:
+    config = RunConfig(**(FLAGS | changes))
+    return workdir.open_workdir(epath.Path(folder), workdir.describe(tiny_experiment(name=name), config), resume=resume)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> train.Run:
+    config = RunConfig(workdir=str(tmp_path_factory.mktemp("workdir") / "run"), ema=0.5, **FLAGS)
+    model = MLP(features=(8,), outputs=3, batch_norm=True, mean=(0.5,), std=(0.25,))
+    return train.fit(tiny_experiment(model=model, task=classify(model, classes=3)), config, quiet=True)
+
+
+# ---- what is refused
+
+
+def refused(folder: Path, **how: Any) -> str:
+    with pytest.raises(UsageError) as error:
+        opened(folder, **how)
+    return str(error.value)
+
+
+def test_a_file_is_no_working_directory(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert refused(tmp_path / "file") == f"--workdir {tmp_path}/file is a file: name a folder"
+    assert refused(tmp_path / "file", resume=False).endswith("is a file: name a folder")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("where", ["file/below", "/proc/bigjax"])
+def test_a_folder_that_cannot_be_written(tmp_path, where):
+    (tmp_path / "file").write_text("")
+    said = refused(tmp_path / where)
+    assert said.startswith(f"--workdir {tmp_path / where} cannot be written (") and "\n" not in said
+    assert said.endswith("): choose another")
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_with_other_things_is_left_as_it_is(tmp_path, resume):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine").write_text("precious")
+    said = refused(tmp_path, resume=resume)
+    assert "holds no run, but other things (checkpoints): name an empty or new folder" in said
+    assert [p.name for p in tmp_path.rglob("*")] == ["checkpoints", "mine"]
+
+
+def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path):
+    for name in (".writable", "source.patch", "config.json.part"):
+        (tmp_path / name).write_text("x")
+    assert opened(tmp_path) is None
+    assert json.loads((tmp_path / "config.json").read_text())["experiment"] == "tiny"
+
+
+def test_other_settings_are_listed_one_a_line(tmp_path):
+    opened(tmp_path)
+    head, *lines = refused(tmp_path, name="other", batch_size=16, seed=3, data="digits").splitlines()
+    assert "belongs to a run with other settings: use another --workdir, or --no-resume to start over" in head
+    assert [line.strip() for line in lines] == [
+        "experiment: tiny -> other",
+        "batch_size: 8 -> 16",
+        "data: mnist5k -> digits",
+        "seed: 0 -> 3",
+    ]
+
+
+def test_settings_that_change_no_number_may_differ(tmp_path):
+    opened(tmp_path)
+    assert opened(tmp_path, save_every=9, keep=7, tensorboard=True, nonfinite="skip", workdir=str(tmp_path)) is None
+
+
+def test_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"experiment": "ti')
+    assert f"{tmp_path}/config.json is not readable as JSON" in refused(tmp_path)
+
+
+def test_no_resume_drops_the_run_and_nothing_else(tmp_path):
+    opened(tmp_path)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert opened(tmp_path, resume=False, seed=3) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "source.patch"]
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 3
+
+
+def test_finished_run_is_recognized(tmp_path):
+    opened(tmp_path)
+    (tmp_path / "result.json").write_text('{"step": 2}')
+    assert opened(tmp_path) == {"step": 2}
+
+
+# ---- what is recorded
+
+
+def test_config_json(run):
+    record = workdir.read_config(run.workdir)
+    assert record["experiment"] == "tiny" and record["steps"] == 2
+    assert record["config"]["batch_size"] == 8 and record["config"]["mesh"] == {"data": -1, "fsdp": 1, "tensor": 1}
+    assert record["versions"]["jax"] == jax.__version__ and record["versions"]["python"] == sys.version.split()[0]
+    assert record["devices"]["platform"] == "cpu" and record["command"] == sys.argv
+    assert record["models"]["model"]["class"] == "bigjax.models.mlp.MLP"
+    assert record["models"]["model"]["fields"]["features"] == [8]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
+    return subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_commit_and_edits_are_recorded(tmp_path, monkeypatch):
+    (source := tmp_path / "source").mkdir()
+    git(source, "init")
+    (source / "model.py").write_text("width = 8\n")
+    (source / "latin.txt").write_bytes(b"caf\xe9\n")
+    git(source, "add", ".")
+    git(source, "commit", "-m", "first")
+    (source / "model.py").write_text("width = 9\n")
+    (source / "latin.txt").write_bytes(b"th\xe9\n")
+    monkeypatch.chdir(source)
+    opened(tmp_path / "run")
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["git_commit"] == git(source, "rev-parse", "HEAD").strip()
+    patch = (tmp_path / "run/source.patch").read_text()
+    assert "-width = 8\n+width = 9\n" in patch
+
+
+def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    opened(tmp_path / "run")
+    assert json.loads((tmp_path / "run/config.json").read_text())["git_commit"] is None
+    assert (tmp_path / "run/source.patch").read_text() == ""
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = epath.Path(tmp_path / "a.json")
+    workdir.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        workdir.write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
+# ---- a model given back
+
+
+def test_load_gives_the_averaged_parameters_and_the_same_module(run):
+    module, variables = bigjax.load(run.workdir)
+    assert module == MLP(features=(8,), outputs=3, batch_norm=True, mean=(0.5,), std=(0.25,))
+    assert variables.keys() == {"params", "batch_stats"}
+    chex.assert_trees_all_equal(variables["params"], run.state.ema["model"])
+    chex.assert_trees_all_equal(variables["batch_stats"], run.state.model_state["model"]["batch_stats"])
+    assert not np.array_equal(variables["params"]["logits"]["kernel"], run.state.params["model"]["logits"]["kernel"])
+
+
+def test_loaded_model_gives_the_evaluated_accuracy(run):
+    module, variables = bigjax.load(str(run.workdir))
+    test = blobs(20, seed=1)
+    logits = module.apply(variables, jnp.asarray(test["image"] / np.float32(255)))
+    assert np.mean(logits.argmax(-1) == test["label"]) == pytest.approx(run.result["metrics"]["eval/accuracy"])
+
+
+def test_loaded_model_serves_nnx(run):
+    module, variables = bigjax.load(run.workdir)
+    image = jnp.asarray(blobs(4, seed=1)["image"] / np.float32(255))
+    wrapped = bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(image)
+    assert not np.allclose(wrapped(image), module.apply(variables, image))
+    for collection in variables.values():
+        for layer, leaves in collection.items():
+            for name, value in leaves.items():
+                getattr(wrapped, layer)[name][...] = value
+    chex.assert_trees_all_close(wrapped(image), module.apply(variables, image))
+
+
+def test_load_without_a_run_or_checkpoint_or_player(run, tmp_path):
+    with pytest.raises(UsageError, match=r"holds no run \(no config.json\): train first"):
+        bigjax.load(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="has the players model: name one, as load.*player='model'"):
+        bigjax.load(run.workdir, player="generator")
+    shutil.copy(run.workdir / "config.json", tmp_path)
+    with pytest.raises(UsageError, match="holds no checkpoint yet"):
+        bigjax.load(tmp_path)
+
+
+def two_players() -> Task:
+    """Each fits its own constant."""
+
+    def init(key: Any, batch: Any) -> Any:
+        return {"teacher": {"w": jnp.zeros(())}, "student": {"w": jnp.ones((2,))}}, {"teacher": {}, "student": {}}
+
+    def loss(player: str) -> Any:
+        def f(params: Any, state: Any, batch: Any, key: Any) -> Any:
+            count = batch["mask"].sum()
+            return (jnp.square(params[player]["w"] - 3).sum() * count, count), (state[player], {})
+
+        return f
+
+    return Task(
+        init,
+        {p: loss(p) for p in ("teacher", "student")},
+        lambda p, s, batch, key: {"loss": (batch["mask"].sum(), batch["mask"].sum())},
+    )
+
+
+def test_load_one_of_several_players(tmp_path):
+    models = {"teacher": MLP(features=(1,)), "student": CNN(features=(2,))}
+    experiment = tiny_experiment(model=models, task=two_players(), tx=lambda steps: {p: optax.sgd(0.1) for p in models})
+    state = train.fit(experiment, RunConfig(workdir=str(tmp_path / "run"), **FLAGS), quiet=True).state
+    with pytest.raises(UsageError, match="has the players teacher, student: name one"):
+        bigjax.load(tmp_path / "run")
+    module, variables = bigjax.load(tmp_path / "run", player="student")
+    assert module == models["student"]
+    chex.assert_trees_all_equal(variables, {"params": state.params["student"]})
+
+
+class Pair(nn.Module):
+    parts: tuple[nn.Module, ...] = ()
+    head: nn.Module | None = None
+
+
+def test_modules_within_modules_round_trip():
+    module = Pair(parts=(MLP(features=()), CNN(features=(1, 2))), head=MLP(outputs=2))
+    text = json.dumps(workdir.module_spec(module))
+    assert workdir.module_from(json.loads(text)) == module
+
+
+def test_a_field_that_cannot_be_recorded_is_named(tmp_path):
+    class Net(nn.Module):
+        act: Any = nn.relu
+
+        @nn.compact
+        def __call__(self, x: Any, *, train: bool = False) -> Any:
+            return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+    with pytest.raises(UsageError, match="field act of .*Net is a .*, which a run cannot record"):
+        train.fit(tiny_experiment(model=Net()), RunConfig(workdir=str(tmp_path / "run"), **FLAGS), quiet=True)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+SCRIPT = """
+from __future__ import annotations
+import sys
+sys.path.insert(0, TESTS)
+from dataclasses import dataclass
+import flax.linen as nn
+from conftest import tiny_experiment
+import bigjax
+from bigjax import train
+from bigjax.experiment import RunConfig
+from bigjax.tasks import classify
+
+print("script runs as", __name__)
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    width: int = 4
+
+class Net(nn.Module):
+    width: int = 3
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        return nn.Dense(3)(nn.relu(nn.Dense(self.width)(x.reshape(x.shape[0], -1))))
+
+if __name__ == "__main__":
+    model = Net(width=5)
+    config = Config(workdir="run", steps=1, batch_size=8)
+    train.fit(tiny_experiment(model=model, task=classify(model, classes=3)), config, quiet=True)
+    again, variables = bigjax.load("run")
+    assert again == model and type(again) is Net
+"""
+
+
+def test_load_a_module_defined_in_the_script_itself(tmp_path, capsys):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT.replace("TESTS", repr(str(REPOSITORY / "tests"))))
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["script runs as __main__"]
+    module, variables = bigjax.load(tmp_path / "run")
+    assert type(module).__name__ == "Net" and module.width == 5
+    assert module.apply(variables, jnp.zeros((2, 4, 4, 1))).shape == (2, 3)
+    script.unlink()
+    with pytest.raises(UsageError, match="mine.py that defines Net is gone"):
+        bigjax.load(tmp_path / "run")
