@@ -43,7 +43,7 @@ class RunConfig:
     resume: bool = True  # --no-resume: start over in this working directory, dropping what is there
     init_from: str | None = None  # a working directory whose parameters to start from
     tensorboard: bool = False
-    profile: bool = False  # trace ten steps into workdir/profile
+    profile: bool = False  # trace the first updates after compilation into workdir/profile, for TensorBoard or Perfetto
     compilation_cache: bool = True  # in ~/.cache/bigjax
 
 

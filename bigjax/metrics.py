@@ -13,6 +13,8 @@ import numpy as np
 from etils import epath
 from jax import Array
 
+from bigjax import UsageError
+
 Metrics = dict[str, tuple[Array, Array]]
 
 CALIBRATION_BINS = 15
@@ -84,12 +86,18 @@ def summarize_classes(metrics: Metrics) -> dict[str, float]:
 
 
 def read_log(path: epath.Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was torn by a kill is left out."""
-    for line in path.read_text().split("\n") if path.exists() else ():
+    """The records of a metrics.jsonl; a last line that was torn by a kill is left out.
+
+    UsageError: another line is damaged.
+    """
+    lines = path.read_text().split("\n") if path.exists() else []
+    for n, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:  # torn: the step it belongs to is run again
-            return
+        except json.JSONDecodeError:
+            if n < len(lines):
+                raise UsageError(f"{path}, line {n} is damaged: repair or remove that line") from None
+            return  # torn: the step it belongs to is run again
 
 
 class Log:

@@ -1,5 +1,6 @@
 """The loop: `fit` runs the one step over an experiment's batches, in a working directory that can be resumed."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax import Array
 
@@ -266,8 +268,11 @@ class Loop:
         compiling = self.step == self.first
         self.display.phase("compiling" if compiling else "training")
 
+        traced = self.config.profile and self.step == self.first + 1
+
         def go() -> None:
-            self.state, self.window = self.program.chunk(self.state, self.window, self.batches, count)
+            with jax.profiler.trace(str(self.home / "profile")) if traced else contextlib.nullcontext():
+                self.state, self.window = self.program.chunk(self.state, self.window, self.batches, count)
             if compiling:
                 jax.block_until_ready(self.state)
                 self.mark = (0.0, self.step + count)  # neither its time nor its examples count for the speed
@@ -300,7 +305,7 @@ class Loop:
                 f"step {step}: {values['skipped']:.1%} of the updates since the last line were not finite and dropped"
             )
         wait = self.watch.seconds["data_wait"] = self.batches.wait_seconds
-        self.log.write(step, "train", {**values, "examples_per_second": speed})
+        self.log.write(step, "train", values | ({"examples_per_second": speed} if np.isfinite(speed) else {}))
         share = wait / max(self.watch.seconds["train"], 1e-9)
         self.display.update(step, self.steps, metrics=values, examples_per_second=speed, data_wait_fraction=share)
 

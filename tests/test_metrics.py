@@ -14,6 +14,7 @@ from etils import epath
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from bigjax import UsageError
 from bigjax import metrics as measure
 
 B, C = 12, 5
@@ -146,6 +147,12 @@ def test_nothing_counted_gives_nan_without_a_warning() -> None:
 @pytest.fixture
 def home(tmp_path: Path) -> epath.Path:
     return epath.Path(tmp_path)
+
+
+def test_a_damaged_line_is_named(home: epath.Path) -> None:
+    (home / "metrics.jsonl").write_text('{"step": 2}\n{"st\n{"step": 6}\n')
+    with pytest.raises(UsageError, match="metrics.jsonl, line 2 is damaged: repair or remove that line"):
+        list(measure.read_log(home / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"step": 6, "split": "tr', '{"step": 6, "split": "train", "loss": 0.2}'])

@@ -305,11 +305,24 @@ def test_resumed_run_equals_the_straight_one_bit_for_bit(straight, resumed):
     chex.assert_trees_all_equal(saved(resumed.folder, 6), saved(straight.folder, 6))
 
 
-def test_speed_counts_only_the_updates_of_this_session(resumed):
-    first = next(line for line in log(resumed.folder) if line["step"] == 4)
-    last = next(line for line in log(resumed.folder) if line["step"] == 6)
-    assert np.isnan(first["examples_per_second"])  # steps 3 to 4: only the update that compiles, which is not timed
-    assert last["examples_per_second"] > 0
+def test_speed_is_that_of_the_updates_that_were_timed(straight, tmp_path, monkeypatch):
+    """Every timed call takes a second here. Neither the update that compiles counts, nor those before a resumption."""
+
+    def timed(self: Any, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        self.seconds[name] += 1.0
+        return function(*args, **kwargs)
+
+    def speeds(folder: Path) -> dict[int, float | None]:
+        return {line["step"]: line.get("examples_per_second") for line in log(folder) if line["split"] == "train"}
+
+    monkeypatch.setattr(train.Watch, "timed", timed)
+    run = fit(tmp_path / "fresh", steps=4, eval_every=100, save_every=100)
+    assert speeds(tmp_path / "fresh") == {2: 8.0, 4: 16.0}  # one update in a second, then two
+    assert run.result["examples_per_second"] == 12.0  # three in two
+    folder = killed_at_3(straight.folder, tmp_path / "resumed")
+    run = fit(folder, rich(), **RICH)
+    resumed = speeds(folder)
+    assert (resumed[4], resumed[6]) == (None, 16.0) and run.result["examples_per_second"] == 16.0
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 4, "split": "tra'])
