@@ -3,6 +3,8 @@
 It knows no task and no model.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,8 +24,9 @@ def raw(x: jax.Array) -> jax.Array:
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step:
-    the last `keep`, and with `best` = "max:accuracy" or "min:loss" the best `keep` too.
+    """The checkpoints of one run, by step: the last `keep`.
+
+    With `best` = "max:accuracy" or "min:loss" the best `keep` too.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 3, best: str | None = None, read_only: bool = False):
@@ -51,7 +54,9 @@ class Checkpoints:
         """Starts the save of `tree` as `step` and returns; an error of the save before is raised here."""
         if self.best and metrics and self.best not in metrics:
             raise UsageError(f"--best: the validation split has no {self.best!r}: use one of {', '.join(metrics)}")
-        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)), metrics=metrics, force=True)
+        with self.failing_clearly():
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
+            self.manager.save(step, args=args, metrics=metrics, force=True)
 
     def latest(self) -> int | None:
         """The newest committed step."""
@@ -83,16 +88,33 @@ class Checkpoints:
         return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
     def shapes(self, step: int) -> Tree:
-        """The tree at `step` as nested dicts of jax.ShapeDtypeStruct on the first device:
-        what is there, without reading it.
-        """
+        """What is there at `step`, unread: nested dicts of jax.ShapeDtypeStruct, placed on the first device."""
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         tree = self.manager.item_metadata(step)["state"].tree
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), tree)
 
     def wait(self) -> None:
         """Until the save under way is committed; an error of it is raised here."""
-        self.manager.wait_until_finished()
+        with self.failing_clearly():
+            self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def failing_clearly(self) -> Iterator[None]:
+        """What the file system refuses becomes one line."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as e:
+            whole = [p.name for p in epath.Path(self.manager.directory).glob("[0-9]*")] if self.exists() else []
+            kept = f"step {max(map(int, whole))} is intact" if whole else "there is none before it"
+            reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+            raise UsageError(
+                f"a checkpoint could not be saved in {self.manager.directory} ({reason}); {kept}: make room there, or "
+                "choose another --workdir, and run again"
+            ) from e
+
+    def exists(self) -> bool:
+        """Whether the folder of checkpoints is (still) there."""
+        return epath.Path(self.manager.directory).is_dir()
 
     def close(self) -> None:
         self.manager.close()

@@ -4,7 +4,9 @@ import ctypes
 import dataclasses
 import difflib
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,17 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         config = settle(tyro.cli(Config, prog=prog, description=about, args=arguments), Config())
         run(verb, config, build, name=name)
     except UsageError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        if any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate()):
+            os._exit(2)  # after a failed save a thread of orbax waits forever, and Python would wait for it
         raise SystemExit(2) from None
 
 
 def keep_memory() -> None:
     """Lets glibc keep the memory of large arrays instead of returning it to the system after each use.
 
-    XLA allocates its temporaries anew in every step; on CPU the page faults were half of a small CNN's step. A C library
-    without `mallopt` is left as it is.
+    XLA allocates its temporaries anew in every step; on CPU the page faults were half of a small CNN's step. A C
+    library without `mallopt` is left as it is.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -139,6 +139,7 @@ def test_best_is_kept_beside_the_last(tmp_path, best, kept):
 FAILING = """
 import os, shutil, sys
 import jax.numpy as jnp
+from bigjax import UsageError
 from bigjax.checkpoint import Checkpoints
 checkpoints = Checkpoints("c")
 checkpoints.save(1, {"x": jnp.zeros(1)})
@@ -148,15 +149,16 @@ open("c", "w").close()  # a file where the folder was
 try:
     checkpoints.save(2, {"x": jnp.zeros(1)})
     checkpoints.wait()
-except OSError as error:
-    print("raised", type(error).__name__, flush=True)
+except UsageError as error:
+    print("raised", error, flush=True)
 os._exit(0)  # orbax leaves a thread that waits
 """
 
 
 def test_a_failed_save_is_raised(tmp_path):
     done = subprocess.run([sys.executable, "-c", FAILING], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "raised NotADirectoryError\n", done.stderr
+    assert done.stdout.startswith("raised a checkpoint could not be saved in "), done.stderr
+    assert "Not a directory" in done.stdout and "choose another --workdir, and run again\n" in done.stdout
 
 
 def test_only_checkpoint_imports_orbax():

@@ -171,3 +171,32 @@ def test_a_whole_script_fails_cleanly(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "error: no activation is called 'rulu': use one of relu, sigmoid, tanh, gelu\n"
+
+
+SABOTAGE = """
+import dataclasses, os, shutil, sys
+sys.path.insert(0, {experiments!r})
+import mnist_mlp
+from bigjax import cli
+
+def build(config):
+    def sabotage(params, model_state, key):  # just before the save
+        shutil.rmtree("w/checkpoints")
+        open("w/checkpoints", "w").close()
+        return {{}}
+
+    return dataclasses.replace(mnist_mlp.build(config), evaluators={{"sabotage": sabotage}})
+
+if __name__ == "__main__":
+    cli.main(mnist_mlp.Config, build)
+"""
+
+
+def test_a_save_that_fails_ends_the_run_with_one_message(tmp_path):
+    """Orbax leaves a thread behind that would keep the process from ending."""
+    (tmp_path / "broken.py").write_text(SABOTAGE.format(experiments=str(REPOSITORY / "experiments")))
+    command = [sys.executable, "broken.py", "--steps", "2", "--workdir", "w"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "error: a checkpoint could not be saved in " in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "w" / "result.json").exists()
