@@ -32,7 +32,7 @@ def images_of(split: pipeline.Split, count: int | None = None) -> np.ndarray:
 def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
     """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½) between two sets of features (Heusel et al. 2017, equation 6)."""
     a_NF, b_NF = np.asarray(a_NF, np.float64), np.asarray(b_NF, np.float64)
-    cov_a, cov_b = np.cov(a_NF, rowvar=False), np.cov(b_NF, rowvar=False)
+    cov_a, cov_b = (np.atleast_2d(np.cov(x_NF, rowvar=False)) for x_NF in (a_NF, b_NF))
     # the eigenvalues of Σa Σb are those of the symmetric Σa^½ Σb Σa^½, real and not negative
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
@@ -96,18 +96,22 @@ def generated_images(generator: nn.Module, judge: nn.Module, variables: Any, tes
 
 
 def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, *, ridge: float = 1e-2) -> Evaluator:
-    """How well a linear map of an autoencoder's codes tells the labels: `probe_accuracy`.
+    """How well a linear map of an autoencoder's codes (a VAE's means) tells the labels: `probe_accuracy`.
 
-    Ridge regression on one-hot labels, in closed form, fitted on the training split and scored on the test split.
+    Nothing where a split has no labels in memory. Ridge regression on one-hot labels, in closed form, fitted on the training split and scored on the test split.
     """
-    splits = [(images_of(split), np.asarray(split["label"])) for split in (train, test) if "label" in split]
+    labelled = [split for split in (train, test) if isinstance(split, Mapping) and "label" in split]
+    splits = [(images_of(split), np.asarray(split["label"])) for split in labelled]
+
+    def encode(variables: Any, image: np.ndarray) -> np.ndarray:
+        code = jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, image)
+        return np.asarray(code[0] if isinstance(code, tuple) else code, np.float64)
 
     def probe(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
         if len(splits) < 2:
             return {}
         variables = {"params": params["model"], **model_state["model"]}
-        encode = jax.jit(lambda image: model.apply(variables, image, method="encode"))
-        (a_NZ, a_N), (b_NZ, b_N) = ((np.asarray(encode(x), np.float64), y) for x, y in splits)
+        (a_NZ, a_N), (b_NZ, b_N) = ((encode(variables, x), y) for x, y in splits)
         centre, spread = a_NZ.mean(0), a_NZ.std(0) + 1e-9
         a_NZ, b_NZ = ((x - centre) / spread for x in (a_NZ, b_NZ))
         a_NZ, b_NZ = (np.concatenate([x, np.ones((len(x), 1))], 1) for x in (a_NZ, b_NZ))

@@ -54,6 +54,13 @@ def worst_mistakes(
 Draw = Callable[[Params, ModelState, Key], Pictures]
 
 
+def pairs(above: np.ndarray, below: np.ndarray) -> Pictures:
+    """Rows of ten images, and under each row those that belong to it; what is missing in the last is black."""
+    blank = [(0, -len(above) % 10)] + [(0, 0)] * (above.ndim - 1)
+    rows = [np.pad(x, blank).reshape(-1, 10, *x.shape[1:]) for x in (above, below)]
+    return Pictures(np.stack(rows, 1).reshape(-1, *above.shape[1:]), columns=10)
+
+
 def reconstructions(model: nn.Module, split: pipeline.Split, *, count: int = 20) -> Draw:
     """Pairs of rows: images of `split`, and below them what an autoencoder's code gives back."""
     images = images_of(split, count)
@@ -63,8 +70,7 @@ def reconstructions(model: nn.Module, split: pipeline.Split, *, count: int = 20)
         code = model.apply(variables, images, method="encode")
         code = code[0] if isinstance(code, tuple) else code  # a VAE's mean
         back = np.asarray(jax.nn.sigmoid(model.apply(variables, code, method="decode")))
-        rows = [half for i in range(0, count, 10) for half in (images[i : i + 10], back[i : i + 10])]
-        return Pictures(np.concatenate(rows), columns=10)
+        return pairs(images, back)
 
     return draw
 
@@ -82,10 +88,11 @@ def prior_samples(model: nn.Module, *, count: int = 100) -> Draw:
 def latent_walk(model: nn.Module, split: pipeline.Split, *, rows: int = 5, steps: int = 10) -> Draw:
     """Each row walks in a straight line between the codes of two images of `split`."""
     images = images_of(split, 2 * rows)
+    rows = len(images) // 2
 
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
         variables = {"params": params["model"], **model_state["model"]}
-        walk = autoencoder.interpolate(model, variables, images[:rows], images[rows:], steps)
+        walk = autoencoder.interpolate(model, variables, images[:rows], images[rows : 2 * rows], steps)
         walk = np.asarray(walk).swapaxes(0, 1)
         return Pictures(walk.reshape(-1, *walk.shape[2:]), columns=steps)
 
@@ -95,8 +102,10 @@ def latent_walk(model: nn.Module, split: pipeline.Split, *, rows: int = 5, steps
 def generator_samples(generator: nn.Module, *, count: int = 100) -> Draw:
     """Images of the player "generator", a class a column if it is conditioned."""
 
+    columns = 10 - 10 % generator.classes if 0 < generator.classes <= 10 else 10
+
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
-        return Pictures(generate_images(generator, params, model_state, key, count), columns=10)
+        return Pictures(generate_images(generator, params, model_state, key, count), columns=columns)
 
     return draw
 
@@ -109,7 +118,6 @@ def nearest_training_images(generator: nn.Module, train: pipeline.Split, *, coun
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
         fake = generate_images(generator, params, model_state, key, count)
         near = [images[np.square(flat_ND - f.reshape(1, -1)).sum(1).argmin()] for f in fake]
-        rows = [half for i in range(0, count, 10) for half in (fake[i : i + 10], near[i : i + 10])]
-        return Pictures(np.concatenate(rows), columns=10)
+        return pairs(fake, np.stack(near))
 
     return draw

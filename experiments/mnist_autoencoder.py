@@ -3,7 +3,7 @@
 Measured: not yet.
 
     python experiments/mnist_autoencoder.py
-    python experiments/mnist_autoencoder.py --classic --epochs 20 --batch-size 32         # 784-64-32-64-64-784, dropout 0.5
+    python experiments/mnist_autoencoder.py --classic --epochs 20 --batch-size 32    # 784-64-32-64-64-784
 """
 
 from dataclasses import dataclass

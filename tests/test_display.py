@@ -8,10 +8,15 @@ from bigjax.display import Display, layer_table, summary
 
 ROWS = [("Conv_0", "(64, 26, 26, 32)", 320), ("[red]Dense_0", "(64, 10)", 18_496)]
 RESULT = {
-    "experiment": "mnist_cnn", "step": 2500, "metrics": {"eval/accuracy": 0.984, "eval/loss": 0.051},
-    "published": [{"metric": "eval/accuracy", "value": 0.975, "source": "a paper", "reached": True},
-                  {"metric": "eval/f1", "value": 0.5, "source": "a paper", "reached": False}],
-    "seconds": {"total": 41.0, "compile": 6.1, "data_wait": 0.3}, "examples_per_second": 5100.0,
+    "experiment": "mnist_cnn",
+    "step": 2500,
+    "metrics": {"eval/accuracy": 0.984, "eval/loss": 0.051},
+    "published": [
+        {"metric": "eval/accuracy", "value": 0.975, "source": "a paper", "reached": True},
+        {"metric": "eval/f1", "value": 0.5, "source": "a paper", "reached": False},
+    ],
+    "seconds": {"total": 41.0, "compile": 6.1, "data_wait": 0.3},
+    "examples_per_second": 5100.0,
 }
 
 
@@ -22,8 +27,13 @@ def run(*, terminal: bool, width: int = 140, enabled: bool = True) -> str:
         shown.table("CNN", ROWS, total=18_816)
         shown.phase("training")
         for step in (100, 200):
-            shown.update(step, 400, metrics={"loss": 0.25, "accuracy": 0.5, "grad_norm": 7.0, "gan/loss": float("nan")},
-                         examples_per_second=5123.4, data_wait_fraction=0.017)
+            shown.update(
+                step,
+                400,
+                metrics={"loss": 0.25, "accuracy": 0.5, "grad_norm": 7.0, "gan/loss": float("nan")},
+                examples_per_second=5123.4,
+                data_wait_fraction=0.017,
+            )
             shown.phase("evaluating")
             shown.line("eval [bold]0.9[/bold]")
             shown.phase("training")
@@ -74,8 +84,13 @@ def test_layer_table_has_every_layer_and_the_total():
     console = Console(file=io.StringIO(), force_terminal=False, width=80)
     console.print(layer_table("CNN", ROWS, total=18_816))
     lines = [line.split() for line in console.file.getvalue().splitlines()]
-    assert lines == [["CNN"], ["layer", "output", "parameters"], ["Conv_0", "(64,", "26,", "26,", "32)", "320"],
-                     ["[red]Dense_0", "(64,", "10)", "18,496"], ["total", "18,816"]]
+    assert lines == [
+        ["CNN"],
+        ["layer", "output", "parameters"],
+        ["Conv_0", "(64,", "26,", "26,", "32)", "320"],
+        ["[red]Dense_0", "(64,", "10)", "18,496"],
+        ["total", "18,816"],
+    ]
 
 
 def test_summary_puts_measured_beside_published():

@@ -237,7 +237,7 @@ def check(name: object, *said: str, **options: object) -> None:
 def test_unknown_names_and_files(tmp_path: Path) -> None:
     check(
         "mnist5",
-        "no data called 'mnist5' (did you mean mnist5k?): use mnist5k, digits, diabetes, mnist1d, python_topics, mnist, ",
+        "no data called 'mnist5' (did you mean mnist5k?): use mnist5k, digits, diabetes, mnist1d, python_topics",
     )
     check(tmp_path / "no.npz", "no.npz does not exist")
     check("none.csv", "none.csv does not exist")
