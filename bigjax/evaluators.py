@@ -98,7 +98,8 @@ def generated_images(generator: nn.Module, judge: nn.Module, variables: Any, tes
 def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, *, ridge: float = 1e-2) -> Evaluator:
     """How well a linear map of an autoencoder's codes (a VAE's means) tells the labels: `probe_accuracy`.
 
-    Nothing where a split has no labels in memory. Ridge regression on one-hot labels, in closed form, fitted on the training split and scored on the test split.
+    Nothing where a split has no labels in memory. Ridge regression on one-hot labels, in closed form, fitted on the
+    training split and scored on the test split.
     """
     labelled = [split for split in (train, test) if isinstance(split, Mapping) and "label" in split]
     splits = [(images_of(split), np.asarray(split["label"])) for split in labelled]

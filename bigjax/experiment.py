@@ -113,6 +113,8 @@ class Experiment:
     tx: number of updates of the run -> {player: optax transformation}; schedules need to know the end.
     train, test: mappings of arrays with one leading axis, or readers by index (bigjax.data).
     augment: (batch, key) -> batch, on the device, inside the step.
+    transform: (example, NumPy generator) -> example, on the host, for splits read by index: decoding, crops of varying
+        size. The generator is random per (seed, epoch, row).
     evaluators: run on the host at evaluation steps, for what (sum, count) cannot hold; their numbers appear as
         eval/NAME.
     gallery: pictures or text for the report, made at evaluation steps.
@@ -126,6 +128,7 @@ class Experiment:
     name: str = "experiment"
     class_names: Sequence[str] | None = None
     augment: Callable[[Batch, Key], Batch] | None = None
+    transform: Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]] | None = None
     evaluators: Mapping[str, Callable[[Params, ModelState, Key], dict[str, float]]] = field(default_factory=dict)
     gallery: Mapping[str, Callable[[Params, ModelState, Key], Pictures | str]] = field(default_factory=dict)
     published: Sequence[Published] = ()

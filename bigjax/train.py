@@ -73,6 +73,7 @@ class Program:
         self.mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
         self.rows = {"seed": config.seed, "batch_size": config.batch_size}
         self.rows |= {"process": jax.process_index(), "processes": jax.process_count()}
+        self.rows |= {"transform": experiment.transform}
         tx = experiment.tx(steps)
         example = sharding.put_batch(next(pipeline.batches(train, **self.rows)), self.mesh)
         batch_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)

@@ -30,10 +30,11 @@ class Config(RunConfig):
     dropout: float = 0.1
     batch_norm: bool = False
     label_smoothing: float = 0.05
-    augment: bool = True  # shift, rotate, scale and shear, inside the step
+    augment: bool = True  # shift, rotate, scale, shear and warp, inside the step
     rotate: float = 15.0  # degrees at most
     shift: float = 2.0  # pixels at most
     scale: float = 0.15
+    warp: float = 0.8  # pixels, standard deviation of the elastic distortion
     shear: float = 0.2  # pixels sideways a pixel of height, at most
 
 
@@ -61,7 +62,9 @@ def build(c: Config) -> Experiment:
         train=data.train,
         test=data.test,
         class_names=data.class_names,
-        augment=augment_images(shift=c.shift, rotate=c.rotate, scale=c.scale, shear=c.shear) if c.augment else None,
+        augment=augment_images(shift=c.shift, rotate=c.rotate, scale=c.scale, shear=c.shear, warp=c.warp)
+        if c.augment
+        else None,
         gallery={"worst mistakes": worst_mistakes(model, data.test, class_names=data.class_names)},
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from bigjax import cli, optim
 from bigjax.data import sources, text
+from bigjax.data.augment import drop_tokens
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import LSTM
 from bigjax.tasks import classify, fields
@@ -36,6 +37,8 @@ class Config(RunConfig):
     bidirectional: bool = False
     pool: Literal["last", "mean", "max"] = "max"
     dropout: float = 0.5
+    drop_tokens: float = 0.3  # share of the tokens that training does not see
+    label_smoothing: float = 0.1
 
 
 def build(c: Config) -> Experiment:
@@ -61,7 +64,10 @@ def build(c: Config) -> Experiment:
     )
     return Experiment(
         model=model,
-        task=classify(model, classes=data.classes, inputs=fields("tokens", "length")),
+        task=classify(
+            model, classes=data.classes, inputs=fields("tokens", "length"), label_smoothing=c.label_smoothing
+        ),
+        augment=drop_tokens(c.drop_tokens) if c.drop_tokens else None,
         tx=lambda steps: {
             "model": optim.adamw(
                 optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError
-from bigjax.data.augment import affine, augment_images
+from bigjax.data.augment import affine, augment_images, drop_tokens
 
 B, H, W = 8, 12, 12
 ALL = dict(shift=2.0, rotate=20.0, scale=0.2, shear=0.2, flip=True, crop=2, cutout=4)
@@ -198,3 +198,14 @@ def test_fast_enough_to_sit_in_a_cpu_step() -> None:
         jax.block_until_ready(augment(batch, KEY))
         seconds.append(time.perf_counter() - before)
     assert min(seconds) < 0.02  # 0.5 ms on 2 quiet cores
+
+
+def test_drop_tokens_leaves_padding_and_is_keyed_by_row() -> None:
+    tokens_BL = np.tile(np.array([5] * 400 + [0] * 20, np.int32), (3, 1))
+    batch = {"tokens": jnp.asarray(tokens_BL), "index": jnp.arange(3)}
+    out_BL = np.asarray(drop_tokens(0.25)(batch, jax.random.key(0))["tokens"])
+    assert (out_BL[:, 400:] == 0).all() and set(np.unique(out_BL[:, :400])) == {1, 5}
+    assert 0.15 < (out_BL[:, :400] == 1).mean() < 0.35
+    assert (out_BL[0] != out_BL[1]).any()
+    turned = {"tokens": batch["tokens"][::-1], "index": batch["index"][::-1]}
+    np.testing.assert_array_equal(drop_tokens(0.25)(turned, jax.random.key(0))["tokens"], out_BL[::-1])

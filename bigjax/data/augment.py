@@ -15,6 +15,7 @@ from bigjax import UsageError
 
 Batch = dict[str, Array]
 Augment = Callable[[Batch, Array], Batch]
+WARP_KNOTS = 5  # a side: on 28 pixels a bump is as wide as a stroke is long
 DRAWS = (
     "shift_y",
     "shift_x",
@@ -36,6 +37,7 @@ def augment_images(
     rotate: float = 0.0,
     scale: float = 0.0,
     shear: float = 0.0,
+    warp: float = 0.0,
     flip: bool = False,
     crop: int = 0,
     cutout: int = 0,
@@ -45,7 +47,8 @@ def augment_images(
 
     shift: up to so many pixels up or down and left or right; rotate: up to so many degrees either way;
     scale: magnified by a factor in 1 ± scale; shear: up to so many pixels sideways per pixel of height.
-    These four are one bilinear resampling.
+    warp: an elastic distortion by a smooth random field, so many pixels of standard deviation (Simard et al. 2003).
+    These five are one bilinear resampling.
     flip: left-right, half of the rows.
     crop: padded by so many pixels and cropped back, a shift by whole pixels (He et al. 2016).
     cutout: a square of this side set to 0 around any pixel, so it may lie partly outside (DeVries & Taylor 2017).
@@ -56,9 +59,8 @@ def augment_images(
     Strengths of zero change nothing. What one augmentation draws does not depend on which others are on. UsageError: a
     strength that makes no sense; mixup of a batch without labels.
     """
-    strengths = dict(
-        shift=shift, rotate=rotate, scale=scale, shear=shear, flip=flip, crop=crop, cutout=cutout, mixup=mixup
-    )
+    strengths = {"shift": shift, "rotate": rotate, "scale": scale, "shear": shear, "warp": warp, "flip": flip}
+    strengths |= {"crop": crop, "cutout": cutout, "mixup": mixup}
     for name, value in strengths.items():
         if not 0 <= value < float("inf"):
             raise UsageError(f"augmentation {name}={value} must be a number from 0 (off) upwards")
@@ -78,13 +80,19 @@ def augment_images(
         uniform_BD = jax.vmap(lambda k: jax.random.uniform(k, (len(DRAWS),)))(key_B)
         u = {name: uniform_BD[:, i] for i, name in enumerate(DRAWS)}  # each (B,), in [0, 1)
         about = {name: 2 * u_B - 1 for name, u_B in u.items()}  # in [-1, 1)
-        if shift or rotate or scale or shear:
+        if shift or rotate or scale or shear or warp:
+            warp_B2HW = None
+            if warp:
+                field_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, len(DRAWS) + 1)
+                knots_B2KK = jax.vmap(lambda k: jax.random.normal(k, (2, WARP_KNOTS, WARP_KNOTS)))(field_key_B)
+                warp_B2HW = warp * jax.image.resize(knots_B2KK, (*knots_B2KK.shape[:2], height, width), "cubic")
             image_BHWC = affine(
                 image_BHWC,
                 shift_B2=jnp.stack([shift * about["shift_y"], shift * about["shift_x"]], axis=-1),
                 degrees_B=rotate * about["rotate"],
                 scale_B=1 + scale * about["scale"],
                 shear_B=shear * about["shear"],
+                warp_B2HW=warp_B2HW,
             )
         if flip:
             image_BHWC = jnp.where(_each(u["flip"] < 0.5), image_BHWC[:, :, ::-1], image_BHWC)
@@ -109,10 +117,34 @@ def augment_images(
     return augment
 
 
-def affine(image_BHWC: Array, *, shift_B2: Array, degrees_B: Array, scale_B: Array, shear_B: Array) -> Array:
+def drop_tokens(share: float, *, unknown: int = 1) -> Augment:
+    """A function (batch, key) -> batch that replaces so large a share of the real `tokens` (B, L) by `unknown`, at
+    random.
+
+    Padding (token 0) stays. Each row's choice is keyed by its `index` (word dropout: Iyyer et al. 2015).
+    """
+
+    def augment(batch: Batch, key: Array) -> Batch:
+        tokens_BL = batch["tokens"]
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        drop_BL = jax.vmap(lambda key: jax.random.bernoulli(key, share, tokens_BL.shape[1:]))(keys_B)
+        return {**batch, "tokens": jnp.where(drop_BL & (tokens_BL != 0), unknown, tokens_BL)}
+
+    return augment
+
+
+def affine(
+    image_BHWC: Array,
+    *,
+    shift_B2: Array,
+    degrees_B: Array,
+    scale_B: Array,
+    shear_B: Array,
+    warp_B2HW: Array | None = None,
+) -> Array:
     """Each image sheared, magnified, turned counter-clockwise about its centre, then shifted by (down, right) pixels.
 
-    In one bilinear resampling; outside the image is 0.
+    In one bilinear resampling, each pixel looked up `warp` (down, right) pixels further; outside the image is 0.
     """
     height, width = image_BHWC.shape[1:3]
     centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
@@ -123,6 +155,8 @@ def affine(image_BHWC: Array, *, shift_B2: Array, degrees_B: Array, scale_B: Arr
     from_y = cos_B[:, None, None] * y_BHW + sin_B[:, None, None] * x_BHW
     from_x = cos_B[:, None, None] * x_BHW - sin_B[:, None, None] * y_BHW
     from_x = from_x - shear_B[:, None, None] * from_y
+    if warp_B2HW is not None:
+        from_y, from_x = from_y + warp_B2HW[:, 0], from_x + warp_B2HW[:, 1]
     return _bilinear(image_BHWC, from_y + centre_y, from_x + centre_x)
 
 
