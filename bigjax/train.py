@@ -1,31 +1,28 @@
 """The loop: `fit` runs the one step over an experiment's batches, in a working directory that can be resumed."""
 
 import contextlib
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax import Array
 
 from bigjax import UsageError, metrics, sharding
 from bigjax import workdir as folder
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
-from bigjax.data.prefetch import Prefetcher, prefetch
 from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.display import Display, summary
 from bigjax.experiment import Experiment, RunConfig, check
 from bigjax.metrics import Metrics
+from bigjax.program import Program, planned_steps
 from bigjax.report import save_gallery, write_report
-from bigjax.step import TrainState, init_state, make_evaluate, train_step
-from bigjax.tasks import Batch, Key
+from bigjax.step import TrainState, make_evaluate, train_step
+from bigjax.tasks import Key, ModelState, Params
 
 __all__ = ["Run", "TrainState", "fit", "train_step"]
 
@@ -63,92 +60,6 @@ def cache_compilations(on: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", on)
     if on and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "bigjax", "compiled"))
-
-
-class Program:
-    """The compiled parts of a run: `initialize`, `update` of (state, window of metrics), and batches by number."""
-
-    def __init__(self, experiment: Experiment, config: RunConfig, train: pipeline.Split, *, steps: int):
-        self.train, self.key = train, jax.random.key(config.seed)
-        self.mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
-        self.rows = {"seed": config.seed, "batch_size": config.batch_size}
-        self.rows |= {"process": jax.process_index(), "processes": jax.process_count()}
-        self.rows |= {"transform": experiment.transform}
-        tx = experiment.tx(steps)
-        example = sharding.put_batch(next(pipeline.batches(train, **self.rows)), self.mesh)
-        batch_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
-
-        def initialize(key: Key) -> TrainState:
-            two = jax.tree.map(lambda x: jnp.zeros((2, *x.shape[1:]), x.dtype), batch_shapes)  # only shapes matter here
-            return init_state(key, two, task=experiment.task, tx=tx, ema=config.ema)
-
-        def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
-            return train_step(
-                state,
-                batch,
-                key,
-                task=experiment.task,
-                tx=tx,
-                augment=experiment.augment,
-                accumulate=config.accumulate,
-                ema=config.ema,
-                skip_nonfinite=config.nonfinite == "skip",
-            )
-
-        def update(state: TrainState, window: Metrics, batch: Batch, key: Key) -> tuple[TrainState, Metrics, Array]:
-            state, out = step(state, batch, key)
-            return state, metrics.merge(window, out), state.step + 0  # the last only tells that the step is done
-
-        with jax.set_mesh(self.mesh):
-            self.state_shapes = sharding.placed(jax.eval_shape(initialize, self.key), self.mesh)
-            window = jax.eval_shape(step, self.state_shapes, batch_shapes, self.key)[1]
-        self.window_shapes = sharding.placed(window, self.mesh)
-        where = jax.tree.map(lambda s: s.sharding, (self.state_shapes, self.window_shapes))
-        self.begin = lambda: initialize(self.key)
-        self.initialize = jax.jit(initialize, out_shardings=where[0])
-        self.update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(*where, None))
-        zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.window_shapes)  # noqa: E731
-        self.fresh_window = jax.jit(zeros, out_shardings=where[1])
-
-    def batches(self, start: int) -> Prefetcher:
-        """Batches from number `start` on, placed on the devices ahead of time."""
-        host = pipeline.batches(self.train, start=start, **self.rows)
-        return prefetch(host, lambda batch: sharding.put_batch(batch, self.mesh))
-
-    def chunk(
-        self, state: TrainState, window: Metrics, batches: Iterator[Batch], count: int
-    ) -> tuple[TrainState, Metrics]:
-        """`count` updates; the host runs two ahead, so that the device never waits and no batches pile up."""
-        flying: list[Array] = []
-        for batch in itertools.islice(batches, count):
-            state, window, done = self.update(state, window, batch, self.key)
-            flying.append(done)
-            if len(flying) > 2:
-                flying.pop(0).block_until_ready()
-        return state, window
-
-    def seconds_a_step(self) -> float:
-        """Measured over three seconds after compilation, on a state that is thrown away."""
-        state, window, batches = self.initialize(self.key), self.fresh_window(), self.batches(0)
-        state, window = jax.block_until_ready(self.chunk(state, window, batches, 2))
-        begin, count = time.perf_counter(), 0
-        while time.perf_counter() - begin < 3:
-            state, window = jax.block_until_ready(self.chunk(state, window, batches, 5))
-            count += 5
-        batches.close()
-        return (time.perf_counter() - begin) / count
-
-
-def planned_steps(config: RunConfig, size: int, seconds_a_step: Callable[[], float]) -> int:
-    """How many updates the run has: by steps, epochs or minutes, whichever ends first."""
-    limits = [config.steps] if config.steps else []
-    if config.epochs:
-        limits.append(max(round(config.epochs * size / config.batch_size), 1))
-    if config.minutes:
-        limits.append(max(int(config.minutes * 60 / seconds_a_step()), 1))
-    if not limits:
-        raise UsageError("how long to train is not said: give --steps, --epochs or --minutes")
-    return min(limits)
 
 
 def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Run:
@@ -316,11 +227,11 @@ class Loop:
         params, model_state, key = self.state.ema or self.state.params, self.state.model_state, self.program.key
         out = {}
         for split, data in self.splits.items():
-            self.counts = self.evaluate(params, model_state, data)
-            out[split] = self.experiment.task.summarize(self.counts)
+            counts = self.evaluate(params, model_state, data)
+            out[split] = self.experiment.task.summarize(counts)
             if split == "eval":
-                for evaluator in self.experiment.evaluators.values():
-                    out[split] |= evaluator(params, model_state, key)
+                out[split] |= ask_evaluators(self.experiment, params, model_state, key)
+                self.counts = counts
             self.log.write(self.step, split, out[split])
             shown = ", ".join(f"{k} {v:.4g}" for k, v in list(out[split].items())[:4])
             self.display.line(f"step {self.step} {split}: {shown}")
@@ -371,6 +282,11 @@ class Loop:
         return Run(self.state, result, self.home)
 
 
+def ask_evaluators(experiment: Experiment, params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
+    """The numbers of all of an experiment's evaluators."""
+    return {k: v for judge in experiment.evaluators.values() for k, v in judge(params, model_state, key).items()}
+
+
 def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     """The test split's numbers under the newest checkpoint of the run's working directory."""
     check(config)
@@ -386,6 +302,5 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
         judge = make_evaluate(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
         params = state.ema or state.params
         values = experiment.task.summarize(judge(params, state.model_state, experiment.test))
-        for evaluator in experiment.evaluators.values():
-            values |= evaluator(params, state.model_state, program.key)
+        values |= ask_evaluators(experiment, params, state.model_state, program.key)
     return {"step": step, **{f"eval/{k}": v for k, v in values.items()}}

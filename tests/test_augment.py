@@ -209,3 +209,23 @@ def test_drop_tokens_leaves_padding_and_is_keyed_by_row() -> None:
     assert (out_BL[0] != out_BL[1]).any()
     turned = {"tokens": batch["tokens"][::-1], "index": batch["index"][::-1]}
     np.testing.assert_array_equal(drop_tokens(0.25)(turned, jax.random.key(0))["tokens"], out_BL[::-1])
+
+
+def test_warp_looks_up_where_its_field_says() -> None:
+    random = np.random.default_rng(0)
+    image = jnp.asarray(random.random((2, 9, 9, 1)), jnp.float32)
+    field = jnp.asarray(random.normal(size=(2, 2, 9, 9)), jnp.float32)
+    none = jnp.zeros(2)
+    out = affine(image, shift_B2=jnp.zeros((2, 2)), degrees_B=none, scale_B=none + 1, shear_B=none, warp_B2HW=field)
+    place = jnp.stack(jnp.meshgrid(jnp.arange(9.0), jnp.arange(9.0), indexing="ij"))
+    for i in range(2):
+        expected = jax.scipy.ndimage.map_coordinates(image[i, ..., 0], place + field[i], order=1, mode="constant")
+        np.testing.assert_allclose(out[i, ..., 0], expected, atol=1e-5)
+
+
+def test_warp_differs_by_row_and_keeps_the_range() -> None:
+    image = jnp.tile(jnp.asarray(np.random.default_rng(0).random((1, 12, 12, 1)), jnp.float32), (2, 1, 1, 1))
+    out = augment_images(warp=1.0)({"image": image, "index": jnp.arange(2)}, jax.random.key(0))["image"]
+    chex.assert_shape(out, (2, 12, 12, 1))
+    assert jnp.abs(out[0] - out[1]).max() > 0.1 and jnp.abs(out[0] - image[0]).max() > 0.1
+    assert out.min() >= 0 and out.max() <= 1

@@ -59,7 +59,7 @@ def test_frechet_distance_is_that_of_the_matrix_square_root(size: int) -> None:
     apart = ((a_NF.mean(0) - b_NF.mean(0)) ** 2).sum()
     expected = apart + np.trace(cov_a + cov_b - 2 * linalg.sqrtm(cov_a @ cov_b).real)
     np.testing.assert_allclose(frechet_distance(a_NF, b_NF), expected, rtol=1e-6)
-    assert expected > 1.5 * apart  # the covariances matter
+    assert expected > 1.2 * apart  # the covariances matter
 
 
 def test_frechet_distance_takes_float32_without_losing_the_difference() -> None:

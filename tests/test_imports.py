@@ -26,7 +26,7 @@ LEVELS = [
     {"sharding", "metrics", "optim", "checkpoint"},
     {"models", "data", "tasks"},
     {"generative", "step", "experiment"},
-    {"evaluators"},
+    {"evaluators", "program"},
     {"diagnose", "display", "gallery", "generate", "workdir", "pretrained", "export", "explain", "report"},
     {"plan", "train", "results"},
     {"cli"},

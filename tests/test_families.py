@@ -1,0 +1,307 @@
+"""What must hold of every family through the one step: a new one joins by a line in FAMILIES.
+
+Each is trained for 30 updates on the same eight examples, once straight and once killed and resumed; all tests share
+these runs.
+"""
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import blobs
+
+from bigjax import metrics, optim, sharding, step, train
+from bigjax.data import pipeline
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.generative import adversarial, reconstruct, variational
+from bigjax.models import CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator
+from bigjax.tasks import Task, classify, fields, next_token
+
+STEPS, SAVED, KILLED = 30, 12, 17  # checkpoints every 12 updates; the killed run ends in its 18th
+BATCH, TEST = 8, 13
+Models = nn.Module | Mapping[str, nn.Module]
+
+
+def drawings(size: int, *, seed: int) -> dict[str, np.ndarray]:
+    """Blobs in black and white, which can be given back without any loss."""
+    split = blobs(size, seed=seed)
+    return split | {"image": np.where(split["image"] > 90, 255, 0).astype(np.uint8)}
+
+
+def texts(size: int, *, seed: int) -> dict[str, np.ndarray]:
+    """Tokens (size, 6) of 1 to 6 real ones; the label is whether the first is above 5."""
+    random = np.random.default_rng(seed)
+    length = random.integers(1, 7, size).astype(np.int32)
+    tokens = random.integers(1, 11, (size, 6)).astype(np.int32) * (np.arange(6) < length[:, None])
+    return {"tokens": tokens, "length": length, "label": (tokens[:, 0] > 5).astype(np.int32)}
+
+
+def windows(size: int, *, seed: int) -> dict[str, np.ndarray]:
+    """Tokens (size, 7) of which the targets from `start` to `length` count, at least one a row."""
+    random = np.random.default_rng(seed)
+    start = random.integers(1, 4, size).astype(np.int32)
+    length = random.integers(start + 1, 8).astype(np.int32)
+    return {"tokens": random.integers(0, 11, (size, 7)).astype(np.int32), "start": start, "length": length}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """task: of the models. falls: the metric that training lowers. counts: of the test split -> how much is counted."""
+
+    models: Models
+    task: Callable[[Any], Task]
+    data: Callable[..., dict[str, np.ndarray]] = blobs
+    falls: str = "loss"
+    counts: Callable[[Mapping[str, np.ndarray]], int] = lambda split: TEST
+    tx: Callable[[int], Mapping[str, optax.GradientTransformation]] = lambda steps: {"model": optax.adam(0.02)}
+    ema: float = 0.0
+    by_row: bool = True  # no statistics of the batch, so parts of it add up to the whole
+
+
+def gan(models: Mapping[str, nn.Module]) -> Task:
+    return adversarial(models["generator"], models["discriminator"], loss="hinge")
+
+
+AUTO = {"image": (4, 4, 1), "code": 3, "encoder_features": (8,), "decoder_features": (8,)}
+FAMILIES = {
+    "cnn": Family(
+        CNN(features=(4,), dense=(6,), pools=1, padding="SAME", outputs=3, batch_norm=True, dropout=0.1),
+        partial(classify, classes=3, top_k=2),
+        ema=0.8,
+        by_row=False,
+    ),
+    "lstm_images": Family(LSTM(hidden=(6,), outputs=3, dropout=0.1), partial(classify, classes=3)),
+    "lstm_tokens": Family(
+        LSTM(vocabulary=11, embedding=4, hidden=(6,), pool="mean", outputs=1, dropout=0.1),
+        partial(classify, classes=2, inputs=fields("tokens", "length")),
+        data=texts,
+    ),
+    "gpt": Family(
+        GPT(vocabulary=11, layers=2, width=8, heads=2, context=6, dropout=0.1, scan=True),
+        partial(next_token, bytes_a_token=1),
+        data=windows,
+        counts=lambda split: int((split["length"] - split["start"]).sum()),
+        tx=lambda steps: {"model": optax.adam(optim.schedule("cosine", 0.03, steps=steps))},
+    ),
+    "gan": Family(
+        {
+            "generator": Generator((4, 4, 1), latent=3, features=(6,), batch_norm=True, classes=3),
+            "discriminator": Discriminator(features=(4,), pool="flatten", spectral_norm=True, classes=3, dropout=0.1),
+        },
+        gan,
+        falls="discriminator_loss",
+        tx=lambda steps: {"discriminator": optax.adam(0.03), "generator": optax.adam(0.001)},
+        ema=0.8,
+        by_row=False,
+    ),
+    "autoencoder": Family(Autoencoder(**AUTO, dropout=0.1), reconstruct, data=drawings),
+    "vae": Family(VAE(**AUTO), partial(variational, beta=0.1), data=drawings, ema=0.8),
+}
+
+
+class Killed(Exception):
+    """Stands for a process that ends."""
+
+
+class Program(train.Program):
+    """Writes down which rows each update was given; ends the process before update number `kill`."""
+
+    made: list["Program"] = []
+    kill: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compiled, self.seen, self.limit = self.update, [], Program.kill
+        self.update = self.watched
+        Program.made.append(self)
+
+    def watched(self, state: Any, window: Any, batch: Any, key: Any) -> Any:
+        if len(self.seen) == self.limit:
+            raise Killed
+        self.seen.append(np.asarray(batch["index"]))
+        return self.compiled(state, window, batch, key)
+
+
+class Trained(NamedTuple):
+    family: Family
+    experiment: Experiment
+    straight: train.Run
+    resumed: train.Run
+    programs: list[Program]  # of the straight run, the killed one, and what resumed it
+
+
+def flags(folder: Path, family: Family, **changes: Any) -> RunConfig:
+    options = {"steps": STEPS, "batch_size": BATCH, "log_every": 5, "eval_every": SAVED, "save_every": SAVED}
+    return RunConfig(workdir=str(folder), ema=family.ema, **(options | changes))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    family, folder = FAMILIES[request.param], tmp_path_factory.mktemp(request.param)
+    task = family.task(family.models)
+    train_split, test_split = family.data(BATCH, seed=0), family.data(TEST, seed=1)
+    experiment = Experiment(family.models, task, family.tx, train_split, test_split, name=request.param)
+    straight, halves = (flags(folder / name, family) for name in ("straight", "halves"))
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the three compile the same
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "Program", Program)
+            patch.setattr(train, "write_report", lambda home: None)
+            patch.setattr(Program, "made", [])
+            run = train.fit(experiment, straight, quiet=True)
+            patch.setattr(Program, "kill", KILLED)
+            with pytest.raises(Killed):
+                train.fit(experiment, halves, quiet=True)
+            patch.setattr(Program, "kill", None)
+            resumed = train.fit(experiment, halves, quiet=True)
+            return Trained(family, experiment, run, resumed, Program.made)
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+
+def log(run: train.Run) -> list[dict[str, Any]]:
+    """The lines without the one number that depends on the clock."""
+    lines = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+
+
+def first(trained: Trained) -> tuple[Any, dict[str, Any], jax.Array]:
+    """(state before the first update, batch 0, key)."""
+    program = trained.programs[0]
+    with jax.set_mesh(program.mesh):
+        return program.initialize(program.key), sharding.put_batch(batch(trained, 0), program.mesh), program.key
+
+
+def advanced(trained: Trained, batch: Any) -> tuple[Any, metrics.Metrics]:
+    """(state, metrics) after the first update, by the run's own compiled program."""
+    program = trained.programs[0]
+    with jax.set_mesh(program.mesh):
+        return program.compiled(program.initialize(program.key), program.fresh_window(), batch, program.key)[:2]
+
+
+def batch(trained: Trained, n: int, **rows: Any) -> dict[str, np.ndarray]:
+    return next(pipeline.batches(trained.experiment.train, start=n, **({"seed": 0, "batch_size": BATCH} | rows)))
+
+
+def test_the_one_step_names_no_family() -> None:
+    assert train.train_step is step.train_step
+    source = inspect.getsource(step)
+    assert not re.search(
+        "generator|discriminator|encoder|variational|token|batch_stats|isinstance.*(Task|Module)", source
+    )
+
+
+def test_eight_examples_are_learnt(trained: Trained) -> None:
+    """The mean of the last window of updates against that of the first."""
+    values = [line[trained.family.falls] for line in log(trained.straight) if line["split"] == "train"]
+    assert len(values) == STEPS // 5 and np.isfinite(values).all()
+    assert values[-1] < 0.8 * values[0], values
+
+
+def test_every_players_parameters_and_state_move(trained: Trained) -> None:
+    old, _, _ = first(trained)
+    for part in ("params", "model_state", "ema"):
+        before, after = getattr(old, part), getattr(trained.straight.state, part)
+        moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+        assert all(jax.tree.leaves(moved)), moved
+    players = set(trained.experiment.models())
+    assert trained.straight.state.opt_state.keys() == trained.straight.state.params.keys() == players
+    assert bool(trained.straight.state.ema) == bool(trained.family.ema)
+    assert bool(jax.tree.leaves(trained.straight.state.model_state)) == (not trained.family.by_row)
+
+
+def test_batch_n_is_a_function_of_seed_and_n(trained: Trained) -> None:
+    """Row for row, in every field; what the updates were given, straight and resumed, is batch 0, 1, 2, …"""
+    split, options = trained.experiment.train, {"seed": 3, "batch_size": 3}
+    stream = pipeline.batches(split, **options)
+    for n in range(6):
+        rows = pipeline.batch_rows(n, size=BATCH, **options)
+        here, there = next(stream), batch(trained, n, **options)
+        chex.assert_trees_all_equal(here, there)
+        chex.assert_trees_all_equal(here, {k: v[rows] for k, v in split.items()} | {"index": rows, "mask": np.ones(3)})
+    assert not np.array_equal(batch(trained, 0, seed=4)["index"], batch(trained, 0, seed=3)["index"])
+    expected = [batch(trained, n)["index"] for n in range(STEPS)]
+    straight, killed, resumed = (p.seen for p in trained.programs)
+    np.testing.assert_array_equal(straight, expected)
+    np.testing.assert_array_equal(killed, expected[:KILLED])
+    np.testing.assert_array_equal(resumed, expected[SAVED:])
+
+
+def test_killed_and_resumed_is_straight_bit_for_bit(trained: Trained) -> None:
+    """Parameters, optimizer, model state, averages, and every line of the log."""
+    chex.assert_trees_all_equal(trained.resumed.state, trained.straight.state)
+    assert int(trained.straight.state.step) == STEPS and int(trained.straight.state.skipped) == 0
+    assert log(trained.resumed) == log(trained.straight)
+    assert [line["step"] for line in log(trained.straight) if line["split"] == "eval"] == [12, 24, 30]
+    values = [
+        {k: v for k, v in run.result["metrics"].items() if "examples_per_second" not in k}
+        for run in (trained.straight, trained.resumed)
+    ]
+    assert values[0] == values[1]
+
+
+def test_the_step_compiles_once(trained: Trained) -> None:
+    assert [p.compiled._cache_size() for p in trained.programs] == [1, 1, 1]
+    assert trained.programs[0].initialize._cache_size() == 1
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained: Trained) -> metrics.Metrics:
+    """The test split under the last state, in batches of 5 where the run took 8: padded by 2 rows, and by 3."""
+    mesh, state = trained.programs[0].mesh, trained.straight.state
+    judge = step.make_evaluate(trained.experiment.task, batch_size=5, seed=0, mesh=mesh)
+    return judge(state.ema or state.params, state.model_state, trained.experiment.test)
+
+
+def test_evaluation_counts_each_example_once_for_any_batch_size(trained: Trained, evaluated: metrics.Metrics) -> None:
+    expected = trained.family.counts(trained.experiment.test)
+    for name, (_, count) in evaluated.items():
+        assert np.sum(count) == expected, name
+    last = [line for line in log(trained.straight) if line["split"] == "eval"][-1]
+    values = trained.experiment.task.summarize(evaluated)
+    assert values.keys() <= last.keys() and values
+    np.testing.assert_allclose([values[k] for k in values], [last[k] for k in values], rtol=1e-4, atol=1e-6)
+
+
+def test_two_accumulated_parts_give_the_update_of_the_whole(trained: Trained) -> None:
+    """Seen in the optimizer's moments, which are made of gradients: Adam's own updates blow rounding up."""
+    if not trained.family.by_row:
+        pytest.skip("has statistics of the batch")
+    state, one, key = first(trained)
+    one["mask"] = one["mask"] * (np.arange(BATCH) != 2)
+    options = {"task": trained.experiment.task, "tx": trained.experiment.tx(STEPS), "ema": trained.family.ema}
+    halves, out = jax.jit(partial(step.train_step, accumulate=2, **options))(state, one, key)
+    whole, window = advanced(trained, one)
+    chex.assert_trees_all_close(halves.opt_state, whole.opt_state, rtol=1e-3, atol=1e-6)
+    assert out.keys() == window.keys()
+    same = [k for k in out if "update_norm" not in k]
+    for k in same:
+        np.testing.assert_allclose(out[k], window[k], rtol=1e-3, atol=1e-6, err_msg=k)
+
+
+def test_bfloat16_is_finite_and_near(trained: Trained) -> None:
+    family, (state, one, key) = trained.family, first(trained)
+    models = trained.experiment.models()
+    low = {k: m.clone(dtype="bfloat16") for k, m in models.items()}
+    task, tx = family.task(low["model"] if "model" in low else low), dict.fromkeys(low, optax.sgd(0.1))
+    state = state.replace(opt_state={k: tx[k].init(state.params[k]) for k in tx})
+    state, out = jax.jit(partial(step.train_step, task=task, tx=tx, ema=family.ema))(state, one, key)
+    chex.assert_tree_all_finite((state, out))
+    assert int(state.skipped) == 0
+    assert {x.dtype for x in jax.tree.leaves((state.params, state.ema))} == {jnp.dtype("float32")}
+    _, window = advanced(trained, one)
+    value, expected = (float(np.divide(*m[family.falls])) for m in (out, window))
+    assert value != expected and abs(value - expected) < 0.05 * abs(expected)
