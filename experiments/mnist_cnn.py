@@ -24,17 +24,17 @@ class Config(RunConfig):
     batch_size: int = 128
     learning_rate: float = 4e-3
     schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: float = 1e-2
+    weight_decay: float = 0.4
     features: tuple[int, ...] = (32, 64, 64)
     dense: tuple[int, ...] = (64,)
-    dropout: float = 0.1
+    dropout: float = 0.2
     batch_norm: bool = False
     label_smoothing: float = 0.05
     augment: bool = True  # shift, rotate, scale, shear and warp, inside the step
     rotate: float = 15.0  # degrees at most
     shift: float = 2.0  # pixels at most
     scale: float = 0.15
-    warp: float = 0.8  # pixels, standard deviation of the elastic distortion
+    warp: float = 0.2  # pixels, standard deviation of the elastic distortion
     shear: float = 0.2  # pixels sideways a pixel of height, at most
 
 
