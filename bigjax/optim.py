@@ -81,12 +81,12 @@ def is_stacked(path: tuple[Any, ...]) -> bool:
 def matrices(params: Any) -> Any:
     """For every leaf, how Muon takes it: (inputs, output) axes of hidden kernels, None for what Adam updates instead.
 
-    None: embeddings, positions, the output layer (head, logits), biases, scales.
+    None: embeddings, positions, the output layer (head, logits, logit, out), biases, scales.
     """
 
     def numbers(path: tuple[Any, ...], leaf: Any) -> Any:
         *layer, name = path_string(path).split("/")
-        if name != "kernel" or {"head", "logits"} & set(layer):
+        if name != "kernel" or {"head", "logits", "logit", "out"} & set(layer):
             return None
         axes = tuple(range(int(is_stacked(path)), leaf.ndim))
         return optax.contrib.MuonDimensionNumbers(axes[:-1], axes[-1:])
@@ -101,7 +101,10 @@ def muon(
     weight_decay: float = 0.0,
     b2: float = 0.95,
 ) -> optax.GradientTransformation:
-    """optax.contrib.muon on `matrices`, Adam with its own rate on the rest (Jordan et al., "Muon", 2024)."""
+    """optax.contrib.muon on `matrices`, and on the rest Adam with its own rate, with Nesterov momentum as Muon's.
+
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
+    """
     return optax.contrib.muon(
         learning_rate,
         adam_learning_rate=adam_rate,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import optax
 
-from bigjax import cli, optim
+from bigjax import UsageError, cli, optim
 from bigjax.data import text
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.generate import generate
@@ -40,6 +40,8 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
+    if c.data != "python":
+        raise UsageError(f"python_gpt.py trains on --data python, the standard library, not {c.data!r}")
     corpus = text.python_corpus()
     model = GPT(
         vocabulary=256,

@@ -1,16 +1,21 @@
 """Strict settings for every test, and a tiny classifier that trains in a second."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="bigjax-test-cache-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all tests and the processes that they start
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="bigjax-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 for name in ("TFDS_DATA_DIR", "XLA_FLAGS"):
     os.environ.pop(name, None)
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
@@ -23,6 +28,9 @@ from bigjax.tasks import classify  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
+
+hypothesis.settings.register_profile("bigjax", deadline=None)  # the machines are shared: time is no reason to fail
+hypothesis.settings.load_profile("bigjax")
 
 REPOSITORY = Path(__file__).parents[1]
 
