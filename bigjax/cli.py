@@ -42,7 +42,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         if any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate()):
-            os._exit(2)  # after a failed save a thread of orbax waits forever, and Python would wait for it
+            os._exit(2)  # after a failed save a thread waits forever, and Python would wait for it
         raise SystemExit(2) from None
 
 

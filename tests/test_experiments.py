@@ -54,7 +54,7 @@ def test_full_set_recipe_through_tfds(tmp_path: Path) -> None:
 
     embedded = sources.load("mnist5k")
     pick = slice(0, None, 20)
-    build_mnist(tmp_path / "tfds", embedded.train["image"][pick], embedded.train["label"][pick], test=50)
+    build_mnist(tmp_path / "tfds", embedded.train["image"][pick, ..., 0], embedded.train["label"][pick], test=50)
     run("mnist_cnn.py", "--data", "mnist", "--steps", "2", cwd=tmp_path, TFDS_DATA_DIR=str(tmp_path / "tfds"))
     result = json.loads((tmp_path / "runs" / "mnist_cnn" / "result.json").read_text())
     assert sum(map(sum, result["confusion"])) == 50

@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(image[i]).save(root / "photos" / name / f"{i}.png")
     lines = (f'{{"text": "word{i % 7} word{i % 3}", "label": {i % 2}}}\n' for i in range(200))
     (root / "reviews.jsonl").write_text("".join(lines))
-    build_mnist(root / "tfds", image[..., None], label, test=50)
+    build_mnist(root / "tfds", image, label, test=50)
     return root
 
 

@@ -19,25 +19,27 @@ def build_mnist(folder: str | os.PathLike, images_NHW: np.ndarray, labels_N: np.
         Image.fromarray(image_HW).save(buffer, format="PNG")
         return io.BytesIO(buffer.getvalue())
 
-    class Mnist(tfds.core.GeneratorBasedBuilder):
-        name = "mnist"
-        VERSION = tfds.core.Version("3.0.1")
+    with tfds.core.registered.skip_registration():  # TFDS has its own builder of this name
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            height, width = images_NHW.shape[1:3]
-            features = {
-                "image": tfds.features.Image(shape=(height, width, 1)),
-                "label": tfds.features.ClassLabel(num_classes=10),
-            }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        class Mnist(tfds.core.GeneratorBasedBuilder):
+            name = "mnist"
+            VERSION = tfds.core.Version("3.0.1")
 
-        def _split_generators(self, dl_manager: object) -> dict:
-            cut = len(images_NHW) - test
-            splits = {"train": self._generate_examples(range(cut))}
-            return splits | ({"test": self._generate_examples(range(cut, len(images_NHW)))} if test else {})
+            def _info(self) -> tfds.core.DatasetInfo:
+                height, width = images_NHW.shape[1:3]
+                features = {
+                    "image": tfds.features.Image(shape=(height, width, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-        def _generate_examples(self, rows: range):
-            for row in rows:
-                yield row, {"image": png(images_NHW[row]), "label": int(labels_N[row])}
+            def _split_generators(self, dl_manager: object) -> dict:
+                cut = len(images_NHW) - test
+                splits = {"train": self._generate_examples(range(cut))}
+                return splits | ({"test": self._generate_examples(range(cut, len(images_NHW)))} if test else {})
+
+            def _generate_examples(self, rows: range):
+                for row in rows:
+                    yield row, {"image": png(images_NHW[row]), "label": int(labels_N[row])}
 
     Mnist(data_dir=os.fspath(folder), file_format="array_record").download_and_prepare()
