@@ -21,20 +21,22 @@ from bigjax.tasks import classify
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
-    steps: int | None = 2500
+    steps: int | None = 4500
     batch_size: int = 64
     learning_rate: float = 3e-3
     schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: float = 1e-2
+    weight_decay: float = 0.2
     cell: Literal["lstm", "gru", "rnn"] = "lstm"
     hidden: tuple[int, ...] = (128, 128)
     bidirectional: bool = False
     dropout: float = 0.2
     label_smoothing: float = 0.05
-    augment: bool = True  # shift, rotate and scale, inside the step
+    augment: bool = True  # shift, rotate, scale, shear and warp, inside the step
     rotate: float = 12.0  # degrees at most
     shift: float = 2.0  # pixels at most
     scale: float = 0.12
+    shear: float = 0.2  # pixels sideways a pixel of height, at most
+    warp: float = 0.2  # pixels, standard deviation of the elastic distortion
 
 
 def build(c: Config) -> Experiment:
@@ -61,7 +63,9 @@ def build(c: Config) -> Experiment:
         train=data.train,
         test=data.test,
         class_names=data.class_names,
-        augment=augment_images(shift=c.shift, rotate=c.rotate, scale=c.scale) if c.augment else None,
+        augment=augment_images(shift=c.shift, rotate=c.rotate, scale=c.scale, shear=c.shear, warp=c.warp)
+        if c.augment
+        else None,
         gallery={"worst mistakes": worst_mistakes(model, data.test, class_names=data.class_names)},
     )
 

@@ -22,7 +22,7 @@ from bigjax.sharding import constrain
 
 
 class Dense(nn.Module):
-    """(B, ...) to (B, outputs): hidden layers `dense_0`, `dense_1`, ..., each with its dropout, then `out`."""
+    """(B, ...) to (B, outputs): hidden layers `dense_0`, `dense_1`, ..., dropout after the first, then `out`."""
 
     features: tuple[int, ...]
     outputs: int
@@ -38,7 +38,8 @@ class Dense(nn.Module):
         for i, width in enumerate(self.features):
             x = act(nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x))
             self.sow("intermediates", f"stage_{i}", x)
-            x = nn.Dropout(self.dropout)(x, deterministic=not train)
+            if i == 0:  # as in the classic listing: once on the way down, once on the way up
+                x = nn.Dropout(self.dropout)(x, deterministic=not train)
         return nn.Dense(self.outputs, dtype=dtype, kernel_init=init, name="out")(x)
 
 
@@ -90,7 +91,7 @@ class Autoencoder(nn.Module):
     """Dense autoencoder (Hinton & Salakhutdinov 2006): 784-64-32-64-64-784, 109,552 parameters on 28×28×1.
 
     Images (B, H, W, C) float in [0, 1], of the shape `image`, to logits (B, H, W, C) float32. `encode` gives the code
-    (B, Z) float32, linear; `decode` takes it back to logits. Dropout follows each hidden layer, never the code.
+    (B, Z) float32, linear; `decode` takes it back to logits. Dropout follows the first hidden layer of each half.
     With `mutable="intermediates"` a call also returns `features` (the code) and each hidden layer as `stage_i`.
 
         model = Autoencoder(dropout=0.5)
