@@ -49,8 +49,8 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
 def keep_memory() -> None:
     """Lets glibc keep the memory of large arrays instead of returning it to the system after each use.
 
-    XLA allocates its temporaries anew in every step; on CPU the page faults were half of a small CNN's step. A C
-    library without `mallopt` is left as it is.
+    XLA allocates its temporaries anew in every step; on CPU the page faults are a large part of a small model's
+    step. A C library without `mallopt` is left as it is.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

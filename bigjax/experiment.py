@@ -114,7 +114,7 @@ class Experiment:
     train, test: mappings of arrays with one leading axis, or readers by index (bigjax.data).
     augment: (batch, key) -> batch, on the device, inside the step.
     transform: (example, NumPy generator) -> example, on the host, for splits read by index: decoding, crops of varying
-        size. The generator is random per (seed, epoch, row).
+        size. The generator is random per (seed, epoch, row). The test split is read as it is.
     evaluators: run on the host at evaluation steps, for what (sum, count) cannot hold; their numbers appear as
         eval/NAME.
     gallery: pictures or text for the report, made at evaluation steps.

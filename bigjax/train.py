@@ -73,7 +73,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Ru
     train, held = experiment.train, None
     if config.validation:
         train, held = pipeline.hold_out(train, fraction=config.validation, seed=config.seed)
-    next(pipeline.batches(train, seed=config.seed, batch_size=config.batch_size))  # as do its own
+    pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
     home = epath.Path(config.workdir or f"runs/{experiment.name}")
     description = folder.describe(experiment, config)
     fresh = not config.resume or not (home / "config.json").exists()

@@ -19,8 +19,10 @@ class Config(RunConfig):
 
 
 def test_defaults_pass():
-    check(Config())
-    check(Config(steps=1, epochs=0.5, minutes=0.1, validation=0.1, best="min:loss", ema=0.999, features=()))
+    assert check(Config()) is None  # it raises where something is wrong
+    assert None is check(
+        Config(steps=1, epochs=0.5, minutes=0.1, validation=0.1, best="min:loss", ema=0.999, features=())
+    )
 
 
 @pytest.mark.parametrize(

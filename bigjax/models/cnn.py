@@ -47,7 +47,7 @@ def convolve(x_BHWC: Array, kernel_KKCD: Array, *, stride: int = 1, padding: str
 def max_pool(x_BHWC: Array) -> Array:
     """2×2 maximum with stride 2; an odd last row or column is dropped, NaN is kept.
 
-    The first of equal values gets the gradient. On CPU that of `reduce_window` takes about 40 times as long.
+    The first of equal values gets the gradient. On CPU that of `reduce_window` is slow.
     """
     b, h, w, c = x_BHWC.shape
     x = x_BHWC[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c)
@@ -84,7 +84,7 @@ class Conv(nn.Module):
 def upsample(x_BHWC: Array, kernel_44CD: Array) -> Array:
     """`lax.conv_transpose` with a 4×4 kernel, stride 2, "SAME": (B, H, W, C) to (B, 2H, 2W, D).
 
-    On CPU as four 2×2 convolutions, one for each of the output pixels that an input pixel becomes: 2.5 times as fast.
+    On CPU as four 2×2 convolutions, one for each output pixel that an input pixel becomes: faster there.
     """
 
     def native(x: Array, kernel: Array) -> Array:

@@ -23,7 +23,7 @@ def attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, mask: Array | None
     Grouped queries (Ainslie et al. 2023): with G < H each key/value head serves H / G query heads, in order. `mask`,
     (B or 1, H or 1, L, M), is True where a position may be looked at; `causal` masks what comes later. The softmax is
     in float32. Causal attention over many positions goes in quarters of the queries, each against only the keys up to
-    its end: 5/8 of the work. Values equal those of `jax.nn.dot_product_attention`, which took 1.4 times as long on CPU.
+    its end: 5/8 of the work. Values equal those of `jax.nn.dot_product_attention`, which is slower on CPU.
     """
     B, L, H, K = q_BLHK.shape
     M, G = k_BMGK.shape[1:3]
