@@ -10,6 +10,10 @@ class UsageError(Exception):
     """
 
 
+class SaveError(UsageError):
+    """A checkpoint could not be saved. Orbax then leaves a thread behind that waits forever."""
+
+
 def __getattr__(name: str):  # lazily, so that importing bigjax.models stays as cheap as importing flax
     if name == "load":
         from bigjax.workdir import load

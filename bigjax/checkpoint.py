@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bigjax import UsageError
+from bigjax import SaveError, UsageError
 from bigjax.optim import path_string
 
 Tree = Any
@@ -107,7 +107,7 @@ class Checkpoints:
             whole = [p.name for p in epath.Path(self.manager.directory).glob("[0-9]*")] if self.exists() else []
             kept = f"step {max(map(int, whole))} is intact" if whole else "there is none before it"
             reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
-            raise UsageError(
+            raise SaveError(
                 f"a checkpoint could not be saved in {self.manager.directory} ({reason}); {kept}: make room there, or "
                 "choose another --workdir, and run again"
             ) from e

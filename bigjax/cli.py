@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import tyro
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import SaveError, UsageError
 from bigjax.experiment import Experiment, RunConfig
 
 VERBS = {
@@ -41,8 +40,8 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         run(verb, config, build, name=name)
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
-        if any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate()):
-            os._exit(2)  # after a failed save a thread waits forever, and Python would wait for it
+        if isinstance(e, SaveError):
+            os._exit(2)  # Python would wait for the thread that orbax leaves behind
         raise SystemExit(2) from None
 
 
