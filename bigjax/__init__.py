@@ -11,7 +11,7 @@ class UsageError(Exception):
 
 
 class SaveError(UsageError):
-    """A checkpoint could not be saved. Orbax then leaves a thread behind that waits forever."""
+    """A checkpoint could not be saved; the library that saves then leaves a thread behind that waits forever."""
 
 
 def __getattr__(name: str):  # lazily, so that importing bigjax.models stays as cheap as importing flax

@@ -41,7 +41,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         if isinstance(e, SaveError):
-            os._exit(2)  # Python would wait for the thread that orbax leaves behind
+            os._exit(2)  # Python would wait for the thread that is left behind
         raise SystemExit(2) from None
 
 
