@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 import optax
 
-from bigjax import UsageError
+from bigjax import UsageError, sharding
 from bigjax.data.sources import Split
 from bigjax.sharding import MeshConfig
 from bigjax.tasks import Batch, Key, ModelState, Params, Task
@@ -118,6 +118,7 @@ class Experiment:
     evaluators: run on the host at evaluation steps, for what (sum, count) cannot hold; their numbers appear as
         eval/NAME.
     gallery: pictures or text for the report, made at evaluation steps.
+    rules: which parts of the state are split over which mesh axes (bigjax.sharding).
     """
 
     model: nn.Module | Mapping[str, nn.Module]
@@ -132,6 +133,7 @@ class Experiment:
     evaluators: Mapping[str, Callable[[Params, ModelState, Key], dict[str, float]]] = field(default_factory=dict)
     gallery: Mapping[str, Callable[[Params, ModelState, Key], Pictures | str]] = field(default_factory=dict)
     published: Sequence[Published] = ()
+    rules: sharding.Rules = sharding.RULES
     facts: Mapping[str, Any] = field(default_factory=dict)  # of the data (a hash, a version): recorded in result.json
 
     def models(self) -> dict[str, nn.Module]:

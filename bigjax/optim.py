@@ -81,12 +81,12 @@ def is_stacked(path: tuple[Any, ...]) -> bool:
 def matrices(params: Any) -> Any:
     """For every leaf, how Muon takes it: (inputs, output) axes of hidden kernels, None for what Adam updates instead.
 
-    None: embeddings, positions, the output layer (head, logits, logit, out), biases, scales.
+    None: embeddings, positions, the output layer (unembedding, head, logits, logit, out), biases, scales.
     """
 
     def numbers(path: tuple[Any, ...], leaf: Any) -> Any:
         *layer, name = path_string(path).split("/")
-        if name != "kernel" or {"head", "logits", "logit", "out"} & set(layer):
+        if name != "kernel" or {"unembedding", "head", "logits", "logit", "out"} & set(layer):
             return None
         axes = tuple(range(int(is_stacked(path)), leaf.ndim))
         return optax.contrib.MuonDimensionNumbers(axes[:-1], axes[-1:])

@@ -23,9 +23,10 @@ class Program:
     def __init__(self, experiment: Experiment, config: RunConfig, train: pipeline.Split, *, steps: int):
         self.train, self.key = train, jax.random.key(config.seed)
         self.mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
-        self.rows = {"seed": config.seed, "batch_size": config.batch_size}
-        self.rows |= {"process": jax.process_index(), "processes": jax.process_count()}
-        self.rows |= {"transform": experiment.transform}
+        for model in experiment.models().values():
+            sharding.check_heads(model, self.mesh)
+        self.rows = {"seed": config.seed, "batch_size": config.batch_size, "transform": experiment.transform}
+        self.rows["rows"] = sharding.rows_here(self.mesh, config.batch_size)
         tx = experiment.tx(steps)
         example = sharding.put_batch(next(pipeline.batches(train, **self.rows)), self.mesh)
         batch_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
@@ -52,9 +53,9 @@ class Program:
             return state, metrics.merge(window, out), state.step + 0  # the last only tells that the step is done
 
         with jax.set_mesh(self.mesh):
-            self.state_shapes = sharding.placed(jax.eval_shape(initialize, self.key), self.mesh)
+            self.state_shapes = sharding.place(jax.eval_shape(initialize, self.key), self.mesh, rules=experiment.rules)
             window = jax.eval_shape(step, self.state_shapes, batch_shapes, self.key)[1]
-        self.window_shapes = sharding.placed(window, self.mesh)
+        self.window_shapes = sharding.replicated(window, self.mesh)
         where = jax.tree.map(lambda s: s.sharding, (self.state_shapes, self.window_shapes))
         self.begin = lambda: initialize(self.key)
         self.initialize = jax.jit(initialize, out_shardings=where[0])

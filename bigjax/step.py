@@ -1,5 +1,6 @@
 """The one step: a pure update of every player, and the evaluation that counts each example once."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,9 +149,9 @@ def make_evaluate(
     Each example of the split counts exactly once.
     """
     key = jax.random.key(seed)
-    rows = {"batch_size": batch_size, "process": jax.process_index(), "processes": jax.process_count()}
+    rows = {"batch_size": batch_size, "rows": sharding.rows_here(mesh, batch_size)}
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.everywhere(mesh))
     def one(params: Params, model_state: ModelState, batch: Batch) -> Metrics:
         return task.evaluate(params, model_state, to_float(batch), key)
 

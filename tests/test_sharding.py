@@ -133,7 +133,18 @@ def devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         (MeshConfig(tensor=0), 8, "mesh.tensor 0: an axis is a number of devices, or -1 for all that is left"),
         (MeshConfig(data=-1, fsdp=-1), 8, "mesh.data and mesh.fsdp are both -1: give one of them a number"),
         (MeshConfig(data=4, fsdp=-1, tensor=-1), 8, "mesh.fsdp and mesh.tensor are both -1: give one of them a number"),
-        (MeshConfig(fsdp=2), 8, "nothing is sharded over mesh.fsdp or mesh.tensor yet: use --mesh.data alone"),
+        (MeshConfig(fsdp=2), 6, "batch_size 6 is not divisible by the data × fsdp axes (8): use 8"),
+        (
+            MeshConfig(data=2, fsdp=3),
+            6,
+            "the mesh (data 2 × fsdp 3 × tensor 1 = 6) does not cover the 8 devices: use fsdp and tensor whose product "
+            "divides that",
+        ),
+        (
+            MeshConfig(data=2, tensor=2),
+            6,
+            "the mesh (data 2 × fsdp 1 × tensor 2 = 4) does not cover the 8 devices: use --mesh.data 4",
+        ),
         (
             MeshConfig(data=3),
             9,

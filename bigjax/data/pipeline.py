@@ -75,16 +75,15 @@ def batches(
     seed: int,
     batch_size: int,
     start: int = 0,
-    process: int = 0,
-    processes: int = 1,
+    rows: np.ndarray | None = None,
     transform: Transform | None = None,
 ) -> Iterator[Batch]:
-    """Training batches without end, from batch `start`: this process's contiguous rows of each global batch.
+    """Training batches without end, from batch `start`: of each global batch those `rows` (default: all).
 
     Each has the split's fields, `index` (B,) int32 (row in the data set) and `mask` (B,) float32 (ones).
     `transform(example, generator)` changes an example on the host (decoding, crops of varying size); its generator is a
     Philox one keyed by (seed, epoch, row), so what it draws depends neither on the batch size nor on the number of
-    processes. UsageError: no examples; a batch larger than the data; a batch that the processes can't share.
+    processes. UsageError: no examples; a batch larger than the data.
     """
     size = size_of(split)
     if not 1 <= batch_size <= size:
@@ -92,47 +91,36 @@ def batches(
             f"batch_size {batch_size} does not fit {size} training examples: pass --batch-size with a number from 1 "
             f"to {size}"
         )
-    local = _share(batch_size, processes)
+    mine = np.arange(batch_size) if rows is None else rows
 
-    def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
-        mine = slice(process * local, (process + 1) * local)
-        return batch_rows(n, seed=seed, batch_size=batch_size, size=size)[mine], np.ones(local, np.float32)
+    def chosen(n: int) -> tuple[np.ndarray, np.ndarray]:
+        return batch_rows(n, seed=seed, batch_size=batch_size, size=size)[mine], np.ones(len(mine), np.float32)
 
     change = None
     if transform is not None:
 
         def change(example: dict[str, np.ndarray], n: int, j: int, row: int) -> dict[str, np.ndarray]:
-            epoch = (n * batch_size + process * local + j) // size
+            epoch = (n * batch_size + int(mine[j])) // size
             return transform(example, _generator(seed, epoch, row))
 
-    return _generate(split, rows, range(start, ENDLESS), local, change)
+    return _generate(split, chosen, range(start, ENDLESS), len(mine), change)
 
 
-def eval_batches(split: Split, *, batch_size: int, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-    """Every example exactly once, in order; the same number of batches on every process.
+def eval_batches(split: Split, *, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+    """Every example exactly once, in order, in batches of which those `rows` are given (default: all).
 
     What is missing in the last batch is row 0 again, with `mask` 0 and `index` −1.
     """
     size = size_of(split)
     if size < 1 or batch_size < 1:
         raise UsageError(f"cannot evaluate {size} examples in batches of {batch_size}: both must be at least 1")
-    local = _share(batch_size, processes)
+    mine = np.arange(batch_size) if rows is None else rows
 
-    def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
-        row_B = n * batch_size + process * local + np.arange(local)
+    def chosen(n: int) -> tuple[np.ndarray, np.ndarray]:
+        row_B = n * batch_size + mine
         return np.where(row_B < size, row_B, 0), (row_B < size).astype(np.float32)
 
-    return _generate(split, rows, range(-(-size // batch_size)), local, None)
-
-
-def _share(batch_size: int, processes: int) -> int:
-    if batch_size % processes:
-        below, above = batch_size // processes * processes, -(-batch_size // processes) * processes
-        use = f"{below} or {above}" if below else str(above)
-        raise UsageError(
-            f"batch_size {batch_size} is not divisible by the number of processes ({processes}): use {use}"
-        )
-    return batch_size // processes
+    return _generate(split, chosen, range(-(-size // batch_size)), len(mine), None)
 
 
 def _generate(split: Split, rows: Callable, numbers: range, local: int, change: Callable | None) -> Iterator[Batch]:

@@ -109,7 +109,7 @@ class GPT(nn.Module):
         self.sow("intermediates", "features", x_BLD)
         if self.tied:
             return embed.attend(x_BLD).astype(jnp.float32), cache
-        head = nn.Dense(self.vocabulary, use_bias=False, kernel_init=init, dtype=self.dtype, name="head")
+        head = nn.Dense(self.vocabulary, use_bias=False, kernel_init=init, dtype=self.dtype, name="unembedding")
         return head(x_BLD).astype(jnp.float32), cache
 
     def _stack(self, x_BLD: Array, cache: Cache | None, position: Array, *, deterministic: bool) -> tuple:
