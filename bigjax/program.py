@@ -20,16 +20,24 @@ from bigjax.tasks import Batch, Key
 class Program:
     """The compiled parts of a run: `initialize`, `update` of (state, window of metrics), and batches by number."""
 
-    def __init__(self, experiment: Experiment, config: RunConfig, train: pipeline.Split, *, steps: int):
+    def __init__(
+        self,
+        experiment: Experiment,
+        config: RunConfig,
+        train: pipeline.Split,
+        *,
+        steps: int,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.train, self.key = train, jax.random.key(config.seed)
-        self.mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
+        self.mesh = mesh or sharding.make_mesh(config.mesh, batch_size=config.batch_size)
         for model in experiment.models().values():
             sharding.check_heads(model, self.mesh)
         self.rows = {"seed": config.seed, "batch_size": config.batch_size, "transform": experiment.transform}
         self.rows["rows"] = sharding.rows_here(self.mesh, config.batch_size)
         tx = experiment.tx(steps)
-        example = sharding.put_batch(next(pipeline.batches(train, **self.rows)), self.mesh)
-        batch_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
+        example = next(pipeline.batches(train, seed=0, batch_size=1, transform=experiment.transform))
+        batch_shapes = sharding.batch_shapes(example, self.mesh, batch_size=config.batch_size)
 
         def initialize(key: Key) -> TrainState:
             two = jax.tree.map(lambda x: jnp.zeros((2, *x.shape[1:]), x.dtype), batch_shapes)  # only shapes matter here
@@ -55,6 +63,7 @@ class Program:
         with jax.set_mesh(self.mesh):
             self.state_shapes = sharding.place(jax.eval_shape(initialize, self.key), self.mesh, rules=experiment.rules)
             window = jax.eval_shape(step, self.state_shapes, batch_shapes, self.key)[1]
+        self.batch_shapes = batch_shapes
         self.window_shapes = sharding.replicated(window, self.mesh)
         where = jax.tree.map(lambda s: s.sharding, (self.state_shapes, self.window_shapes))
         self.begin = lambda: initialize(self.key)

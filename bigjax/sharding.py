@@ -175,7 +175,18 @@ def check_heads(model: Any, mesh: Mesh) -> None:
 def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a global batch the devices of this process hold, in rising order."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places.values()]))
+    return np.flatnonzero(
+        sum((np.bincount(np.arange(batch_size)[i], minlength=batch_size) for i in places.values()), 0)
+    )
+
+
+def batch_shapes(batch: dict[str, np.ndarray], mesh: Mesh, *, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and placement of a global batch with the fields of `batch`."""
+    where = batch_sharding(mesh)
+    return {
+        k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), jax.dtypes.canonicalize_dtype(v.dtype), sharding=where)
+        for k, v in batch.items()
+    }
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

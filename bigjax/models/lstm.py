@@ -81,7 +81,8 @@ def _recur_backward(cell: str, residuals: tuple, dh_LBH: Array) -> tuple:
     def step(carry: tuple[Array, Array], at: tuple) -> tuple:
         dh, a, state = at
         da, dstate = jax.vjp(functools.partial(_step, cell), a, state)[1]((dh + carry[0], carry[1]))
-        return (jnp.einsum("bgk,hgk->bh", recurrent(da), kernel_HGH), dstate), da
+        # without the constraint XLA's partitioner gives wrong gradients where fsdp and tensor split the kernel
+        return (constrain(jnp.einsum("bgk,hgk->bh", recurrent(da), kernel_HGH), "batch"), dstate), da
 
     zeros = jnp.zeros_like(dh_LBH[0]), jnp.zeros(dh_LBH.shape[1:], jnp.float32)
     da_LBGH = lax.scan(step, zeros, (dh_LBH, a_LBGH, state_LBH), reverse=True)[1]

@@ -1,0 +1,142 @@
+"""Every family on every mesh that suits it gives the numbers of one device: 8 virtual devices, in a process of their own.
+
+The same process also reads the compiled programs: which collectives a strategy needs, and how many bytes they carry.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import REPOSITORY
+from test_families import FAMILIES, Family
+
+from bigjax import optim, sharding
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.models import CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator
+from bigjax.program import Program
+from bigjax.sharding import MeshConfig
+
+MESHES = {
+    "one": MeshConfig(data=1),
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "tensor": MeshConfig(data=4, tensor=2),
+    "fsdp_tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+ALL, NO_TENSOR = tuple(MESHES), ("one", "data", "fsdp")
+AUTO = {"image": (4, 4, 1), "code": 8, "encoder_features": (16,), "decoder_features": (16,)}
+# the families of test_families, wide enough to be split by 8
+SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "cnn": (
+        CNN(features=(8,), dense=(), pools=1, padding="SAME", outputs=3, batch_norm=True, dropout=0.1),
+        NO_TENSOR,
+    ),
+    "lstm_images": (LSTM(hidden=(8,), outputs=3, dropout=0.1), ALL),
+    "lstm_tokens": (LSTM(vocabulary=16, embedding=8, hidden=(8, 8), bidirectional=True, pool="mean", outputs=1), ALL),
+    "gpt": (
+        GPT(vocabulary=16, layers=2, width=16, heads=4, kv_heads=2, mlp=32, context=8, scan=True, position="rotary"),
+        ALL,
+    ),
+    "gan": (
+        {
+            "generator": Generator((4, 4, 1), latent=3, features=(8,), batch_norm=True, classes=3),
+            "discriminator": Discriminator(features=(8,), pool="flatten", spectral_norm=True, classes=3),
+        },
+        ALL,
+    ),
+    "autoencoder": (Autoencoder(**AUTO, dropout=0.1), ALL),
+    "vae": (VAE(**AUTO), ALL),
+}
+TX = {"gpt": lambda steps: {"model": optim.muon(0.01, adam_rate=0.01)}}
+
+
+def experiment_of(name: str, *, sgd: bool) -> tuple[Family, Experiment]:
+    family, models = FAMILIES[name], SIZES[name][0]
+    players = models if isinstance(models, dict) else {"model": models}
+    tx = (lambda steps: dict.fromkeys(players, optax.sgd(0.1))) if sgd else TX.get(name, family.tx)
+    train, test = family.data(16, seed=0), family.data(8, seed=1)
+    return family, Experiment(models, family.task(models), tx, train, test, name=name)
+
+
+def flat(name: str, tree: Any) -> dict[str, np.ndarray]:
+    return {name + optim.path_string(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def numbers(name: str, mesh_name: str) -> dict[str, np.ndarray]:
+    """Parameters after 5 updates with SGD; losses of 5 with the family's own optimizer; what share a device holds."""
+    out = {}
+    for sgd in (True, False):
+        family, experiment = experiment_of(name, sgd=sgd)
+        config = RunConfig(batch_size=8, steps=5, ema=family.ema, mesh=MESHES[mesh_name])
+        devices = jax.devices()[:1] if mesh_name == "one" else None
+        mesh = sharding.make_mesh(config.mesh, batch_size=8, devices=devices)
+        program = Program(experiment, config, experiment.train, steps=5, mesh=mesh)
+        with jax.set_mesh(mesh):
+            state, window = program.initialize(program.key), program.fresh_window()
+            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+            whole = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+            with program.batches(0) as batches:
+                state, window = program.chunk(state, window, batches, 5)
+        places = jax.tree.map(lambda s: s.sharding, program.state_shapes)
+        chex.assert_trees_all_equal(places, jax.tree.map(lambda x: x.sharding, state))  # and it stays where it was born
+        if sgd:
+            out |= flat("params/", state.params) | flat("model_state/", state.model_state)
+        else:
+            out["loss"] = np.asarray(window[family.falls][0])
+            out["share"] = np.array(held / whole)
+    return out
+
+
+def in_eight(file: str, name: str) -> None:
+    """Runs in the other process."""
+    assert jax.device_count() == 8
+    out = {f"{m}:{k}": v for m in SIZES[name][1] for k, v in numbers(name, m).items()}
+    np.savez(file, **out)
+
+
+def run_with_devices(call: str, *, folder: Path) -> None:
+    """Runs Python code in a process with 8 virtual devices."""
+    start = "import jax; jax.config.update('jax_num_cpu_devices', 8); "  # conftest takes XLA_FLAGS away
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", start + call],
+        env=os.environ | {"PYTHONPATH": paths},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+QUICK = ("gpt", "lstm_tokens")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SIZES])
+def test_every_mesh_gives_the_numbers_of_one_device(name: str, tmp_path: Path) -> None:
+    run_with_devices(f"import conftest, test_meshes; test_meshes.in_eight('n.npz', {name!r})", folder=tmp_path)
+    with np.load(tmp_path / "n.npz") as loaded:
+        values = dict(loaded)
+    meshes = SIZES[name][1]
+    one = {k.removeprefix("one:"): v for k, v in values.items() if k.startswith("one:")}
+    assert len(one) > 5 and one["share"] == 1
+    for mesh in meshes[1:]:
+        here = {k.removeprefix(f"{mesh}:"): v for k, v in values.items() if k.startswith(f"{mesh}:")}
+        assert here.keys() == one.keys()
+        for k, v in one.items():
+            if k not in ("share", "loss"):
+                np.testing.assert_allclose(here[k], v, rtol=1e-4, atol=1e-6, err_msg=f"{mesh} {k}")
+        np.testing.assert_allclose(here["loss"], one["loss"], rtol=1e-3, err_msg=mesh)
+        if "fsdp" in mesh or mesh == "tensor":
+            assert here["share"] < 0.95, mesh
+    if name == "gpt":
+        assert values["fsdp:share"] <= 1 / 7
