@@ -1,9 +1,8 @@
-"""Every family on every mesh that suits it gives the numbers of one device: 8 virtual devices, in a process of their own.
+"""Every family on every mesh that suits it gives one device's numbers: 8 virtual devices, in another process.
 
 The same process also reads the compiled programs: which collectives a strategy needs, and how many bytes they carry.
 """
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
