@@ -26,7 +26,7 @@ SAMPLE = 400  # bytes
 class Config(RunConfig):
     data: str = "python"
     minutes: float | None = 4.5
-    batch_size: int = 32
+    batch_size: int = 16
     learning_rate: float = 0.02  # of Muon, for matrices
     adam_rate: float = 3e-3  # for embeddings, norms and biases
     schedule: optim.Schedule = "warmup-cosine"

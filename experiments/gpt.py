@@ -1,0 +1,80 @@
+"""GPT-2, GPT-3 and Llama shapes on your own tokens, from one device to a pod; and its plan for a slice you don't have.
+
+    python experiments/gpt.py plan --model gpt3_175b --topology v5p:8x8x8 --batch-size 512 --mesh.fsdp 64 --mesh.tensor 8
+    python experiments/gpt.py --model gpt2_124m --data tokens:DIR --batch-size 64    # see python -m bigjax prepare
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from bigjax import cli, optim
+from bigjax.data import sources
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.models import GPT
+from bigjax.tasks import next_token
+
+# Vocabularies are filled up to a multiple of 128, so that they can be split.
+GPT2 = {"vocabulary": 50304, "context": 1024}  # Radford et al. 2019, table 2
+LLAMA = {  # Grattafiori et al. 2024, table 3
+    "vocabulary": 128_256,
+    "context": 8192,
+    "kv_heads": 8,
+    "position": "rotary",
+    "norm": "rms",
+    "activation": "swiglu",
+    "bias": False,
+}
+PRESETS = {
+    "gpt2_124m": GPT2 | {"layers": 12, "width": 768, "heads": 12},
+    "gpt2_350m": GPT2 | {"layers": 24, "width": 1024, "heads": 16},
+    "gpt2_774m": GPT2 | {"layers": 36, "width": 1280, "heads": 20},
+    "gpt2_1558m": GPT2 | {"layers": 48, "width": 1600, "heads": 25},
+    "gpt3_175b": GPT2 | {"layers": 96, "width": 12288, "heads": 96, "context": 2048},  # Brown et al. 2020, table 2.1
+    "llama_1b": LLAMA | {"layers": 16, "width": 2048, "heads": 32, "mlp": 8192},  # its model card, Llama 3.2
+    "llama_8b": LLAMA | {"layers": 32, "width": 4096, "heads": 32, "mlp": 14336, "tied": False},
+    "llama_70b": LLAMA | {"layers": 80, "width": 8192, "heads": 64, "mlp": 28672, "tied": False},
+}
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "random"  # tokens at random, to try speed; or tokens:DIR
+    model: Literal[tuple(PRESETS)] = "gpt2_124m"
+    steps: int | None = 1000
+    batch_size: int = 8
+    context: int | None = None  # tokens a row; the model's own by default
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    learning_rate: float = 3e-4
+    schedule: optim.Schedule = "warmup-cosine"
+    weight_decay: float = 0.1
+    scan: bool = True  # over layers: compiles in the time of one
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
+
+
+def build(c: Config) -> Experiment:
+    preset = PRESETS[c.model]
+    length = c.context or preset["context"]
+    model = GPT(**(preset | {"context": length}), scan=c.scan, remat=c.remat, dtype=c.dtype)
+    if c.data == "random":
+        tokens = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1)).astype(np.int32)
+        train, test = {"tokens": tokens}, {"tokens": tokens[:8]}
+    else:
+        data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+        train, test = data.train, data.test
+    return Experiment(
+        model=model,
+        task=next_token(model),
+        tx=lambda steps: {
+            "model": optim.adamw(
+                optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0, b2=0.95
+            )
+        },
+        train=train,
+        test=test,
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, build)
