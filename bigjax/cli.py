@@ -19,6 +19,7 @@ from bigjax.experiment import Experiment, RunConfig
 VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",
     "evaluate": "evaluate the newest checkpoint of the working directory on the test split",
+    "plan": "what a run would need on a TPU slice, and what bounds it there: compiled here, on a machine without one",
     "report": "write report.html again from the files of the working directory",
 }
 
@@ -36,13 +37,20 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
             raise UsageError(f"{name}.py has no verb {verb!r}: {hint}")
         prog = f"{name}.py {verb}"
         about = f"{VERBS[verb]}.\nVerbs: {' | '.join(VERBS)}"
-        config = settle(tyro.cli(Config, prog=prog, description=about, args=arguments), Config())
+        Flags = planned(Config) if verb == "plan" else Config
+        config = settle(tyro.cli(Flags, prog=prog, description=about, args=arguments), Flags())
         run(verb, config, build, name=name)
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         if isinstance(e, SaveError):
             os._exit(2)  # Python would wait for the thread that is left behind
         raise SystemExit(2) from None
+
+
+def planned(Config: type[RunConfig]) -> type[RunConfig]:
+    """A script's flags with those of the verb plan."""
+    field = ("topology", str, dataclasses.field(default="v5e:2x4"))  # KIND:SHAPE, as v5p:8x8x8
+    return dataclasses.make_dataclass(Config.__name__, [field], bases=(Config,), frozen=True)
 
 
 def keep_memory() -> None:
@@ -71,6 +79,13 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
     from bigjax.experiment import check
 
     check(config)
+    if verb == "plan":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only compiled for
+        from bigjax import plan
+
+        home = epath.Path(config.workdir or f"runs/{name}_plan")
+        plan.write_plan(build, config, topology=config.topology, home=home)
+        return
     home = epath.Path(config.workdir or f"runs/{name}")
     if verb == "report":
         print(report.write_report(home))

@@ -154,8 +154,8 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[tuple
     free = [d for d in range(first, len(shape)) if axes[d] is None]
     if able := [d for d in free if shape[d] % fsdp == 0]:
         axes[max(able, key=lambda d: shape[d])] = "fsdp"
-    elif math.prod(shape) > SMALL:
-        best = max(math.gcd(shape[d], fsdp) for d in free) if free else 1
+    elif free and math.prod(shape[first:]) > SMALL:
+        best = max(math.gcd(shape[d], fsdp) for d in free)
         raise UsageError(f"no dimension of {name} {shape} is divisible by mesh.fsdp ({fsdp}): use --mesh.fsdp {best}")
     return PartitionSpec(*axes)
 

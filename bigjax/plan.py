@@ -1,0 +1,257 @@
+"""What it would cost: the real train step, compiled for a TPU slice that you don't have, and what bounds it there."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from bigjax import UsageError, hlo, sharding
+from bigjax.data import pipeline
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.program import Program, planned_steps
+
+
+@dataclass(frozen=True)
+class Chip:
+    """flops: bfloat16 a second; hbm: bytes; bandwidth: of the HBM, bytes a second; link: of one interconnect link in
+    both directions, bytes a second; dims: of the torus that the links make; shapes: of slices.
+
+    Sources: flops, hbm and bandwidth from Google Cloud's TPU documentation (cloud.google.com/tpu/docs, pages v4, v5e,
+    v5p, v6e); links from "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus), there one way.
+    """
+
+    flops: float
+    hbm: float
+    bandwidth: float
+    link: float
+    dims: int
+    shapes: str
+
+
+GIB = 2**30
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 9.0e10, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 9.0e10, 2, "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1.8e11, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 1.8e11, 2, "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
+}
+
+
+def slice_of(topology: str) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of a slice such as v5p:8x8x8; UsageError where there is no such slice, or no libtpu."""
+    kind, _, shape = topology.partition(":")
+    known = "; ".join(f"{k}: {c.shapes}" for k, c in CHIPS.items())
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise UsageError(f"--topology {topology!r} is no TPU slice: write KIND:SHAPE, of these\n  {known}")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the network which TPU this machine is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it is only asked to compile
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UsageError('planning needs the TPU compiler: pip install -e ".[tpu]"') from None
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    except jax.errors.JaxRuntimeError as e:
+        reason = str(e).splitlines()[0][:200]
+        raise UsageError(f"--topology {topology} is refused ({reason}): use one of these\n  {known}") from None
+    return CHIPS[kind], list(devices)
+
+
+# ---- FLOPs, counted from shapes
+
+
+def flops(jaxpr: Any) -> float:
+    """Multiplications and additions in the matrix products and convolutions of a jaxpr, over all devices.
+
+    Loops count as often as they run; of a branch the larger side; elementwise work, a few per cent, is left out.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, p = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contract, _), _ = p["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contract)
+        elif name == "conv_general_dilated":
+            kernel, spec = eqn.invars[1].aval.shape, p["dimension_numbers"].rhs_spec
+            work = math.prod(kernel) / kernel[spec[0]]  # for each output: inputs of its group × window
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * work / math.prod(p["lhs_dilation"])
+        elif name == "pallas_call":
+            if p.get("cost_estimate") is None:
+                raise NotImplementedError(f"the kernel {p.get('name')} states no cost")
+            total += p["cost_estimate"].flops
+        elif name == "cond":
+            total += max(flops(b.jaxpr) for b in p["branches"])
+        else:
+            times = p["length"] if name == "scan" else 1
+            total += times * sum(flops(j) for j in jax.core.jaxprs_in_params(p))
+    return total
+
+
+# ---- the plan
+
+
+def lower(program: Program) -> Any:
+    """The traced step of a program: the same function, placed the same way, as training runs."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(program.mesh):
+        return program.update.trace(program.state_shapes, program.window_shapes, program.batch_shapes, key)
+
+
+def links(mesh: jax.sharding.Mesh, axis: str) -> int:
+    """Along how many dimensions of the torus the devices of a mesh axis (or several, as "data × fsdp") lie."""
+    names = axis.split(" × ")
+    index = tuple(slice(None) if name in names else 0 for name in mesh.shape)
+    coords = [d.coords for d in mesh.devices[index].ravel()]
+    return max(sum(len(set(c)) > 1 for c in zip(*coords, strict=True)), 1)
+
+
+def interconnect_seconds(c: hlo.Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:
+    """The least time of all runs of a collective: rings over all links of its axis, in both directions at once."""
+    share = {"all-reduce": 2 * (c.group - 1) / c.group, "collective-permute": 1.0}.get(c.kind, (c.group - 1) / c.group)
+    return c.count * c.bytes * share / (chip.link * links(mesh, c.axis))
+
+
+def plan(build: Callable[[Any], Experiment], config: RunConfig, *, topology: str) -> dict[str, Any]:
+    """What `plan.json` holds. Raises UsageError for a slice or a mesh that cannot be.
+
+    A program that doesn't fit is an answer, not an error: `fits` is false, and what the compiler said stands in for the
+    rest. seconds.bound is the largest of compute, hbm and interconnect, as if they overlapped wholly; `exposed` is that
+    part of the interconnect's that the compiler let nothing overlap with.
+    """
+    chip, devices = slice_of(topology)
+    experiment = build(config)
+    mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
+    program = Program(experiment, config, experiment.train, steps=config.steps or 1000, mesh=mesh)
+    begin = time.perf_counter()
+    traced = lower(program)
+    hardware_flops = model_flops = flops(traced.jaxpr.jaxpr)
+    if getattr(config, "remat", "none") != "none":
+        plain = dataclasses.replace(config, remat="none")
+        model_flops = flops(lower(Program(build(plain), plain, experiment.train, steps=1000, mesh=mesh)).jaxpr.jaxpr)
+    state = jax.tree.leaves(program.state_shapes)
+    out: dict[str, Any] = {
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": dict(mesh.shape),
+        "batch_size": config.batch_size,
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(program.state_shapes.params)),
+        "state_bytes": sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state),
+        "model_flops_per_step": model_flops,
+        "hardware_flops_per_step": hardware_flops,
+    }
+    try:
+        with jax.set_mesh(mesh):
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        out["compile_seconds"] = round(time.perf_counter() - begin, 1)
+        return out | {"fits": False, "limited_by": "memory", "why": str(e).splitlines()[0]}
+    out["compile_seconds"] = round(time.perf_counter() - begin, 1)
+    m = compiled.memory_analysis()
+    need = {
+        "arguments": m.argument_size_in_bytes,
+        "temporaries": m.temp_size_in_bytes,
+        "output": m.output_size_in_bytes - m.alias_size_in_bytes,
+    }
+    need["total"] = sum(need.values()) + m.generated_code_size_in_bytes
+    module = hlo.parse(compiled.as_text())
+    found = hlo.collectives(module, mesh)
+    moved = hlo.traffic(module)
+    times = [(c, interconnect_seconds(c, mesh, chip)) for c in found]
+    seconds = {
+        "compute": hardware_flops / len(devices) / chip.flops,
+        "hbm": moved / chip.bandwidth,
+        "interconnect": sum(t for _, t in times),
+    }
+    bound = max(seconds.values())
+    limited_by = max(seconds, key=seconds.get)
+    steps = planned_steps(config, pipeline.size_of(experiment.train), lambda: bound)
+    return out | {
+        "hbm_bytes": need | {"capacity": chip.hbm},
+        "fits": need["total"] <= chip.hbm,
+        "hbm_traffic_bytes": moved,
+        "collectives": [
+            {"kind": c.kind, "axis": c.axis, "bytes": c.bytes, "count": c.count, "dtype": c.dtype, "seconds": t}
+            for c, t in times
+        ],
+        "seconds": seconds | {"exposed": sum(t for c, t in times if c.waits), "bound": bound},
+        "limited_by": limited_by,
+        "mfu_bound": model_flops / len(devices) / chip.flops / bound,
+        "examples_per_second_bound": config.batch_size / bound,
+        "steps": steps,
+        "chip_hours": steps * bound * len(devices) / 3600,
+    }
+
+
+def show(p: dict[str, Any], console: Console) -> None:
+    """The plan as a table."""
+
+    def number(value: float, unit: str = "") -> str:
+        for factor, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if abs(value) >= factor:
+                return f"{value / factor:.3g} {letter}{unit}"
+        return f"{value:.3g} {unit}".strip()
+
+    def gib(value: float) -> str:
+        return f"{value / GIB:.2f} GiB"
+
+    mesh = " × ".join(f"{k} {v}" for k, v in p["mesh"].items())
+    rows = [
+        ("slice", f"{p['topology']}, {p['chips']} chips as {mesh}, batch {p['batch_size']}"),
+        ("parameters", f"{p['parameters']:,}"),
+        ("state a chip", gib(p["state_bytes"])),
+        ("FLOPs a step", f"{number(p['model_flops_per_step'])} model, {number(p['hardware_flops_per_step'])} computed"),
+    ]
+    if "hbm_bytes" not in p:
+        rows += [("fits", f"no: {p['why']}"), ("compiled in", f"{p['compile_seconds']} s")]
+    else:
+        need, s = p["hbm_bytes"], p["seconds"]
+        rows += [
+            ("HBM a chip", f"{gib(need['arguments'])} arguments + {gib(need['temporaries'])} temporaries + "
+             f"{gib(need['output'])} output = {gib(need['total'])} of {gib(need['capacity'])}"),
+            ("fits", "yes" if p["fits"] else "no"),
+            ("compute", f"{s['compute'] * 1e3:.3g} ms a step"),
+            ("HBM traffic", f"{s['hbm'] * 1e3:.3g} ms: {number(p['hbm_traffic_bytes'], 'B')}"),
+            ("interconnect", f"{s['interconnect'] * 1e3:.3g} ms, of which {s['exposed'] * 1e3:.3g} overlap with nothing"),
+            ("bound", f"{s['bound'] * 1e3:.3g} ms a step at least, limited by {p['limited_by']}"),
+            ("MFU", f"{p['mfu_bound']:.1%} at most"),
+            ("speed", f"{number(p['examples_per_second_bound'])} examples/s at most"),
+            ("whole run", f"{p['steps']:,} steps, {p['chip_hours']:,.3g} chip-hours at least"),
+            ("compiled in", f"{p['compile_seconds']} s"),
+        ]  # fmt: skip
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table)
+    if not p.get("collectives"):
+        return
+    table = Table("collective", "along", "bytes each", "times a step", "ms a step", box=None)
+    for c in p["collectives"][:12]:
+        row = c["kind"], c["axis"], number(c["bytes"], "B"), str(c["count"]), f"{c['seconds'] * 1e3:.3g}"
+        table.add_row(*row)
+    console.print(table)
+    if more := p["collectives"][12:]:
+        console.print(f"and {len(more)} smaller, {sum(c['seconds'] for c in more) * 1e3:.3g} ms")
+
+
+def write_plan(build: Callable[[Any], Experiment], config: RunConfig, *, topology: str, home: epath.Path) -> None:
+    """Prints the table and writes plan.json into the working directory."""
+    result = plan(build, config, topology=topology)
+    show(result, Console(width=110))
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {home / 'plan.json'}")
