@@ -6,7 +6,7 @@ it is used (ZeRO stage 3, Rajbhandari et al. 2020); `tensor` splits layers (Mega
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -221,3 +221,20 @@ def constrain(x: jax.Array, axis: Literal["batch"]) -> jax.Array:
     if mesh.empty or axis != "batch":
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def splits_rows_and_heads(batch: int, heads: int) -> bool:
+    """Whether the mesh that is set, if any, divides so many rows and attention heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or (batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 and heads % mesh.shape["tensor"] == 0)
+
+
+def by_rows_and_heads(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of arrays (batch, length, heads, size) that every device runs on its own rows and heads.
+
+    For kernels, which the compiler cannot split by itself. Without a mesh it is the function itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    spec = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)

@@ -7,6 +7,7 @@ python experiments/gpt.py --model gpt2_124m --data tokens:DIR --batch-size 64   
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import numpy as np
 
 from bigjax import cli, optim
@@ -49,6 +50,7 @@ class Config(RunConfig):
     learning_rate: float = 3e-4
     schedule: optim.Schedule = "warmup-cosine"
     weight_decay: float = 0.1
+    attention: Literal["auto", "plain", "splash"] = "auto"  # auto: splash on TPU
     scan: bool = True  # over layers: compiles in the time of one
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
 
@@ -56,7 +58,9 @@ class Config(RunConfig):
 def build(c: Config) -> Experiment:
     preset = PRESETS[c.model]
     length = c.context or preset["context"]
-    model = GPT(**(preset | {"context": length}), scan=c.scan, remat=c.remat, dtype=c.dtype)
+    tpu = hasattr(c, "topology") or jax.default_backend() == "tpu"
+    attention = ("splash" if tpu else "plain") if c.attention == "auto" else c.attention
+    model = GPT(**preset | {"context": length}, attention=attention, scan=c.scan, remat=c.remat, dtype=c.dtype)
     if c.data == "random":
         tokens = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1)).astype(np.int32)
         train, test = {"tokens": tokens}, {"tokens": tokens[:8]}

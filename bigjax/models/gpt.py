@@ -24,6 +24,7 @@ class Block(nn.Module):
     kv_heads: int
     mlp: int
     rotary: bool
+    kernel: str
     norm: str
     activation: str
     bias: bool
@@ -36,8 +37,11 @@ class Block(nn.Module):
         init = nn.initializers.normal(0.02)
         residual = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)  # the sum keeps one layer's size
         shared = {"bias": self.bias, "kernel_init": init, "out_init": residual, "dtype": self.dtype}
+        attention = {"rotary": self.rotary, "kernel": self.kernel, **shared}
         norms = {"bias": self.bias, "dtype": self.dtype}
-        attend = Attention(self.heads, self.kv_heads, rotary=self.rotary, **shared, name="attention")
+        attend = Attention(
+            self.heads, self.kv_heads, rotary=self.rotary, kernel=self.kernel, **shared, name="attention"
+        )
         y, cache = attend(norm(self.norm, **norms, name="attention_norm")(x_BLD), cache, position=position)
         x_BLD = x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic)
         y = MLP(self.mlp, self.activation, **shared, name="mlp")(norm(self.norm, **norms, name="mlp_norm")(x_BLD))
@@ -53,6 +57,7 @@ class GPT(nn.Module):
     width: D, a multiple of heads. kv_heads: None for as many as heads.
     mlp: hidden units; None for 4 × width (GELU) or 8/3 × width, up to a multiple of 8 (SwiGLU).
     position: "learned" or "rotary". norm: "layer" or "rms". activation: "gelu" or "swiglu".
+    attention: "plain", or "splash": a Pallas kernel for TPU (`transformer.splash_attention`).
     tied: the output kernel is the embedding. bias: in all kernels and LayerNorms, but never in the output.
     dropout: on the embedding and before each addition to the residual stream.
     scan: layers by `nn.scan`, their parameters stacked on a leading axis under "layers", so that compile time doesn't
@@ -74,6 +79,7 @@ class GPT(nn.Module):
     tied: bool = True
     bias: bool = True
     dropout: float = 0.0
+    attention: str = "plain"
     scan: bool = False
     remat: str = "none"
     dtype: str = "float32"
@@ -119,6 +125,7 @@ class GPT(nn.Module):
             "kv_heads": self.kv_heads or self.heads,
             "mlp": self.mlp or (4 * self.width if self.activation == "gelu" else -(-self.width // 3) * 8),
             "rotary": self.position == "rotary",
+            "kernel": self.attention,
             "norm": self.norm,
             "activation": self.activation,
             "bias": self.bias,
@@ -154,6 +161,8 @@ class GPT(nn.Module):
             raise UsageError(f"width {D} must be a multiple of heads ({H}), and heads of kv_heads ({G})")
         if self.position not in ("learned", "rotary"):
             raise UsageError(f"position {self.position!r} is unknown: use learned or rotary")
+        if self.attention not in ("plain", "splash"):
+            raise UsageError(f"attention {self.attention!r} is unknown: use plain or splash")
         if self.position == "rotary" and D // H % 2:
             raise UsageError(f"rotary positions need heads of even size, not width / heads = {D // H}")
         if self.remat not in _REMAT:

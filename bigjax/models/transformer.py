@@ -11,6 +11,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from bigjax import UsageError
+from bigjax.sharding import by_rows_and_heads, splits_rows_and_heads
 
 Cache = dict[str, Array]  # k and v, each (B, M, G, K): what Attention has seen so far
 
@@ -54,6 +55,29 @@ def _attend(q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask: Array | None) ->
     return (weight_BGRLM.reshape(B, G, R * L, -1) @ v_BGMK).reshape(q_BGRLK.shape)
 
 
+def splash_attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, interpret: bool = False) -> Array:
+    """Causal `attention` on TPU as a Pallas kernel that works block by block, so that nothing of size L × L is stored.
+
+    FlashAttention (Dao et al. 2022) as in JAX's splash attention. L must be a multiple of 128. `interpret` runs the
+    kernel on any device, slowly. Over a mesh each device works on its own rows and heads.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    L, K = q_BLHK.shape[1], q_BLHK.shape[3]
+    block = next(n for n in (512, 256, 128) if L % n == 0)
+    places = ("q", "kv", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = kernels.BlockSizes(**{f"block_{place}": block for place in places})
+
+    def local(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array) -> Array:
+        mask = masks.MultiHeadMask([masks.CausalMask((L, L))] * q_BLHK.shape[2])
+        attend = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        q_BHLK, k_BGMK, v_BGMK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK * K**-0.5, k_BMGK, v_BMGK))
+        return jnp.swapaxes(jax.vmap(attend)(q_BHLK, k_BGMK, v_BGMK), 1, 2)
+
+    return by_rows_and_heads(local)(q_BLHK, k_BMGK, v_BMGK)
+
+
 def rotary(x_BLHK: Array, positions_L: Array, *, base: float = 10_000.0) -> Array:
     """Turns each pair (i, i + K/2) of a head by position × base^(−2i/K) (RoFormer, Su et al. 2021).
 
@@ -80,13 +104,14 @@ class Attention(nn.Module):
 
     With a cache (from `empty_cache`), x are the tokens at `position`, `position` + 1, …: their keys and values are
     written there, and each looks at everything up to itself. Without, x are all tokens from position 0, and the cache
-    returned is None.
+    returned is None. kernel: "plain", or "splash" (for TPU), which shapes that it does not suit leave to the plain one.
     """
 
     heads: int
     kv_heads: int
     causal: bool = True
     rotary: bool = False
+    kernel: str = "plain"
     bias: bool = True
     kernel_init: Initializer = _normal(0.02)
     out_init: Initializer = _normal(0.02)
@@ -121,7 +146,10 @@ class Attention(nn.Module):
             cache = {"k": k, "v": v}
             seen_LM = jnp.arange(k.shape[1])[None] <= position + jnp.arange(L)[:, None]
             mask, causal = seen_LM[None, None], False
-        y_BLHK = attention(q, k, v, mask=mask, causal=causal)
+        if self.kernel == "splash" and causal and mask is None and L % 128 == 0 and splits_rows_and_heads(B, G):
+            y_BLHK = splash_attention(q, k, v)
+        else:
+            y_BLHK = attention(q, k, v, mask=mask, causal=causal)
         out = nn.Dense(D, use_bias=self.bias, dtype=self.dtype, kernel_init=self.out_init, name="o")
         return out(y_BLHK.reshape(B, L, H * K)), cache
 
