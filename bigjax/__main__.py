@@ -1,5 +1,6 @@
 """python -m bigjax: what concerns no single experiment."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -17,19 +18,55 @@ class Reproduce:
     record: bool = False  # keep the new values in experiments/results
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine: libraries, devices, data, storage, and a run of two steps; exit status 1 if any failed."""
+
+    workdir: str = "runs"  # where runs are to be written; may be gs://bucket/folder
+    quick: bool = False  # leave the run of two steps out
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Build a TFDS set (array_record), or token files from text."""
+
+    name: tyro.conf.Positional[str]  # a TFDS set (mnist); or text: python (its standard library), a .txt, a .jsonl
+    to: str  # folder to write; may be gs://bucket/folder. Of a TFDS set: the folder that TFDS_DATA_DIR will name
+    tokenizer: str | None = None  # of text: bytes (the default), bpe (learned from the text), or a tokenizer.json
+    vocabulary: int = 8000  # tokens that bpe learns
+    separator: str = "\n"  # what ends each text of a .jsonl
+
+
 def main() -> None:
     command = tyro.cli(
-        tyro.conf.OmitSubcommandPrefixes[Annotated[Reproduce, tyro.conf.subcommand("reproduce")]]
+        tyro.conf.OmitSubcommandPrefixes[
+            Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
+            | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+            | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        ]
         | Annotated[None, tyro.conf.subcommand("version")],
         prog="python -m bigjax",
     )
-    from bigjax import __version__, results
-
-    if command is None:
-        print(__version__)
-        return
     try:
-        results.reproduce(command.rows, record=command.record)
+        if command is None:
+            from bigjax import __version__
+
+            print(__version__)
+        elif isinstance(command, Reproduce):
+            from bigjax import results
+
+            results.reproduce(command.rows, record=command.record)
+        elif isinstance(command, Doctor):
+            from bigjax import doctor
+
+            well = doctor.examine(command.workdir, quick=command.quick)
+            sys.stdout.flush()
+            os._exit(0 if well else 1)  # a check without an answer leaves a thread that Python may wait for
+        else:
+            from bigjax.data import prepare
+
+            flags = {"tokenizer": command.tokenizer, "vocabulary": command.vocabulary, "separator": command.separator}
+            print(prepare.prepare(command.name, command.to, **flags))
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None

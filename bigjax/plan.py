@@ -239,7 +239,7 @@ def show(p: dict[str, Any], console: Console) -> None:
             ("fits", "yes" if p["fits"] else "no"),
             ("compute", f"{s['compute'] * 1e3:.3g} ms a step"),
             ("HBM traffic", f"{s['hbm'] * 1e3:.3g} ms: {number(p['hbm_traffic_bytes'], 'B')}"),
-            ("interconnect", f"{s['interconnect'] * 1e3:.3g} ms, {s['exposed'] * 1e3:.3g} of it overlapping with nothing"),
+            ("interconnect", f"{s['interconnect'] * 1e3:.3g} ms, {s['exposed'] * 1e3:.3g} overlap with nothing"),
             ("bound", f"{s['bound'] * 1e3:.3g} ms a step at least, limited by {p['limited_by']}"),
             ("MFU", f"{p['mfu_bound']:.1%} at most"),
             ("speed", f"{number(p['examples_per_second_bound'])} examples/s at most"),

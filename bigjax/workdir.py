@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
+from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics, per_class, read_log
 
@@ -31,9 +32,7 @@ UNBEGUN = {".writable", "source.patch", "config.json.part"}  # what a kill in th
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Atomically: the file is there whole or not at all."""
-    part = path.parent / (path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def module_spec(module: nn.Module) -> dict[str, Any]:

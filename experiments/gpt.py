@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from bigjax import cli, optim
-from bigjax.data import sources
+from bigjax.data import tokens
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import GPT
 from bigjax.tasks import next_token
@@ -62,14 +62,17 @@ def build(c: Config) -> Experiment:
     attention = ("splash" if tpu else "plain") if c.attention == "auto" else c.attention
     model = GPT(**preset | {"context": length}, attention=attention, scan=c.scan, remat=c.remat, dtype=c.dtype)
     if c.data == "random":
-        tokens = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1)).astype(np.int32)
-        train, test = {"tokens": tokens}, {"tokens": tokens[:8]}
+        random_NL = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1), dtype=np.int32)
+        train, test = {"tokens": random_NL}, {"tokens": random_NL[:8]}
+        bytes_a_token = None
     else:
-        data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
-        train, test = data.train, data.test
+        data = tokens.load(c.data, vocabulary=model.vocabulary)
+        train = tokens.Windows(data.train, length=length, stride=length, once=False)
+        test = tokens.Windows(data.test, length=length, before=data.before)
+        bytes_a_token = data.bytes_a_token
     return Experiment(
         model=model,
-        task=next_token(model),
+        task=next_token(model, bytes_a_token=bytes_a_token),
         tx=lambda steps: {
             "model": optim.adamw(
                 optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0, b2=0.95

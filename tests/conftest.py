@@ -4,7 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,15 @@ def fit_tiny(tmp_path: Path) -> Callable[..., train.Run]:
         )
 
     return fit
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """gs://bucket, kept by an emulator on loopback, for the processes that a test starts."""
+    pytest.importorskip("gcsfs")
+    server = pytest.importorskip("gcp_storage_emulator.server")
+    running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    running.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{running._api._httpd.server_port}")
+    yield "gs://bucket"
+    running.stop()

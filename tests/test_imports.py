@@ -22,13 +22,14 @@ HEAVY = {
 }
 # A file imports from its own level and those below, as DESIGN has it: experiments -> cli -> train -> … -> metrics.
 LEVELS = [
-    {"__init__"},
+    {"__init__", "deadline"},
     {"sharding", "metrics", "optim", "checkpoint", "hlo"},
     {"models", "data", "tasks"},
     {"generative", "step", "experiment"},
     {"evaluators", "program"},
     {"diagnose", "display", "gallery", "generate", "workdir", "pretrained", "export", "explain", "report"},
     {"plan", "train", "results"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -268,6 +268,16 @@ def _number(path: epath.Path, line: int, column: str, value: str) -> float:
         ) from e
 
 
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Atomically: the file is there whole or not at all."""
+    if "://" in str(path):  # a bucket shows objects only when they are whole
+        path.write_bytes(content)
+        return
+    part = path.parent / (path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
 def few(names: Sequence[str]) -> str:
     return ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "") if names else "none"
 

@@ -40,7 +40,9 @@ class Dataset:
 
 
 def load(name: str, *, eval_data: str | None = None, seed: int = 0) -> Dataset:
-    """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `tfds:NAME` (`mnist`: `tfds:mnist`), a path.
+    """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, `tfds:NAME`, a path.
+
+    `mnist`, `cifar10` and `imdb` are short for `tfds:mnist`, `tfds:cifar10` and `tfds:imdb_reviews`.
 
     Own data: `.npz` with `image` (N,H,W[,C]) or `x` (N,D) and integer `label` (0, 1, ...; names in `class_names` (C,),
     if given) or float `target`; a folder of images with a sub-folder a class; `.jsonl` or `.csv` with `text` and
@@ -82,13 +84,15 @@ def image_statistics(split: Split) -> tuple[Any, Any]:
 def _open(name: str) -> Part:
     if name in EMBEDDED:
         return EMBEDDED[name]()
-    if name == "mnist" or name.startswith("tfds:"):
-        return _tfds(name.removeprefix("tfds:"))
+    if name in TFDS or name.startswith("tfds:"):
+        return _tfds(TFDS.get(name, name.removeprefix("tfds:")))
+    if name.startswith("tokens:"):
+        raise UsageError(f"{name} is text in tokens, which only a language model reads: give other --data")
     path = epath.Path(name).expanduser()
     if path.is_dir():
         return folder_of_images(path)
     if path.suffix not in FILES and not path.exists() and "/" not in name:
-        names = [*EMBEDDED, "mnist"]
+        names = [*EMBEDDED, *TFDS]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UsageError(
@@ -221,6 +225,8 @@ EMBEDDED: dict[str, Callable[[], Part]] = {
 
 # ---- TFDS
 
+TFDS = {"mnist": "mnist", "cifar10": "cifar10", "imdb": "imdb_reviews"}  # short names
+
 
 class _TfdsReader:
     """Examples of a TFDS split by index, read and decoded when asked for."""
@@ -261,53 +267,63 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _tfds(name: str) -> Part:
+def tfds_folder() -> str:
+    """Where TFDS sets are looked for: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+
+
+def tfds_builder(name: str, folder: str, **options: Any) -> Any:
+    """TFDS's builder of the set `name`; UsageError for a name, version or configuration that there is not."""
     import tensorflow_datasets as tfds
 
-    folder = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    code = f"tfds.builder('{name}', data_dir='{folder}', file_format='array_record').download_and_prepare()"
-    prepare = (
-        f'prepare it by: pip install "bigjax[prepare]" && python -c "import tensorflow_datasets as tfds; {code}" '
-        "or use the embedded --data mnist5k"
-    )
-    with _quiet():
-        try:
-            builder = tfds.builder(name, data_dir=folder)
-            splits = builder.info.splits
-            if not splits:
-                raise UsageError(f"the TFDS set {name} is not in {folder} (TFDS_DATA_DIR): {prepare}")
-            features = builder.info.features
-            fields = [f for f in ("image", "text", "label") if f in features]
-            if not {"image", "text"} & set(fields):
-                raise UsageError(
-                    f"the TFDS set {name} has {few(list(features))}, but neither image nor text: use another, or "
-                    "export it as .npz"
-                )
+    try:
+        with _quiet():
+            return tfds.builder(name, data_dir=folder, **options)
+    except tfds.core.registered.DatasetNotFoundError as e:
+        near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
+        hint = f" (did you mean tfds:{near[0]}?)" if near else ""
+        raise UsageError(
+            f"TFDS knows no set called {name!r}{hint}, and none is in {folder}: see tensorflow.org/datasets/catalog"
+        ) from e
+    except AssertionError as e:  # what TFDS says of a version or configuration that there is not
+        said = " ".join(str(e).split()).rpartition('": ')[2]
+        raise UsageError(f"TFDS set {name}, looked for in {folder}: {said} Name another, or none") from e
 
-            def read(split: str) -> Split:
-                reader = _TfdsReader(builder.as_data_source(split), fields)
-                reader[0]
-                shape = features["image"].shape if "image" in fields else (splits[split].num_bytes // len(reader),)
-                if None in shape or math.prod(shape) * len(reader) > IN_MEMORY:
-                    return reader
-                return reader.in_memory()
 
-            test = next((s for s in ("test", "validation") if s in splits), None)
-            train, held = (
-                read("train" if "train" in splits else next(iter(splits))),
-                None if test is None else read(test),
-            )
-        except tfds.core.registered.DatasetNotFoundError as e:
-            near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
-            hint = f" (did you mean tfds:{near[0]}?)" if near else ""
-            raise UsageError(
-                f"TFDS knows no set called {name!r}{hint}, and none is in {folder}: see tensorflow.org/datasets/catalog"
-            ) from e
-        except AssertionError as e:  # what TFDS says of a version or configuration that there is not
-            said = " ".join(str(e).split()).rpartition('": ')[2]
-            raise UsageError(f"TFDS set {name}, looked for in {folder}: {said} Name another, or none") from e
-        except NotImplementedError as e:  # what TFDS says of TFRecord files
-            raise UsageError(f"the TFDS set {name} is in {folder}, but not as array_record files: {prepare}") from e
+def prepare_command(name: str) -> str:
+    return f"python -m bigjax prepare {name} --to {tfds_folder()}"
+
+
+def _tfds(name: str) -> Part:
+    folder = tfds_folder()
+    prepare = f"prepare it by: {prepare_command(name)}, or use the embedded --data mnist5k"
+    builder = tfds_builder(name, folder)
+    splits = builder.info.splits
+    if not splits:
+        raise UsageError(f"the TFDS set {name} is not in {folder} (TFDS_DATA_DIR): {prepare}")
+    features = builder.info.features
+    fields = [f for f in ("image", "text", "label") if f in features]
+    if not {"image", "text"} & set(fields):
+        raise UsageError(
+            f"the TFDS set {name} has {few(list(features))}, but neither image nor text: use another, or "
+            "export it as .npz"
+        )
+
+    def read(split: str) -> Split:
+        reader = _TfdsReader(builder.as_data_source(split), fields)
+        reader[0]
+        shape = features["image"].shape if "image" in fields else (splits[split].num_bytes // len(reader),)
+        if None in shape or math.prod(shape) * len(reader) > IN_MEMORY:
+            return reader
+        return reader.in_memory()
+
+    test = next((s for s in ("test", "validation") if s in splits), None)
+    try:
+        with _quiet():
+            train = read("train" if "train" in splits else next(iter(splits)))
+            held = None if test is None else read(test)
+    except NotImplementedError as e:  # what TFDS says of TFRecord files
+        raise UsageError(f"the TFDS set {name} is in {folder}, but not as array_record files: {prepare}") from e
     for split in (train, held):
         if isinstance(split, dict) and "label" in split and split["label"].min(initial=0) < 0:
             raise UsageError(f"the TFDS set {name} hides labels (-1) of a split: give other data as --eval-data")

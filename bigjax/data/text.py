@@ -117,22 +117,31 @@ def byte_windows(data: bytes, *, length: int, stride: int | None = None, once: b
     first window with more than length − stride bytes of context. For training, `once=False` leaves it out. `tokens`
     is a read-only view: overlap costs no memory.
     """
-    stride = length if stride is None else stride
     if not data:
         raise UsageError("no bytes to make windows of: give a text that is not empty")
-    if not 1 <= stride <= length:
-        raise UsageError(f"stride {stride} does not fit windows of {length} bytes: use a stride from 1 to the length")
-    rows = 1 + max(0, -(-(len(data) - length) // stride))
+    stride = length if stride is None else stride
+    rows = window_count(len(data), length=length, stride=stride)
     padded = np.zeros(max((rows - 1) * stride + length + 1, len(data) + 1), np.int32)
     padded[0], padded[1 : len(data) + 1] = ord("\n"), np.frombuffer(data, np.uint8)
-    first = np.arange(rows) * stride
-    windows = {
-        "tokens": np.lib.stride_tricks.sliding_window_view(padded, length + 1)[::stride][:rows],
-        "length": np.minimum(length + 1, len(data) + 1 - first).astype(np.int32),
-    }
+    windows = np.lib.stride_tricks.sliding_window_view(padded, length + 1)[::stride][:rows]
+    return {"tokens": windows, **window_fields(np.arange(rows), len(data), length=length, stride=stride, once=once)}
+
+
+def window_count(size: int, *, length: int, stride: int) -> int:
+    """How many windows hold every one of `size` tokens as a target, as `byte_windows` describes them."""
+    if not 1 <= stride <= length:
+        raise UsageError(f"stride {stride} does not fit windows of length {length}: use a stride from 1 to the length")
+    return 1 + max(0, -(-(size - length) // stride))
+
+
+def window_fields(
+    row: int | np.ndarray, size: int, *, length: int, stride: int, once: bool
+) -> dict[str, np.ndarray | np.integer]:
+    """`length`, and with overlap, if each target is to count once, `start`, of a window or of windows (N,)."""
+    fields = {"length": np.minimum(length + 1, size + 1 - row * stride).astype(np.int32)}
     if once and stride < length:
-        windows["start"] = np.where(first == 0, 1, length - stride + 1).astype(np.int32)
-    return windows
+        fields["start"] = np.where(row == 0, 1, length - stride + 1).astype(np.int32)
+    return fields
 
 
 def xz_bits_per_byte(data: bytes, *, after: bytes = b"") -> float:
