@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.extend.core import jaxprs_in_params
 from rich.console import Console
 from rich.table import Table
 
@@ -104,7 +105,7 @@ def flops(jaxpr: Any) -> float:
             total += max(flops(b.jaxpr) for b in p["branches"])
         else:
             times = p["length"] if name == "scan" else 1
-            total += times * sum(flops(j) for j in jax.core.jaxprs_in_params(p))
+            total += times * sum(flops(j) for j in jaxprs_in_params(p))
     return total
 
 

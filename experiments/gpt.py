@@ -28,6 +28,7 @@ LLAMA = {  # Grattafiori et al. 2024, table 3
     "bias": False,
 }
 PRESETS = {
+    "tiny": {"vocabulary": 1024, "layers": 2, "width": 128, "heads": 2, "context": 256},  # to try a command
     "gpt2_124m": GPT2 | {"layers": 12, "width": 768, "heads": 12},
     "gpt2_350m": GPT2 | {"layers": 24, "width": 1024, "heads": 16},
     "gpt2_774m": GPT2 | {"layers": 36, "width": 1280, "heads": 20},

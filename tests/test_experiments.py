@@ -13,6 +13,7 @@ from tfds_fixture import build_mnist
 
 SCRIPTS = sorted(p.name for p in (REPOSITORY / "experiments").glob("*.py"))
 SMALL = {  # flags that make two steps quick; nothing that changes what runs
+    "gpt.py": ["--model", "tiny"],
     "python_gpt.py": ["--layers", "1", "--width", "32", "--context", "64"],
 }
 

@@ -22,6 +22,7 @@ class Block(nn.Module):
     layers: int
     heads: int
     kv_heads: int
+    head: int
     mlp: int
     rotary: bool
     kernel: str
@@ -39,7 +40,7 @@ class Block(nn.Module):
         shared = {"bias": self.bias, "kernel_init": init, "out_init": residual, "dtype": self.dtype}
         attention = {"rotary": self.rotary, "kernel": self.kernel, **shared}
         norms = {"bias": self.bias, "dtype": self.dtype}
-        attend = Attention(self.heads, self.kv_heads, **attention, name="attention")
+        attend = Attention(self.heads, self.kv_heads, self.head, **attention, name="attention")
         y, cache = attend(norm(self.norm, **norms, name="attention_norm")(x_BLD), cache, position=position)
         x_BLD = x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic)
         y = MLP(self.mlp, self.activation, **shared, name="mlp")(norm(self.norm, **norms, name="mlp_norm")(x_BLD))
@@ -52,7 +53,7 @@ class GPT(nn.Module):
     `length_B` says how many tokens of a row are real; padding comes after them, no real position sees it, and its own
     logits mean nothing (the loss leaves them out).
 
-    width: D, a multiple of heads. kv_heads: None for as many as heads.
+    width: D. kv_heads: None for as many as heads. head: size of one; None for width / heads.
     mlp: hidden units; None for 4 × width (GELU) or 8/3 × width, up to a multiple of 8 (SwiGLU).
     position: "learned" or "rotary". norm: "layer" or "rms". activation: "gelu" or "swiglu".
     attention: "plain", or "splash": a Pallas kernel for TPU (`transformer.splash_attention`).
@@ -69,6 +70,7 @@ class GPT(nn.Module):
     width: int = 768
     heads: int = 12
     kv_heads: int | None = None
+    head: int | None = None
     context: int = 1024
     mlp: int | None = None
     position: str = "learned"
@@ -93,8 +95,8 @@ class GPT(nn.Module):
         return self._run(tokens_BL, cache, jnp.asarray(position, jnp.int32), train=False)
 
     def empty_cache(self, batch: int, size: int) -> Cache:
-        """Room for `size` tokens in every layer: k and v, each (layers, batch, size, kv_heads, width / heads)."""
-        one = empty_cache(batch, size, self.kv_heads or self.heads, self.width // self.heads, self.dtype)
+        """Room for `size` tokens in every layer: k and v, each (layers, batch, size, kv_heads, head)."""
+        one = empty_cache(batch, size, self.kv_heads or self.heads, self.head or self.width // self.heads, self.dtype)
         return {n: jnp.broadcast_to(x, (self.layers, *x.shape)) for n, x in one.items()}
 
     @nn.compact
@@ -121,6 +123,7 @@ class GPT(nn.Module):
             "layers": self.layers,
             "heads": self.heads,
             "kv_heads": self.kv_heads or self.heads,
+            "head": self.head or self.width // self.heads,
             "mlp": self.mlp or (4 * self.width if self.activation == "gelu" else -(-self.width // 3) * 8),
             "rotary": self.position == "rotary",
             "kernel": self.attention,
@@ -155,14 +158,14 @@ class GPT(nn.Module):
         if tokens_BL.ndim != 2 or not jnp.issubdtype(tokens_BL.dtype, jnp.integer):
             got = f"{tokens_BL.dtype}{list(tokens_BL.shape)}"
             raise UsageError(f"a GPT takes integer tokens (batch, length), not {got}")
-        if D % H or H % G:
+        if (D % H and not self.head) or H % G:
             raise UsageError(f"width {D} must be a multiple of heads ({H}), and heads of kv_heads ({G})")
         if self.position not in ("learned", "rotary"):
             raise UsageError(f"position {self.position!r} is unknown: use learned or rotary")
         if self.attention not in ("plain", "splash"):
             raise UsageError(f"attention {self.attention!r} is unknown: use plain or splash")
-        if self.position == "rotary" and D // H % 2:
-            raise UsageError(f"rotary positions need heads of even size, not width / heads = {D // H}")
+        if self.position == "rotary" and (size := self.head or D // H) % 2:
+            raise UsageError(f"rotary positions need heads of even size, not {size}")
         if self.remat not in _REMAT:
             raise UsageError(f"remat {self.remat!r} is unknown: use one of {', '.join(_REMAT)}")
         if tokens_BL.shape[1] > self.context:

@@ -109,6 +109,7 @@ class Attention(nn.Module):
 
     heads: int
     kv_heads: int
+    head: int | None = None  # size of one; None for D / heads
     causal: bool = True
     rotary: bool = False
     kernel: str = "plain"
@@ -127,7 +128,7 @@ class Attention(nn.Module):
         mask: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         B, L, D = x_BLD.shape
-        H, G, K = self.heads, self.kv_heads, D // self.heads
+        H, G, K = self.heads, self.kv_heads, self.head or D // self.heads
 
         def project(name: str, heads: int) -> Array:
             dense = nn.Dense(heads * K, use_bias=self.bias, dtype=self.dtype, kernel_init=self.kernel_init, name=name)
