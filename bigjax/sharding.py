@@ -215,18 +215,33 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: x.addressable_data(0), whole)
 
 
-def constrain(x: jax.Array, axis: Literal["batch"]) -> jax.Array:
-    """Keeps the leading axis of an activation split as the batch is; without a mesh it does nothing."""
+def our_mesh() -> Any:
+    """The mesh that is set, if it has our axes: a model in a foreign one (or under pmap) is left alone."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or axis != "batch":
+    return None if mesh.empty or "data" not in mesh.shape else mesh
+
+
+def constrain(x: jax.Array, axis: Literal["batch", "residual"]) -> jax.Array:
+    """Keeps an activation split as the batch is; without a mesh it does nothing.
+
+    batch: its leading axis. residual: the stream between a Transformer's blocks, whose width is split over `tensor`
+    too, so that what the backward pass needs of it is not kept whole on every device of that axis (as Megatron-LM's
+    sequence parallelism does along the length; Korthikanti et al. 2022).
+    """
+    mesh = our_mesh()
+    if mesh is None:
         return x
+    if axis == "residual" and mesh.shape["tensor"] > 1 and x.shape[-1] % mesh.shape["tensor"] == 0:
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), None, "tensor"))
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
 def splits_rows_and_heads(batch: int, heads: int) -> bool:
     """Whether the mesh that is set, if any, divides so many rows and attention heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or (batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 and heads % mesh.shape["tensor"] == 0)
+    mesh = our_mesh()
+    return mesh is None or (
+        batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 and heads % mesh.shape["tensor"] == 0
+    )
 
 
 def by_rows_and_heads(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -234,7 +249,7 @@ def by_rows_and_heads(function: Callable[..., jax.Array]) -> Callable[..., jax.A
 
     For kernels, which the compiler cannot split by itself. Without a mesh it is the function itself.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if our_mesh() is None:
         return function
     spec = PartitionSpec(("data", "fsdp"), None, "tensor", None)
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)

@@ -11,15 +11,17 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, blobs, tiny_experiment
 from test_families import FAMILIES, Family
 
 from bigjax import optim, sharding
+from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator
+from bigjax.models import CNN, GPT, LSTM, MLP, VAE, Autoencoder, Discriminator, Generator
 from bigjax.program import Program
 from bigjax.sharding import MeshConfig
 
@@ -138,3 +140,41 @@ def test_every_mesh_gives_the_numbers_of_one_device(name: str, tmp_path: Path) -
             assert here["share"] < 0.95, mesh
     if name == "gpt":
         assert values["fsdp:share"] <= 1 / 7
+
+
+# ---- what pmap did
+
+
+def pmap_in_eight() -> None:
+    """Runs in the other process: the step as it was written for pmap, against ours over `data`."""
+    data = blobs(32, seed=0)
+    model = MLP(features=(8,), outputs=3)
+    experiment = tiny_experiment(model=model, tx=lambda steps: {"model": optax.sgd(0.1)}, train=data)
+    config = RunConfig(batch_size=16, steps=3, mesh=MeshConfig(data=8))
+    program = Program(experiment, config, data, steps=3)
+    with jax.set_mesh(program.mesh), program.batches(0) as batches:
+        state = program.initialize(program.key)
+        first = jax.device_get(state.params["model"])
+        ours, _ = program.chunk(state, program.fresh_window(), batches, 3)
+
+    def step(params: Any, image: jax.Array, label: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            logits = model.apply({"params": params}, image.astype(jnp.float32) / 255, train=False)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+        gradient = jax.lax.pmean(jax.grad(loss)(params), "devices")
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+
+    step = jax.pmap(step, axis_name="devices")
+    params = jax.tree.map(lambda x: np.stack([x] * 8), first)
+    for n in range(3):
+        rows = pipeline.batch_rows(n, seed=0, batch_size=16, size=32)
+        image, label = (data[k][rows].reshape(8, 2, *data[k].shape[1:]) for k in ("image", "label"))
+        params = step(params, image, label)
+    theirs = jax.tree.map(lambda x: np.asarray(x[0]), params)
+    chex.assert_trees_all_close(jax.device_get(ours.params["model"]), theirs, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(theirs["dense_0"]["kernel"], first["dense_0"]["kernel"], atol=1e-3)
+
+
+def test_the_data_parallel_step_is_the_pmap_step(tmp_path: Path) -> None:
+    run_with_devices("import conftest, test_meshes; test_meshes.pmap_in_eight()", folder=tmp_path)
