@@ -82,9 +82,7 @@ def joined(config: DistributedConfig, about: Mapping[str, Any]) -> Iterator[None
         yield
     except BaseException as e:
         if type(e) is not UsageError:
-            time.sleep(
-                3
-            )  # a collective or a save that fails because a process is gone: the watch says so, and ends this
+            time.sleep(3)  # if it failed because a process is gone, the watch says which, and ends this one
         peers.leave(f"{name} stopped ({first_line(e)})")
         if isinstance(e, UsageError):
             raise
