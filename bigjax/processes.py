@@ -249,34 +249,47 @@ class Peers:
     """The open connections, each watched by a thread until its process says its last word: None, or why it failed."""
 
     def __init__(self, sockets: Mapping[int, socket.socket], names: Mapping[int, str]):
-        self.sockets, self.failed = sockets, False
+        self.sockets, self.names, self.open, self.failed = sockets, names, set(sockets), False
         for index, peer in sockets.items():
             peer.settimeout(None)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a machine that is gone with its process
             for option, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}.items():
                 if hasattr(socket, option):
                     peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-            threading.Thread(target=self.watch, args=(peer, names[index]), daemon=True).start()
+            threading.Thread(target=self.watch, args=(index,), daemon=True).start()
 
-    def watch(self, peer: socket.socket, name: str) -> None:
+    def watch(self, index: int) -> None:
+        """Ends this process if another one fails, with a line that says which."""
+        peer = self.sockets[index]
         try:
             reason = json.loads(hear(peer))
+            time.sleep(1 if reason else 0)  # this process may be about to fail by itself, of the same cause
         except (OSError, ValueError):
-            reason = f"{name} is gone"
-        if reason is None or self.failed:
-            return
-        self.leave(reason)
-        print(
-            f"error: {reason}: this process ends too; start all of them again to resume from the newest checkpoint",
-            file=sys.stderr,
-        )
-        end(3)
+            reason = f"{self.names[index]} is gone"
+            self.open.discard(index)
+        if reason and not self.failed:
+            print(
+                f"error: {reason}: this process ends too; start all again to resume from the newest checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.leave(reason)
+            end(3)
+        with contextlib.suppress(OSError):
+            peer.recv(1)  # until it is closed
+        self.open.discard(index)
 
     def leave(self, reason: str | None) -> None:
-        """The last word of this process (or process 0's of another one) to the others, which end if it is a reason."""
+        """The last word of this process to the others, which end if it is a reason. Process 0 tells all of any's.
+
+        Process 0 then lets the others end before it does, since JAX aborts those that it leaves behind.
+        """
         self.failed = reason is not None
         for peer in self.sockets.values():
             say(peer, reason)
+        deadline = time.monotonic() + 5
+        while self.failed and 0 not in self.sockets and self.open and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def end(status: int) -> NoReturn:

@@ -44,7 +44,7 @@ def started(*commands: list[str], devices: int, **variables: str) -> Iterator[li
     finally:
         for process in running:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def said(process: subprocess.Popen, *, timeout: float = 240) -> tuple[int, str, str]:
@@ -171,11 +171,11 @@ def test_one_that_is_killed_ends_the_other_which_says_so(victim: int, tmp_path: 
         assert time.monotonic() - begin < 20
     assert status == 3
     name = f"process {victim} ({socket.gethostname()}, pid {running[victim].pid})"
-    assert f"error: {name} is gone: this process ends too; start all of them again" in err
+    assert f"error: {name} is gone: this process ends too; start all again" in err
     assert "Traceback" not in err
 
 
-def refused(*commands: list[str], timeout: float = 60) -> list[str]:
+def refused(*commands: list[str], timeout: float = 240) -> list[str]:
     """The one line that each of the commands ends with."""
     with started(*commands, devices=4) as running:
         done = [said(p, timeout=timeout) for p in running]
