@@ -154,8 +154,10 @@ def meet(
     if index:
         return greet(address, {"index": index, "name": name, "about": about}, deadline=deadline, timeout=timeout)
     sockets, names, wrong = {}, {0: name}, None
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        server = socket.create_server(("", address[1]), family=socket.AF_INET6, dualstack_ipv6=True)
+        server = socket.create_server(("", address[1]), family=family, dualstack_ipv6=both)
     except OSError as e:
         raise UsageError(
             f"process 0 cannot listen at port {port} ({e.strerror or e}): end what uses it, or choose another port in "
@@ -218,7 +220,7 @@ def greet(
             "--distributed.coordinator"
         )
     say(peer, hello)
-    peer.settimeout(max(deadline + 5 - time.monotonic(), 0.01))  # process 0 started later: its time ends later
+    peer.settimeout(timeout + 5)  # process 0's time began before this connection: it answers first
     try:
         answer = json.loads(hear(peer))
     except (OSError, ValueError):
