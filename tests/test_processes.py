@@ -150,6 +150,16 @@ def test_a_run_goes_on_with_another_number_of_processes(
     same(alone("gpt"), folder)
 
 
+@pytest.mark.slow
+def test_two_processes_start_from_another_run_and_agree_on_the_steps(
+    tmp_path: Path, alone: Callable[[str], Path]
+) -> None:
+    flags = ["--init-from", str(alone("cnn")), "--steps", "3", "--minutes", "1", "--mesh.data", "1", "--mesh.fsdp", "8"]
+    (_, told, _), _ = train(tmp_path / "run", *flags)
+    assert "took 4 of 4 parameters" in told and "step 3/3" in told
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 3
+
+
 def wait_for(true: Callable[[], bool], running: list[subprocess.Popen], *, timeout: float = 240) -> None:
     end = time.monotonic() + timeout
     while not true():
@@ -220,6 +230,7 @@ def test_a_coordinator_that_is_something_else_is_named() -> None:
         port = server.getsockname()[1]
         with started(place(1, port), devices=4) as (process,):
             peer, _ = server.accept()
+            peer.recv(2**16)
             peer.close()
             status, _, err = said(process)
     assert status == 2
