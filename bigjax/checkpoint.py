@@ -88,8 +88,8 @@ class Checkpoints:
         return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
     def shapes(self, step: int) -> Tree:
-        """What is there at `step`, unread: nested dicts of jax.ShapeDtypeStruct, placed on the first device."""
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        """What is there at `step`, unread: nested dicts of jax.ShapeDtypeStruct, placed on the first device here."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         tree = self.manager.item_metadata(step)["state"].tree
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), tree)
 

@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import tyro
 from etils import epath
 
-from bigjax import SaveError, UsageError
+from bigjax import SaveError, UsageError, processes
 from bigjax.experiment import Experiment, RunConfig
 
 VERBS = {
@@ -39,11 +38,12 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         about = f"{VERBS[verb]}.\nVerbs: {' | '.join(VERBS)}"
         Flags = planned(Config) if verb == "plan" else Config
         config = settle(tyro.cli(Flags, prog=prog, description=about, args=arguments), Flags())
-        run(verb, config, build, name=name)
+        with processes.joined(config.distributed, shared(name, verb, config)):
+            run(verb, config, build, name=name)
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
-        if isinstance(e, SaveError):
-            os._exit(2)  # Python would wait for the thread that is left behind
+        if isinstance(e, SaveError) or processes.several():
+            processes.end(2)  # Python would wait for the thread that is left behind, JAX for the other processes
         raise SystemExit(2) from None
 
 
@@ -73,6 +73,14 @@ def settle(config: RunConfig, default: RunConfig) -> RunConfig:
     return dataclasses.replace(config, steps=None) if asked and config.steps == default.steps else config
 
 
+def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
+    """What must be equal in processes that run together: the verb, every flag, and the versions."""
+    from bigjax.workdir import versions
+
+    flags = {"--" + k.replace("_", "-"): v for k, v in dataclasses.asdict(config).items() if k != "distributed"}
+    return json.loads(json.dumps({"experiment": f"{name} {verb}", **flags, **versions()}))
+
+
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
     """One verb of the experiment called `name`."""
     from bigjax import report, train, workdir
@@ -88,12 +96,15 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
         return
     home = epath.Path(config.workdir or f"runs/{name}")
     if verb == "report":
-        print(report.write_report(home))
+        if processes.first():
+            print(report.write_report(home))
         return
     if verb == "evaluate":
         workdir.read_config(home)
     experiment = dataclasses.replace(build(config), name=name)
     if verb == "train":
         train.fit(experiment, config)
-    else:
-        print(json.dumps(train.evaluate(experiment, config), indent=1))
+        return
+    values = train.evaluate(experiment, config)
+    if processes.first():
+        print(json.dumps(values, indent=1))

@@ -11,6 +11,7 @@ import optax
 
 from bigjax import UsageError, sharding
 from bigjax.data.sources import Split
+from bigjax.processes import DistributedConfig
 from bigjax.sharding import MeshConfig
 from bigjax.tasks import Batch, Key, ModelState, Params, Task
 
@@ -33,6 +34,7 @@ class RunConfig:
     ema: float = 0.0  # decay a step of the averaged parameters that evaluation uses; 0: off
     nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     log_every: int = 50
     eval_every: int = 500
     save_every: int = 500

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigjax import UsageError, metrics, sharding
+from bigjax import UsageError, metrics, processes, sharding
 from bigjax.data import pipeline
 from bigjax.data.prefetch import Prefetcher, prefetch
 from bigjax.experiment import Experiment, RunConfig
@@ -93,12 +93,13 @@ class Program:
         """Measured over three seconds after compilation, on a state that is thrown away."""
         state, window, batches = self.initialize(self.key), self.fresh_window(), self.batches(0)
         state, window = jax.block_until_ready(self.chunk(state, window, batches, 2))
-        begin, count = time.perf_counter(), 0
-        while time.perf_counter() - begin < 3:
+        seconds, count = processes.from_first(lambda: 0.0), 0
+        begin = time.perf_counter()
+        while seconds < 3:  # by the clock of process 0, so that all make the same number of updates
             state, window = jax.block_until_ready(self.chunk(state, window, batches, 5))
-            count += 5
+            count, seconds = count + 5, processes.from_first(lambda: time.perf_counter() - begin)
         batches.close()
-        return (time.perf_counter() - begin) / count
+        return seconds / count
 
 
 def planned_steps(config: RunConfig, size: int, seconds_a_step: Callable[[], float]) -> int:

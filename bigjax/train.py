@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError, metrics, sharding
+from bigjax import UsageError, metrics, processes, sharding
 from bigjax import workdir as folder
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
@@ -77,8 +77,8 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Ru
     home = epath.Path(config.workdir or f"runs/{experiment.name}")
     description = folder.describe(experiment, config)
     fresh = not config.resume or not (home / "config.json").exists()
-    finished = folder.open_workdir(home, description, resume=config.resume)
-    with Display(enabled=not quiet and jax.process_index() == 0) as display:
+    finished = processes.from_first(lambda: folder.open_workdir(home, description, resume=config.resume))
+    with Display(enabled=not quiet and processes.first()) as display:
         if finished:
             display.line(f"{home} is finished; this is its result (--no-resume starts over)")
             display.close()
@@ -87,7 +87,8 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Ru
         try:
             loop = Loop(experiment, config, home, display, train=train, held=held)
         except UsageError:
-            if fresh:  # nothing has begun: the corrected command must not find a run with other settings
+            # nothing has begun: the corrected command must not find a run with other settings
+            if fresh and processes.first():
                 folder.clear(home)
             raise
         try:
@@ -128,7 +129,7 @@ class Loop:
         with jax.set_mesh(self.program.mesh):
             self.step, self.state, self.window = self.start()
         self.first = self.step
-        self.log = metrics.Log(home, step=self.step, tensorboard=config.tensorboard, active=jax.process_index() == 0)
+        self.log = metrics.Log(home, step=self.step, tensorboard=config.tensorboard, active=processes.first())
         self.batches = self.program.batches(self.step)
         self.unread: tuple[int, Metrics, float] | None = None  # (step, window, examples/s), not yet asked of the device
         self.mark = (0.0, self.step)  # seconds trained and step at the window's start
@@ -225,19 +226,21 @@ class Loop:
         """Evaluates every split, runs the evaluators, fills the gallery; the validation split's values."""
         self.display.phase("evaluating")
         params, model_state, key = self.state.ema or self.state.params, self.state.model_state, self.program.key
+        whole = whole_for(self.experiment, params, model_state, self.program.mesh)
         out = {}
         for split, data in self.splits.items():
             counts = self.evaluate(params, model_state, data)
             out[split] = self.experiment.task.summarize(counts)
             if split == "eval":
-                out[split] |= ask_evaluators(self.experiment, params, model_state, key)
+                out[split] |= ask_evaluators(self.experiment, *whole, key)
                 self.counts = counts
             self.log.write(self.step, split, out[split])
             shown = ", ".join(f"{k} {v:.4g}" for k, v in list(out[split].items())[:4])
             self.display.line(f"step {self.step} {split}: {shown}")
         if self.log.active:
-            for name, draw in self.experiment.gallery.items():
-                save_gallery(self.home, self.step, name=name, item=draw(params, model_state, key))
+            with jax.set_mesh(None):
+                for name, draw in self.experiment.gallery.items():
+                    save_gallery(self.home, self.step, name=name, item=draw(*whole, key))
         self.judged = out
         return out.get("validation", {})
 
@@ -248,9 +251,12 @@ class Loop:
     def stop_nonfinite(self) -> None:
         """The state has stood still since the bad batch, which its number gives back: finds the module to blame."""
         bad = int(self.state.step) - int(self.state.skipped)
-        batch = next(pipeline.batches(self.program.train, start=bad, **self.program.rows))
+        batch = next(pipeline.batches(self.program.train, start=bad, **(self.program.rows | {"rows": None})))
         task, augment = self.experiment.task, self.experiment.augment
-        where = first_nonfinite(task, augment, self.state, batch, jax.random.fold_in(self.program.key, bad))
+        params, model_state = sharding.gathered((self.state.params, self.state.model_state), self.program.mesh)
+        with jax.set_mesh(None):
+            state = self.state.replace(params=params, model_state=model_state)
+            where = first_nonfinite(task, augment, state, batch, jax.random.fold_in(self.program.key, bad))
         self.checkpoints.wait()
         kept = self.checkpoints.latest()
         raise UsageError(
@@ -274,7 +280,7 @@ class Loop:
             seconds=self.watch.all(),
             examples=(self.steps - self.first - 1) * self.config.batch_size,  # the first update's time is in `compile`
         )
-        if jax.process_index() == 0:
+        if processes.first():
             folder.write_json(self.home / "result.json", result)
             write_report(self.home)
         self.display.close()
@@ -282,9 +288,16 @@ class Loop:
         return Run(self.state, result, self.home)
 
 
+def whole_for(experiment: Experiment, params: Params, model_state: ModelState, mesh: Any) -> tuple[Params, ModelState]:
+    """The same on a device of this process, where evaluators or a gallery ask: every process must call this."""
+    asked = experiment.evaluators or experiment.gallery
+    return sharding.gathered((params, model_state), mesh) if asked else (params, model_state)
+
+
 def ask_evaluators(experiment: Experiment, params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
-    """The numbers of all of an experiment's evaluators."""
-    return {k: v for judge in experiment.evaluators.values() for k, v in judge(params, model_state, key).items()}
+    """The numbers of all of an experiment's evaluators, each computed by every process for itself."""
+    with jax.set_mesh(None):
+        return {k: v for judge in experiment.evaluators.values() for k, v in judge(params, model_state, key).items()}
 
 
 def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
@@ -302,5 +315,6 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
         judge = make_evaluate(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
         params = state.ema or state.params
         values = experiment.task.summarize(judge(params, state.model_state, experiment.test))
-        values |= ask_evaluators(experiment, params, state.model_state, program.key)
+        whole = whole_for(experiment, params, state.model_state, program.mesh)
+        values |= ask_evaluators(experiment, *whole, program.key)
     return {"step": step, **{f"eval/{k}": v for k, v in values.items()}}

@@ -16,13 +16,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, processes
 from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics, per_class, read_log
 
 # Settings that may differ between a run and its resumption: they change no number.
-FREE = {"workdir", "mesh", "keep", "save_every", "nonfinite", "resume", "tensorboard", "profile", "compilation_cache"}
+FREE = {
+    "workdir", "mesh", "distributed", "keep", "save_every", "nonfinite", "resume", "tensorboard", "profile",
+    "compilation_cache",
+}  # fmt: skip
 OURS = (
     "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile", "source.patch",
     "config.json",
@@ -221,12 +224,17 @@ def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume:
 
 
 def once(workdir: epath.Path, key: str, compute: Callable[[], Any]) -> Any:
-    """A value settled at the run's first start and kept in config.json, the same at every resumption."""
-    record = read_config(workdir)
-    if record.get(key) is None:
-        record[key] = compute()
-        write_json(workdir / "config.json", record)
-    return record[key]
+    """A value settled at the run's first start and kept in config.json, the same at every resumption and process."""
+    value = processes.from_first(lambda: read_config(workdir).get(key))
+    if value is not None:
+        return value
+    computed = compute()  # on every process, since it may train
+
+    def keep() -> Any:
+        write_json(workdir / "config.json", read_config(workdir) | {key: computed})
+        return computed
+
+    return processes.from_first(keep)
 
 
 def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
@@ -246,12 +254,17 @@ def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
     taken = {path for path, leaf in here if path in there and there[path].shape == leaf.shape}
     if not taken:
         raise UsageError(f"--init-from {source}: none of its parameters has a path and shape of this model")
-    saved = checkpoints.restore(step, {"state": {"params": checkpoints.shapes(step)["state"]["params"]}})
+    where = {path: leaf.sharding for path, leaf in here if path in taken}
+    abstract = jax.tree_util.tree_map_with_path(
+        lambda path, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where.get(path, s.sharding)),
+        checkpoints.shapes(step)["state"]["params"],
+    )
+    saved = checkpoints.restore(step, {"state": {"params": abstract}})
     checkpoints.close()
     values = dict(jax.tree_util.tree_leaves_with_path(saved["state"]["params"]))
 
     def choose(path: Any, leaf: Any) -> Any:
-        return jax.device_put(values[path].astype(leaf.dtype), leaf.sharding) if path in taken else leaf
+        return values[path].astype(leaf.dtype) if path in taken else leaf
 
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in here if path not in taken]
     said = f"took {len(taken)} of {len(here)} parameters from {source} at step {step}"

@@ -23,7 +23,7 @@ HEAVY = {
 # A file imports from its own level and those below, as DESIGN has it: experiments -> cli -> train -> … -> metrics.
 LEVELS = [
     {"__init__", "deadline"},
-    {"sharding", "metrics", "optim", "checkpoint", "hlo"},
+    {"sharding", "processes", "metrics", "optim", "checkpoint", "hlo"},
     {"models", "data", "tasks"},
     {"generative", "step", "experiment"},
     {"evaluators", "program"},

@@ -405,7 +405,7 @@ def test_seconds_a_step_are_measured_without_touching_the_run(monkeypatch):
     monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(program, "batches", lambda start: Endless(program, start))
     with jax.set_mesh(program.mesh):
-        assert program.seconds_a_step() == pytest.approx(4 / 10)
+        assert program.seconds_a_step() == pytest.approx(3 / 15)
 
 
 class Endless:

@@ -1,0 +1,61 @@
+"""An experiment script for tests with several processes: a tiny CNN or GPT, SGD, everything in float32.
+
+python tests/process_script.py --model gpt --workdir FOLDER
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import optax
+from conftest import blobs  # its settings are every test's
+
+from bigjax import cli
+from bigjax.experiment import Experiment, Pictures, RunConfig
+from bigjax.models import CNN, GPT
+from bigjax.tasks import classify, next_token
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    model: Literal["cnn", "gpt"] = "cnn"
+    batch_size: int = 8
+    steps: int | None = 4
+    log_every: int = 2
+    eval_every: int = 4
+    save_every: int = 2
+
+
+def tokens(size: int, *, seed: int) -> dict[str, np.ndarray]:
+    return {"tokens": np.random.default_rng(seed).integers(0, 16, (size, 9)).astype(np.int32)}
+
+
+def build(config: Config) -> Experiment:
+    if config.model == "gpt":
+        model: Any = GPT(vocabulary=16, layers=2, width=16, heads=4, mlp=32, context=8, scan=True)
+        task, data = next_token(model), tokens
+    else:
+        model = CNN(features=(8,), dense=(), pools=1, padding="SAME", outputs=3)
+        task, data = classify(model, classes=3), blobs
+
+    def norm(params: Any, model_state: Any, key: Any) -> dict[str, float]:
+        """Needs whole arrays on the host."""
+        if "HOLD" in os.environ:  # stands still, to be killed here
+            time.sleep(600)
+        return {"norm": float(optax.tree.norm(params))}
+
+    return Experiment(
+        model,
+        task,
+        lambda steps: {"model": optax.sgd(0.1)},
+        data(48, seed=0),
+        data(13, seed=1),
+        evaluators={"norm": norm},
+        gallery={"zeros": lambda params, model_state, key: Pictures(np.zeros((1, 2, 2)))},
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, build)
