@@ -40,7 +40,7 @@ class Dataset:
 
 
 def load(name: str, *, eval_data: str | None = None, seed: int = 0) -> Dataset:
-    """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `tfds:NAME` (`mnist`: `tfds:mnist`), a path.
+    """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, a name in `TFDS`, `tfds:NAME`, a path.
 
     Own data: `.npz` with `image` (N,H,W[,C]) or `x` (N,D) and integer `label` (0, 1, ...; names in `class_names` (C,),
     if given) or float `target`; a folder of images with a sub-folder a class; `.jsonl` or `.csv` with `text` and
@@ -82,13 +82,13 @@ def image_statistics(split: Split) -> tuple[Any, Any]:
 def _open(name: str) -> Part:
     if name in EMBEDDED:
         return EMBEDDED[name]()
-    if name == "mnist" or name.startswith("tfds:"):
-        return _tfds(name.removeprefix("tfds:"))
+    if name in TFDS or name.startswith("tfds:"):
+        return _tfds(TFDS.get(name, name.removeprefix("tfds:")))
     path = epath.Path(name).expanduser()
     if path.is_dir():
         return folder_of_images(path)
     if path.suffix not in FILES and not path.exists() and "/" not in name:
-        names = [*EMBEDDED, "mnist"]
+        names = [*EMBEDDED, *TFDS]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UsageError(
@@ -220,6 +220,8 @@ EMBEDDED: dict[str, Callable[[], Part]] = {
 }
 
 # ---- TFDS
+
+TFDS = {"mnist": "mnist", "cifar10": "cifar10", "imdb": "imdb_reviews", "lm1b": "lm1b"}
 
 
 class _TfdsReader:
