@@ -62,9 +62,8 @@ def judge_of(c: Config) -> Judge:
     if not result.exists():
         if jax.process_index() == 0:
             print(f"training the judge, mnist_cnn.py on {c.data}, in {home}", file=sys.stderr, flush=True)
-        config = mnist_cnn.Config(
-            workdir=home, data=c.data, eval_data=c.eval_data, compilation_cache=c.compilation_cache
-        )
+        here = {"mesh": c.mesh, "compilation_cache": c.compilation_cache}  # a run inside a run: on the same devices
+        config = mnist_cnn.Config(workdir=home, data=c.data, eval_data=c.eval_data, **here)
         train.fit(dataclasses.replace(mnist_cnn.build(config), name="mnist_cnn"), config, quiet=True)
     return *bigjax.load(home), json.loads(result.read_text())["metrics"]["eval/accuracy"]
 
