@@ -19,7 +19,7 @@ import optax
 from etils import epath
 
 import bigjax
-from bigjax import cli, optim, train
+from bigjax import UsageError, cli, optim, train, workdir
 from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.evaluators import Judge, generated_images
@@ -65,6 +65,8 @@ def judge_of(c: Config) -> Judge:
         here = {"mesh": c.mesh, "compilation_cache": c.compilation_cache}  # a run inside a run: on the same devices
         config = mnist_cnn.Config(workdir=home, data=c.data, eval_data=c.eval_data, **here)
         train.fit(dataclasses.replace(mnist_cnn.build(config), name="mnist_cnn"), config, quiet=True)
+    if (there := workdir.read_config(home)["config"]["data"]) != c.data:
+        raise UsageError(f"the judge in {home} knows {there}, not {c.data}: give another folder as --judge")
     return *bigjax.load(home), json.loads(result.read_text())["metrics"]["eval/accuracy"]
 
 

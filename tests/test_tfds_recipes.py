@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from tfds_fixture import build_set
 
-from bigjax import cli
+from bigjax import UsageError, cli, train
 from bigjax.data import sources
 
 WORDS = ("the film was good", "a very bad plot", "it is not what i saw before", "we all liked every minute")
@@ -92,6 +92,10 @@ def test_gan_on_cifar10(recipe: Any, monkeypatch: pytest.MonkeyPatch, capfd: pyt
         ["eval/fid", "-", "21.7", "not", "measured"]
     ]
     assert "step 2 eval" in out and "mnist_cnn," not in out  # the judge's own training says nothing
+    mnist_gan = importlib.import_module("mnist_gan")
+    config = mnist_gan.Config(judge="runs/mnist_gan_judge_cifar10")
+    with pytest.raises(UsageError, match="the judge in runs/mnist_gan_judge_cifar10 knows cifar10, not mnist5k: give"):
+        mnist_gan.judge_of(config)
 
 
 def test_lstm_on_imdb(recipe: Any) -> None:
@@ -125,6 +129,7 @@ def test_on_embedded_data_nothing_is_published(script: str, monkeypatch: pytest.
     """And `build` trains and writes nothing."""
     monkeypatch.syspath_prepend(REPOSITORY / "experiments")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("build trains"))
     module = importlib.import_module(script)
     assert not module.build(module.Config()).published
     assert not list(tmp_path.iterdir())
