@@ -14,7 +14,9 @@ from bigjax import UsageError
 class Reproduce:
     """Run rows of the table of results again, and print published, recorded and new values."""
 
-    rows: tyro.conf.Positional[list[str]] = field(default_factory=list)  # names of rows; none means all
+    rows: tyro.conf.Positional[list[str]] = field(
+        default_factory=list
+    )  # names of rows; none means all that are recorded
     record: bool = False  # keep the new values in experiments/results
 
 

@@ -133,7 +133,7 @@ def summary(result: Mapping[str, Any], *, report: str | None = None, console: Co
         table.add_column(heading, justify=justify, overflow="fold")
     for name in [*published, *(k for k in metrics if k not in published)]:
         measured, aim = metrics.get(name), published.get(name)
-        reached = ("reached" if aim.get("reached") else "NOT reached") if aim else ""
+        reached = {True: "reached", False: "NOT reached", None: "not measured"}[aim["reached"]] if aim else ""
         table.add_row(
             Text(name),
             "-" if measured is None else _number(measured),

@@ -3,6 +3,7 @@
 N examples, F features, Z numbers of a code, C classes.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,22 +51,39 @@ def nearest_other(x_NF: np.ndarray) -> np.ndarray:
 
 
 def generate_images(generator: nn.Module, params: Params, model_state: ModelState, key: Key, count: int) -> np.ndarray:
-    """`count` images (N, H, W, C) of the player "generator"; a conditioned one is given the classes in turn."""
+    """`count` images (N, H, W, C) of the player "generator"; a conditioned one is given the classes in turn.
+
+    Compiled once for a generator and a count.
+    """
     variables = {"params": params["generator"], **model_state["generator"]}
+    return np.asarray(_generate_images(generator, variables, key, count))
+
+
+@functools.partial(jax.jit, static_argnames=("generator", "count"))
+def _generate_images(generator: nn.Module, variables: Any, key: Key, count: int) -> jax.Array:
     labels = (jnp.arange(count) % generator.classes,) if generator.classes else ()
-    z_NZ = jax.random.normal(key, (count, generator.latent))
-    return np.asarray(jax.jit(lambda v, *x: generator.apply(v, *x, train=False))(variables, z_NZ, *labels))
+    return generator.apply(variables, jax.random.normal(key, (count, generator.latent)), *labels, train=False)
 
 
-def generated_images(generator: nn.Module, judge: nn.Module, variables: Any, test: pipeline.Split) -> Evaluator:
+Judge = tuple[nn.Module, Any, float]  # a module of images that sows `features`, its variables, its test accuracy
+
+
+def generated_images(generator: nn.Module, judge: Callable[[], Judge], test: pipeline.Split) -> Evaluator:
     """Judges a generator by a classifier: what it takes 1,000 samples for, and how they lie among its features.
 
-    judge: a module of images that sows `features`, with its variables; test: the real images, at least 1,000.
-    classes_covered: classes with at least one sample; smallest_class_share: of the rarest class among the samples;
-    frechet_ratio: the Fréchet distance of 500 samples to 500 real images over that between disjoint 500s of real
-    images (mean of 10 fixed splits); diversity_ratio: the median distance, in pixels, of a sample to its nearest other
-    sample, over the same of as many real images.
+    judge: called once, at the first evaluation; test: the real images, at least 1,000.
+    judge_accuracy: as `judge` gave it; classes_covered: classes with at least one sample; smallest_class_share: of the
+    rarest class among the samples; frechet_ratio: the Fréchet distance of 500 samples to 500 real images over that
+    between disjoint 500s of real images (mean of 10 fixed splits); diversity_ratio: the median distance, in pixels, of
+    a sample to its nearest other sample, over the same of as many real images.
     """
+    ready = functools.cache(lambda: _judged_by(*judge(), generator, test))
+    return lambda params, model_state, key: ready()(params, model_state, key)
+
+
+def _judged_by(
+    judge: nn.Module, variables: Any, accuracy: float, generator: nn.Module, test: pipeline.Split
+) -> Evaluator:
     real = images_of(test, 1000)
 
     @jax.jit
@@ -86,6 +104,7 @@ def generated_images(generator: nn.Module, judge: nn.Module, variables: Any, tes
         share_C = np.bincount(label, minlength=judge.outputs) / len(fake)
         pick = orders[0][:half]
         return {
+            "judge_accuracy": accuracy,
             "frechet_ratio": float(np.mean([frechet_distance(features[pick], a) for a, _ in halves])) / between_real,
             "diversity_ratio": float(np.median(nearest_other(fake))) / spread_real,
             "classes_covered": float((share_C > 0).sum()),
@@ -104,8 +123,10 @@ def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, 
     labelled = [split for split in (train, test) if isinstance(split, Mapping) and "label" in split]
     splits = [(images_of(split), np.asarray(split["label"])) for split in labelled]
 
+    codes = jax.jit(lambda variables, image: model.apply(variables, image, method="encode"))
+
     def encode(variables: Any, image: np.ndarray) -> np.ndarray:
-        code = jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, image)
+        code = codes(variables, image)
         return np.asarray(code[0] if isinstance(code, tuple) else code, np.float64)
 
     def probe(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:

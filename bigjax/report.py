@@ -113,6 +113,13 @@ def _show(value: object, *, exact: bool = False) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or not abs(value) < 1000 else f"{value:.4g}"
 
 
+MARKS = {
+    True: '<b class="yes">✓ reached</b>',
+    False: '<b class="no">✗ not reached</b>',
+    None: "<b>not measured</b>",
+}
+
+
 def _headline(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, steps: object) -> str:
     tiles, page, metrics, note = {}, "", result.get("metrics", {}), "at the last step"
     if not result:
@@ -122,7 +129,7 @@ def _headline(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, st
         at = f"{log[-1]['step'] if log else 0:,} of {_show(steps)}"
         page = f'<p class="notice"><b>Unfinished</b>: step {at}. The same command again resumes it.</p>'
     for p in result.get("published") or ():
-        mark = '<b class="yes">✓ reached</b>' if p["reached"] else '<b class="no">✗ not reached</b>'
+        mark = MARKS[p["reached"]]
         note_p = f"<p>published {_show(p['value'])} · {mark}<br><small>{escape(p['source'])}</small></p>"
         tiles[p["metric"]] = tiles.get(p["metric"], "") + note_p
     wanted = {k for k in metrics if k.endswith(("/accuracy", "/loss")) and not (result and k.startswith("train/"))}

@@ -50,6 +50,12 @@ def number(metric: str, value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
 
 
+def aim(published: Row, metric: str) -> str:
+    """`94.0 % (source)`, with the metric's name where it is not the row's."""
+    name = "" if published["metric"] == metric else published["metric"].removeprefix("eval/") + " "
+    return f"{name}{number(published['metric'], published['value'])} ({published['source']})"
+
+
 def measured(record: Row) -> str:
     """`99.1 ± 0.1 % (5 seeds)`."""
     metric, values = record["metric"], record["values"]
@@ -86,7 +92,7 @@ def table(folder: Path) -> str:
         command = f"`{row['script']}{' ' + row['arguments'] if 'arguments' in row else ''}`"
         metric = row["metric"].removeprefix("eval/")
         if r := records.get(name):
-            aims = "; ".join(f"{number(p['metric'], p['value'])} ({p['source']})" for p in r["published"])
+            aims = "; ".join(aim(p, r["metric"]) for p in r["published"])
             cells = [r["device"], f"{r['seconds']:.0f}", metric, measured(r), aims or "none", r["commit"]]
         else:
             cells = ["", "", metric, "not measured", "", ""]
@@ -143,7 +149,7 @@ def run(folder: Path, name: str, row: Row) -> dict[str, Any]:
 
 
 def reproduce(names: list[str], *, record: bool = False) -> None:
-    """Runs rows again (all without names) and prints published, recorded and new values.
+    """Runs rows again (without names all that are recorded) and prints published, recorded and new values.
 
     `record` keeps the new ones.
     """
@@ -151,7 +157,7 @@ def reproduce(names: list[str], *, record: bool = False) -> None:
     known = rows(folder)
     if unknown := [n for n in names if n not in known]:
         raise UsageError(f"there is no row {unknown[0]!r}: use one of {', '.join(known)}")
-    for name in names or known:
+    for name in names or recorded(folder):
         old, new = recorded(folder).get(name), run(folder, name, known[name])
         if old and old.get("corpus_sha256") != new.get("corpus_sha256"):
             raise UsageError(

@@ -1,9 +1,10 @@
-"""GPT on Python's standard library, byte by byte.
+"""GPT on Python's standard library, or on the One Billion Word benchmark, byte by byte.
 
 Measured: not yet.
 
     python experiments/python_gpt.py
     python experiments/python_gpt.py --minutes 20
+    python experiments/python_gpt.py --data lm1b --context 512 --minutes 600  # lm1b, through TFDS
 """
 
 from dataclasses import dataclass
@@ -12,19 +13,24 @@ import numpy as np
 import optax
 
 from bigjax import UsageError, cli, optim
-from bigjax.data import text
-from bigjax.experiment import Experiment, RunConfig
+from bigjax.data import sources, text
+from bigjax.data.pipeline import Split
+from bigjax.experiment import Experiment, Published, RunConfig
 from bigjax.generate import generate
 from bigjax.models import GPT
 from bigjax.tasks import Key, ModelState, Params, next_token
 
-PROMPT = b"def "
+PROMPT = {"python": b"def ", "lm1b": b"The "}
 SAMPLE = 400  # bytes
+CHOE = (
+    "Choe et al., Bridging the gap for tokenizer-free language models, arXiv:1908.10322, 2019: 40 layers, on bytes; "
+    "sentence by sentence, where ours sees those before"
+)
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data: str = "python"
+    data: str = "python"  # or lm1b (TFDS)
     minutes: float | None = 4.5
     batch_size: int = 16
     learning_rate: float = 0.02  # of Muon, for matrices
@@ -39,16 +45,27 @@ class Config(RunConfig):
     save_every: int = 500
 
 
-def build(c: Config) -> Experiment:
+def load(c: Config) -> tuple[Split, bytes, dict[str, str | float]]:
+    """(windows to train on, test text, facts)."""
+    if c.data == "lm1b":
+        data = sources.load(c.data)
+        return text.Passages(data.train, length=c.context), text.lines(data.test["text"]), {}
     if c.data != "python":
-        raise UsageError(f"python_gpt.py trains on --data python, the standard library, not {c.data!r}")
+        raise UsageError(f"python_gpt.py trains on --data python, the standard library, or lm1b, not {c.data!r}")
     corpus = text.python_corpus()
+    train = text.byte_windows(corpus.train, length=c.context, stride=c.context // 2, once=False)
+    xz = text.xz_bits_per_byte(corpus.test)
+    return train, corpus.test, {"corpus_sha256": corpus.sha256, "xz_bits_per_byte": xz}
+
+
+def build(c: Config) -> Experiment:
+    train, test, facts = load(c)
     model = GPT(
         vocabulary=256,
         layers=c.layers,
         width=c.width,
         heads=c.heads,
-        context=max(c.context, SAMPLE + len(PROMPT)),
+        context=max(c.context, SAMPLE + len(PROMPT[c.data])),
         position="rotary",
         norm="rms",
         activation="gelu",
@@ -57,7 +74,7 @@ def build(c: Config) -> Experiment:
     )
 
     def sample(params: Params, model_state: ModelState, key: Key) -> str:
-        prompt_BL = np.frombuffer(PROMPT, np.uint8)[None].astype(np.int32)
+        prompt_BL = np.frombuffer(PROMPT[c.data], np.uint8)[None].astype(np.int32)
         tokens_BL = generate(model, {"params": params["model"]}, prompt_BL, length=SAMPLE, key=key, temperature=0.8)
         return bytes(np.asarray(tokens_BL[0]).astype(np.uint8)).decode("utf-8", "replace")
 
@@ -69,13 +86,11 @@ def build(c: Config) -> Experiment:
         model=model,
         task=next_token(model, bytes_a_token=1),
         tx=tx,
-        train=text.byte_windows(corpus.train, length=c.context, stride=c.context // 2, once=False),
-        test=text.byte_windows(corpus.test, length=c.context, stride=c.context // 2),
+        train=train,
+        test=text.byte_windows(test, length=c.context, stride=c.context // 2),
         gallery={"sample": sample},
-        facts={
-            "corpus_sha256": corpus.sha256,
-            "xz_bits_per_byte": text.xz_bits_per_byte(corpus.test),
-        },
+        facts=facts,
+        published=[Published("eval/bits_per_byte", 0.874, CHOE, better="lower")] if c.data == "lm1b" else [],
     )
 
 

@@ -14,6 +14,7 @@ RESULT = {
     "published": [
         {"metric": "eval/accuracy", "value": 0.975, "source": "a paper", "reached": True},
         {"metric": "eval/f1", "value": 0.5, "source": "a paper", "reached": False},
+        {"metric": "eval/fid", "value": 21.7, "source": "a paper", "reached": None},
     ],
     "seconds": {"total": 41.0, "compile": 6.1, "data_wait": 0.3},
     "examples_per_second": 5100.0,
@@ -100,6 +101,7 @@ def test_summary_puts_measured_beside_published():
     lines = [line.split() for line in text.splitlines()]
     assert ["eval/accuracy", "0.984", "0.975", "reached"] in lines
     assert ["eval/f1", "-", "0.5", "NOT", "reached"] in lines
+    assert ["eval/fid", "-", "21.7", "not", "measured"] in lines
     assert ["eval/loss", "0.051"] in lines
     assert "total 41 s, compile 6.1 s, data wait 0.3 s, 5,100 examples/s" in text
     assert text.endswith("report: runs/mnist_cnn/report.html\n")

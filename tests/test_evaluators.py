@@ -117,16 +117,20 @@ class Quadrants(nn.Module):
         return jax.nn.one_hot(2 * right_B + up_B, 4)
 
 
+def judge() -> tuple[nn.Module, dict, float]:
+    return Quadrants(), {"params": {}}, 0.75
+
+
 @pytest.fixture(scope="module")
 def judged() -> dict[str, dict[str, float]]:
     """What is said of generators that get the real distribution right, half as wide, and one image of it only."""
     real = {"image": normal(1000, 2, 2, 1, seed=3).astype(np.float32)}
     params, state = {"generator": {"scale": jnp.ones(())}}, {"generator": {}}
     kinds = ("same", "narrow", "one")
-    return {k: generated_images(Blank(k), Quadrants(), {"params": {}}, real)(params, state, KEY) for k in kinds}
+    return {k: generated_images(Blank(k), judge, real)(params, state, KEY) for k in kinds}
 
 
-KEYS = {"frechet_ratio", "diversity_ratio", "classes_covered", "smallest_class_share"}
+KEYS = {"judge_accuracy", "frechet_ratio", "diversity_ratio", "classes_covered", "smallest_class_share"}
 
 
 def test_a_generator_of_the_real_distribution_is_as_good_as_real(judged: Any) -> None:
@@ -153,7 +157,7 @@ def test_frechet_ratio_is_the_distance_over_that_between_halves_of_the_real_imag
     """The same with the splits written out; the samples enter by 500 too."""
     image = normal(1000, 2, 2, 1, seed=3).astype(np.float32)
     params, state = {"generator": {"scale": jnp.float32(1.3)}}, {"generator": {}}
-    out = generated_images(Blank(), Quadrants(), {"params": {}}, {"image": image})(params, state, KEY)
+    out = generated_images(Blank(), judge, {"image": image})(params, state, KEY)
     fake = generate_images(Blank(), params, state, KEY, 1000)
     real_NF, fake_NF = image.reshape(1000, -1), fake.reshape(1000, -1)
     orders = [np.random.default_rng(i).permutation(1000) for i in range(10)]
@@ -172,6 +176,38 @@ def test_generated_images_are_of_their_key_and_of_the_classes_in_turn() -> None:
     assert not np.isclose(plain, other).any()
     conditioned = generate_images(Blank(classes=3), params, state, KEY, 7)
     np.testing.assert_array_equal(np.round(conditioned.mean((1, 2, 3)) / 100), [0, 1, 2, 0, 1, 2, 0])
+
+
+class Counted(Blank):
+    """Counts how often it is traced."""
+
+    @nn.compact
+    def __call__(self, z_BZ: Array, label_B: Array | None = None, *, train: bool = False) -> Array:
+        TRACED.append(z_BZ.shape)
+        return super().__call__(z_BZ, label_B, train=train)
+
+
+TRACED: list[tuple[int, ...]] = []
+
+
+def test_images_are_compiled_once_for_a_generator_and_a_count() -> None:
+    for count in (5, 6):
+        for i in range(3):  # other parameters, another key, an equal module
+            params, state = {"generator": {"scale": jnp.full((), i)}}, {"generator": {}}
+            generate_images(Counted(), params, state, jax.random.key(i), count)
+    assert TRACED == [(5, 4), (6, 4)]
+    generate_images(Counted("narrow"), params, state, KEY, 5)
+    assert len(TRACED) == 3
+
+
+def test_the_judge_is_called_once_at_the_first_evaluation() -> None:
+    called: list[int] = []
+    real = {"image": normal(20, 2, 2, 1).astype(np.float32)}
+    evaluator = generated_images(Blank(), lambda: called.append(1) or judge(), real)
+    assert not called
+    for _ in range(2):
+        out = evaluator({"generator": {"scale": jnp.ones(())}}, {"generator": {}}, KEY)
+        assert out["judge_accuracy"] == 0.75 and called == [1]
 
 
 # --- images of a split

@@ -29,6 +29,7 @@ RESULT = {
     "published": [
         {"metric": "eval/accuracy", "value": 0.975, "reached": True, "source": "S & Co, https://example.org"},
         {"metric": "eval/loss", "value": 0.04, "source": "by hand", "reached": False},
+        {"metric": "eval/fid", "value": 21.7, "source": "in other features", "reached": None},
     ],
     "seconds": {"total": 41.0, "compile": 6.1, "train": 31.2, "eval": 2.0, "data_wait": 0.3, "checkpoint": 0.4},
     "examples_per_second": 5123.0,
@@ -80,6 +81,7 @@ def workdir(tmp_path):
 @pytest.mark.parametrize("expected", [
     "eval/accuracy 0.984 published 0.975 · ✓ reached S &amp; Co, https://example.org",
     "eval/loss 0.0512 published 0.04 · ✗ not reached by hand",
+    "eval/fid – published 21.7 · not measured in other features",
     "parameters 93,322", "updates 400", "seed 3", "examples/s 5,123", "kind Xeon", "commit abc1234 ",
     "mnist_cnn.py --seed 3",
     "41 seconds", "compile 6.1 s", "train 31.2 s", "data wait 0.3 s", "checkpoint 0.4 s", "other 1 s",

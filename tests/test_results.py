@@ -46,6 +46,12 @@ def test_measured_shows_mean_and_spread() -> None:
     assert results.measured({"metric": "eval/negative_elbo", "values": [104.0, 105.0]}) == "104.5 ± 0.707 (2 seeds)"
 
 
+def test_a_published_number_of_another_metric_is_named() -> None:
+    published = {"metric": "eval/fid", "value": 21.7, "source": "a paper"}
+    assert results.aim(published, "eval/frechet_ratio") == "fid 21.7 (a paper)"
+    assert results.aim(published | {"metric": "eval/accuracy", "value": 0.5}, "eval/accuracy") == "50.0 % (a paper)"
+
+
 def test_unknown_row_is_named() -> None:
     with pytest.raises(UsageError, match="there is no row 'nope': use one of mnist_cnn"):
         results.reproduce(["nope"])

@@ -1,45 +1,64 @@
-"""Builds a real TFDS `mnist` set (array_record files) without TensorFlow, for tests to read by name."""
+"""Builds real TFDS sets (array_record files) without TensorFlow, for tests to read by their names."""
 
 import io
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 
-def build_mnist(folder: str | os.PathLike, images_NHW: np.ndarray, labels_N: np.ndarray, *, test: int = 0) -> None:
-    """Writes `folder`/mnist/3.0.1 from uint8 images; the last `test` are the split `test`, if any.
+def build_set(
+    folder: str | os.PathLike,
+    name: str,
+    version: str,
+    features: Callable[[Any], Mapping[str, Any]],
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    config: str | None = None,
+) -> None:
+    """Writes `folder`/`name`[/`config`]/`version` from examples by split; features: tfds.features -> those of the set.
 
-    Images go in as PNG bytes: arrays would need TensorFlow to encode.
+    Images are given as arrays and go in as PNG bytes: arrays would need TensorFlow to encode.
     """
     import tensorflow_datasets as tfds
-    from PIL import Image
-
-    def png(image_HW: np.ndarray) -> io.BytesIO:
-        buffer = io.BytesIO()
-        Image.fromarray(image_HW).save(buffer, format="PNG")
-        return io.BytesIO(buffer.getvalue())
 
     with tfds.core.registered.skip_registration():  # TFDS has its own builder of this name
 
-        class Mnist(tfds.core.GeneratorBasedBuilder):
-            name = "mnist"
-            VERSION = tfds.core.Version("3.0.1")
+        class Set(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version(version)
+            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
 
             def _info(self) -> tfds.core.DatasetInfo:
-                height, width = images_NHW.shape[1:3]
-                features = {
-                    "image": tfds.features.Image(shape=(height, width, 1)),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features(tfds.features)))
 
             def _split_generators(self, dl_manager: object) -> dict:
-                cut = len(images_NHW) - test
-                splits = {"train": self._generate_examples(range(cut))}
-                return splits | ({"test": self._generate_examples(range(cut, len(images_NHW)))} if test else {})
+                return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
-            def _generate_examples(self, rows: range):
-                for row in rows:
-                    yield row, {"image": png(images_NHW[row]), "label": int(labels_N[row])}
+            def _generate_examples(self, rows: Sequence[Mapping[str, Any]]):
+                for n, row in enumerate(rows):
+                    yield n, {k: png(v) if k == "image" else v for k, v in row.items()}
 
-    Mnist(data_dir=os.fspath(folder), file_format="array_record").download_and_prepare()
+    Set.name = name
+    Set(data_dir=os.fspath(folder), file_format="array_record").download_and_prepare()
+
+
+def png(image_HWC: np.ndarray) -> io.BytesIO:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, format="PNG")
+    return io.BytesIO(buffer.getvalue())
+
+
+def build_mnist(folder: str | os.PathLike, images_NHW: np.ndarray, labels_N: np.ndarray, *, test: int = 0) -> None:
+    """Writes `folder`/mnist/3.0.1 from uint8 images; the last `test` are the split `test`, if any."""
+    rows = [{"image": image_HW, "label": int(label)} for image_HW, label in zip(images_NHW, labels_N, strict=True)]
+    cut = len(rows) - test
+    build_set(
+        folder,
+        "mnist",
+        "3.0.1",
+        lambda f: {"image": f.Image(shape=(*images_NHW.shape[1:], 1)), "label": f.ClassLabel(num_classes=10)},
+        {"train": rows[:cut]} | ({"test": rows[cut:]} if test else {}),
+    )

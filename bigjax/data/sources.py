@@ -40,9 +40,8 @@ class Dataset:
 
 
 def load(name: str, *, eval_data: str | None = None, seed: int = 0) -> Dataset:
-    """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, `tfds:NAME`, a path.
-
-    `mnist`, `cifar10` and `imdb` are short for `tfds:mnist`, `tfds:cifar10` and `tfds:imdb_reviews`.
+    """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, a name in `TFDS`,
+    `tfds:NAME`, or a path.
 
     Own data: `.npz` with `image` (N,H,W[,C]) or `x` (N,D) and integer `label` (0, 1, ...; names in `class_names` (C,),
     if given) or float `target`; a folder of images with a sub-folder a class; `.jsonl` or `.csv` with `text` and
@@ -225,7 +224,7 @@ EMBEDDED: dict[str, Callable[[], Part]] = {
 
 # ---- TFDS
 
-TFDS = {"mnist": "mnist", "cifar10": "cifar10", "imdb": "imdb_reviews"}  # short names
+TFDS = {"mnist": "mnist", "cifar10": "cifar10", "imdb": "imdb_reviews", "lm1b": "lm1b"}  # short names
 
 
 class _TfdsReader:

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
+from bigjax.data.pipeline import Split, size_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -142,6 +143,30 @@ def window_fields(
     if once and stride < length:
         fields["start"] = np.where(row == 0, 1, length - stride + 1).astype(np.int32)
     return fields
+
+
+class Passages:
+    """Texts, by index, as windows for next-byte prediction: row n is what `byte_windows` makes of text n and as many of
+    those behind it as fill `length` bytes, each with a newline at its end. A reader: nothing is kept in memory."""
+
+    def __init__(self, split: Split, *, length: int) -> None:
+        self.split, self.length = split, length
+
+    def __len__(self) -> int:
+        return size_of(self.split)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        data = b""
+        while len(data) < self.length:
+            n = row % len(self)
+            data += lines([self.split["text"][n] if isinstance(self.split, Mapping) else self.split[n]["text"]])
+            row += 1
+        return {k: v[0] for k, v in byte_windows(data[: self.length], length=self.length).items()}
+
+
+def lines(texts: Iterable[str]) -> bytes:
+    """The texts in UTF-8, each with a newline at its end."""
+    return "".join(text + "\n" for text in texts).encode()
 
 
 def xz_bits_per_byte(data: bytes, *, after: bytes = b"") -> float:

@@ -1,0 +1,135 @@
+"""The full-set recipes, for two steps on tiny TFDS sets of the real names: their data, and the published numbers."""
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from tfds_fixture import build_set
+
+from bigjax import UsageError, cli, train
+from bigjax.data import sources
+
+WORDS = ("the film was good", "a very bad plot", "it is not what i saw before", "we all liked every minute")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cifar10 with 40 + 30 images, imdb_reviews with 24 + 10 texts, lm1b with 50 + 12."""
+    folder, random = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
+
+    def images(count: int) -> list[dict]:
+        shape = (count, 32, 32, 3)
+        return [{"image": x, "label": n % 10} for n, x in enumerate(random.integers(0, 256, shape, np.uint8))]
+
+    def reviews(count: int) -> list[dict]:
+        return [{"text": f"{WORDS[n % 4]}, {n}", "label": n % 2} for n in range(count)]
+
+    def sentences(count: int) -> list[dict]:
+        return [{"text": f"{n} {WORDS[n % 4]} ."} for n in range(count)]
+
+    build_set(
+        folder,
+        "cifar10",
+        "3.0.2",
+        lambda f: {"image": f.Image(shape=(32, 32, 3)), "label": f.ClassLabel(num_classes=10)},
+        {"train": images(40), "test": images(30)},
+    )
+    build_set(
+        folder,
+        "imdb_reviews",
+        "1.0.0",
+        lambda f: {"text": f.Text(), "label": f.ClassLabel(names=["neg", "pos"])},
+        {"train": reviews(24), "test": reviews(10)},
+        config="plain_text",
+    )
+    build_set(folder, "lm1b", "1.1.0", lambda f: {"text": f.Text()}, {"train": sentences(50), "test": sentences(12)})
+    return folder
+
+
+@pytest.fixture
+def recipe(sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """recipe(script, flags...) runs two steps of it; the experiment that was built, and its result.json."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(sets))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(REPOSITORY / "experiments")
+
+    def run(script: str, *flags: str) -> tuple[Any, dict[str, Any]]:
+        module, built = importlib.import_module(script), []
+
+        @functools.wraps(module.build)
+        def build(config: Any) -> Any:
+            built.append(module.build(config))
+            return built[0]
+
+        cli.main(module.Config, build, ["--steps", "2", "--batch-size", "8", *flags])
+        return built[0], json.loads((tmp_path / "runs" / script / "result.json").read_text())
+
+    return run
+
+
+def test_gan_on_cifar10(recipe: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """Its judge is trained on the same images, at the first evaluation, and not by `build`."""
+    mnist_cnn = importlib.import_module("mnist_cnn")
+    short = {"steps": 2, "batch_size": 8, "features": (4, 8), "dense": (8,)}
+    monkeypatch.setattr(mnist_cnn, "Config", functools.partial(mnist_cnn.Config, **short))
+    small = ["--generator-features", "8", "4", "4", "--discriminator-features", "4", "4", "--latent", "4"]
+    experiment, result = recipe("mnist_gan", "--data", "cifar10", *small)
+    assert experiment.train["image"].shape == (40, 32, 32, 3) and len(experiment.test["image"]) == 30
+    [published] = result["published"]
+    assert published["metric"] == "eval/fid" and published["value"] == 21.7 and published["reached"] is None
+    assert result["metrics"]["eval/frechet_ratio"] > 0
+    judge = json.loads(Path("runs/mnist_gan_judge_cifar10/result.json").read_text())
+    assert sum(map(sum, judge["confusion"])) == 30
+    assert result["metrics"]["eval/judge_accuracy"] == judge["metrics"]["eval/accuracy"]
+    out, err = capfd.readouterr()
+    assert err.count("training the judge, mnist_cnn.py on cifar10, in runs/mnist_gan_judge_cifar10") == 1
+    assert [line.split() for line in out.splitlines() if "eval/fid" in line] == [
+        ["eval/fid", "-", "21.7", "not", "measured"]
+    ]
+    assert "step 2 eval" in out and "mnist_cnn," not in out  # the judge's own training says nothing
+    mnist_gan = importlib.import_module("mnist_gan")
+    config = mnist_gan.Config(judge="runs/mnist_gan_judge_cifar10")
+    with pytest.raises(UsageError, match="the judge in runs/mnist_gan_judge_cifar10 knows cifar10, not mnist5k: give"):
+        mnist_gan.judge_of(config)
+
+
+def test_lstm_on_imdb(recipe: Any) -> None:
+    experiment, result = recipe("text_lstm", "--data", "imdb", "--embedding", "4", "--hidden", "4", "--length", "12")
+    assert len(experiment.train["tokens"]) == 24 and experiment.class_names == ("neg", "pos")
+    assert sum(map(sum, result["confusion"])) == 10
+    [published] = result["published"]
+    assert published["metric"] == "eval/accuracy" and published["value"] == 0.865
+    assert published["reached"] is (result["metrics"]["eval/accuracy"] >= 0.865) is False
+
+
+def test_gpt_on_lm1b(recipe: Any) -> None:
+    experiment, result = recipe(
+        "python_gpt", "--data", "lm1b", "--layers", "1", "--width", "8", "--heads", "2", "--context", "64"
+    )
+    data = sources.load("lm1b")
+    assert len(experiment.train) == 50 and len(data.test["text"]) == 12
+    for row, behind in ((3, (4, 5)), (49, (0, 1))):  # the last goes on with the first
+        expected = "".join("\n" + data.train["text"][n] for n in (row, *behind)) + "\n"
+        window = experiment.train[row]
+        assert bytes(window["tokens"].astype(np.uint8)) == expected.encode()[:65] and window["length"] == 65
+    counted = experiment.test["length"] - experiment.test["start"]
+    assert counted.sum() == sum(len(text) + 1 for text in data.test["text"])  # each byte once, newlines too
+    [published] = result["published"]
+    assert published == {**published, "metric": "eval/bits_per_byte", "value": 0.874, "reached": False}
+    assert result["metrics"]["eval/bits_per_byte"] > 5 and "corpus_sha256" not in result
+
+
+@pytest.mark.parametrize("script", ["mnist_gan", "text_lstm", "python_gpt"])
+def test_on_embedded_data_nothing_is_published(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And `build` trains and writes nothing."""
+    monkeypatch.syspath_prepend(REPOSITORY / "experiments")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("build trains"))
+    module = importlib.import_module(script)
+    assert not module.build(module.Config()).published
+    assert not list(tmp_path.iterdir())
