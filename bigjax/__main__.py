@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from bigjax import UsageError
+from bigjax import UsageError, processes
+from bigjax.processes import DistributedConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Doctor:
 
     workdir: str = "runs"  # where runs are to be written; may be gs://bucket/folder
     quick: bool = False  # leave the run of two steps out
+    distributed: DistributedConfig = DistributedConfig()  # one of several processes: do they meet?
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def main() -> None:
         elif isinstance(command, Doctor):
             from bigjax import doctor
 
-            well = doctor.examine(command.workdir, quick=command.quick)
+            with processes.joined(command.distributed, {"command": "doctor"}):
+                well = doctor.examine(command.workdir, quick=command.quick)
             sys.stdout.flush()
             os._exit(0 if well else 1)  # a check without an answer leaves a thread that Python may wait for
         else:

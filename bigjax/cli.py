@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from etils import epath
@@ -37,8 +37,11 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
             raise UsageError(f"{name}.py has no verb {verb!r}: {hint}")
         prog = f"{name}.py {verb}"
         about = f"{VERBS[verb]}.\nVerbs: {' | '.join(VERBS)}"
-        Flags = planned(Config) if verb == "plan" else Config
-        config = settle(tyro.cli(Flags, prog=prog, description=about, args=arguments), Flags())
+        config, flags = parse(Config, verb, prog=prog, description=about, args=arguments)
+        config = settle(config, Config())
+        if verb == "plan":
+            plan(config, build, flags, home=epath.Path(config.workdir or f"runs/{name}_plan"))
+            return
         with processes.joined(config.distributed, shared(name, verb, config)):
             run(verb, config, build, name=name)
     except UsageError as e:
@@ -48,10 +51,21 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         raise SystemExit(2) from None
 
 
-def planned(Config: type[RunConfig]) -> type[RunConfig]:
-    """A script's flags with those of the verb plan."""
-    field = ("topology", str, dataclasses.field(default="v5e:2x4"))  # KIND:SHAPE, as v5p:8x8x8
-    return dataclasses.make_dataclass(Config.__name__, [field], bases=(Config,), frozen=True)
+@dataclasses.dataclass(frozen=True)
+class PlanFlags:
+    """The verb plan's own flags."""
+
+    topology: str = "v5e:2x4"  # the slice: KIND:SHAPE, as v5p:8x8x8
+
+
+def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig, PlanFlags]:
+    """A script's flags and, with the verb plan, those of plan."""
+    if verb != "plan":
+        return tyro.cli(Config, **options), PlanFlags()
+    flat = tyro.conf.arg(name="")
+    parts = [("config", Annotated[Config, flat], Config()), ("plan", Annotated[PlanFlags, flat], PlanFlags())]
+    both = tyro.cli(dataclasses.make_dataclass("Plan", parts), **options)
+    return both.config, both.plan
 
 
 def keep_memory() -> None:
@@ -82,19 +96,22 @@ def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps({"experiment": f"{name} {verb}", **flags, **versions()}))
 
 
+def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags, *, home: epath.Path) -> None:
+    """Prints what a run would need on a slice; plan.json goes into `home`."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only compiled for
+    from bigjax import plan
+    from bigjax.experiment import check
+
+    check(config)
+    plan.write_plan(build, config, topology=flags.topology, home=home)
+
+
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
     """One verb of the experiment called `name`."""
     from bigjax import report, train, workdir
     from bigjax.experiment import check
 
     check(config)
-    if verb == "plan":
-        os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only compiled for
-        from bigjax import plan
-
-        home = epath.Path(config.workdir or f"runs/{name}_plan")
-        plan.write_plan(build, config, topology=config.topology, home=home)
-        return
     home = epath.Path(config.workdir or f"runs/{name}")
     if verb == "report":
         if processes.first():

@@ -141,6 +141,8 @@ def plan(build: Callable[[Any], Experiment], config: RunConfig, *, topology: str
     part of the interconnect's that the compiler let nothing overlap with.
     """
     chip, devices = slice_of(topology)
+    if getattr(config, "attention", None) == "auto":
+        config = dataclasses.replace(config, attention="splash")
     experiment = build(config)
     mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
     program = Program(experiment, config, experiment.train, steps=config.steps or 1000, mesh=mesh)

@@ -51,7 +51,7 @@ class Config(RunConfig):
     learning_rate: float = 3e-4
     schedule: optim.Schedule = "warmup-cosine"
     weight_decay: float = 0.1
-    attention: Literal["auto", "plain", "splash"] = "auto"  # auto: splash on TPU
+    attention: Literal["auto", "plain", "splash"] = "auto"  # auto: splash on TPU, and to plan for one
     scan: bool = True  # over layers: compiles in the time of one
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
 
@@ -59,8 +59,8 @@ class Config(RunConfig):
 def build(c: Config) -> Experiment:
     preset = PRESETS[c.model]
     length = c.context or preset["context"]
-    tpu = hasattr(c, "topology") or jax.default_backend() == "tpu"
-    attention = ("splash" if tpu else "plain") if c.attention == "auto" else c.attention
+    here = "splash" if jax.default_backend() == "tpu" else "plain"
+    attention = here if c.attention == "auto" else c.attention
     model = GPT(**preset | {"context": length}, attention=attention, scan=c.scan, remat=c.remat, dtype=c.dtype)
     if c.data == "random":
         random_NL = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1), dtype=np.int32)

@@ -31,7 +31,7 @@ CHOE = (
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "python"  # or lm1b (TFDS)
-    minutes: float | None = 4.5
+    minutes: float | None = 4.0
     batch_size: int = 16
     learning_rate: float = 0.02  # of Muon, for matrices
     adam_rate: float = 3e-3  # for embeddings, norms and biases

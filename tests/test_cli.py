@@ -133,7 +133,10 @@ def test_a_limit_of_ones_own_replaces_the_scripts_steps():
         ("--validation 1.5", ["error: --validation 1.5"]),
         ("--workdir new --batch-size 100", ["error: batch_size 100 does not fit 60 training examples"]),
         ("--workdir new --mesh.data 3", ["error: the mesh (data 3", "does not cover the 1 devices: use --mesh.data 1"]),
-        ("--workdir new --mesh.fsdp 2", ["error: nothing is sharded over mesh.fsdp"]),
+        (
+            "--workdir new --mesh.fsdp 2",
+            ["fsdp 2 × tensor 1 = 2) does not cover the 1 devices"],
+        ),
         ("--workdir new --activation rulu", ["error: no activation is called 'rulu': use one of relu"]),
         ("--workdir new --data nowhere", ["error: no data set is called 'nowhere'"]),
         ("--workdir new --init-from nowhere", ["error: nowhere holds no run"]),
