@@ -2,6 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/installed
+PIP := $(shell command -v uv >/dev/null && echo uv pip install -p $(RUN) || echo $(RUN) -m pip install)
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -12,7 +13,8 @@ demo: $(INSTALLED) ## set up, train a CNN on 4,000 real MNIST images, show its r
 test: $(INSTALLED) ## set up, run the tests that take minutes, not hours
 	$(RUN) -m pytest -n 2 -m "not slow"
 
-slow: $(INSTALLED) ## the long proofs
+slow: $(INSTALLED) ## the long proofs, with the TPU compiler
+	$(PIP) -q -c constraints.txt -e ".[dev,tpu]"
 	$(RUN) -m pytest -n 2 -m slow
 
 lint: $(INSTALLED) ## ruff
@@ -20,8 +22,8 @@ lint: $(INSTALLED) ## ruff
 	$(RUN) -m ruff format --check .
 
 $(INSTALLED): pyproject.toml constraints.txt
-	if command -v uv >/dev/null; then uv venv --allow-existing -q -p $(PYTHON) .venv && uv pip install -q -p $(RUN) -c constraints.txt -e ".[dev]"; \
-	else $(PYTHON) -m venv .venv && $(RUN) -m pip install -q -c constraints.txt -e ".[dev]"; fi
+	if command -v uv >/dev/null; then uv venv --allow-existing -q -p $(PYTHON) .venv; else $(PYTHON) -m venv .venv; fi
+	$(PIP) -q -c constraints.txt -e ".[dev]"
 	touch $@
 
 .PHONY: help demo test slow lint

@@ -122,7 +122,7 @@ def test_a_limit_of_ones_own_replaces_the_scripts_steps():
     "arguments, words",
     [
         ("trian", ["has no verb 'trian'", "did you mean train?"]),
-        ("zzz", ["has no verb 'zzz'", "use one of train, evaluate, report"]),
+        ("zzz", ["has no verb 'zzz'", "use one of train, evaluate, plan, report"]),
         ("--learning-rat 3", ["--learning-rat", "--learning-rate"]),
         ("--batch-size many", ["--batch-size", "many"]),
         ("--dtype float16", ["--dtype", "float16", "bfloat16"]),

@@ -19,8 +19,9 @@ from bigjax import UsageError, hlo, plan
 from bigjax.models.transformer import attention, splash_attention
 
 SCRIPTS = sorted(p.name for p in (REPOSITORY / "experiments").glob("*.py"))
+no_compiler = importlib.util.find_spec("libtpu") is None
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason='no TPU compiler here: pip install -e ".[tpu]"'
+    no_compiler, reason='no TPU compiler here (make slow installs it): pip install -e ".[tpu]"'
 )
 KEYS = (
     "topology chips mesh parameters hbm_bytes fits model_flops_per_step hardware_flops_per_step hbm_traffic_bytes "
@@ -45,6 +46,7 @@ def test_what_is_no_slice_gets_the_list_of_slices(topology: str) -> None:
         assert kind in str(e.value)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_slice_that_cannot_be_built_is_refused() -> None:
     with pytest.raises(UsageError, match="v5p:3x8x8 is refused .*: use one of these"):
@@ -57,6 +59,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
         plan.slice_of("v5e:2x4")
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("kind", plan.CHIPS)
 def test_every_slice_of_the_list_exists_with_one_device_a_chip(kind: str) -> None:
@@ -164,6 +167,7 @@ def test_gpt3_on_512_chips(tmp_path: Path) -> None:
     assert peak < 16e9
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("flags", "message"),
