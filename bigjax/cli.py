@@ -56,6 +56,7 @@ class PlanFlags:
     """The verb plan's own flags."""
 
     topology: str = "v5e:2x4"  # the slice: KIND:SHAPE, as v5p:8x8x8
+    search: bool = False  # plan every mesh of the slice (minutes each for a large model) and rank those that fit
 
 
 def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig, PlanFlags]:
@@ -103,7 +104,7 @@ def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags
     from bigjax.experiment import check
 
     check(config)
-    plan.write_plan(build, config, topology=flags.topology, home=home)
+    plan.write_plan(build, config, topology=flags.topology, home=home, everywhere=flags.search)
 
 
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:

@@ -262,10 +262,50 @@ def show(p: dict[str, Any], console: Console) -> None:
         console.print(f"and {len(more)} smaller, {sum(c['seconds'] for c in more) * 1e3:.3g} ms")
 
 
-def write_plan(build: Callable[[Any], Experiment], config: RunConfig, *, topology: str, home: epath.Path) -> None:
-    """Prints the table and writes plan.json into the working directory."""
-    result = plan(build, config, topology=topology)
-    show(result, Console(width=110))
+def settings(config: RunConfig) -> list[dict[str, Any]]:
+    """From the fastest to the one that needs the least memory: rematerialization, then parts of the batch."""
+    remats = [{"remat": name} for name in ("none", "dots", "full")] if hasattr(config, "remat") else [{}]
+    return remats + [{**remats[-1], "accumulate": n} for n in (2, 4) if config.batch_size % n == 0]
+
+
+def search(
+    build: Callable[[Any], Experiment], config: RunConfig, *, topology: str, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Plans of all meshes of a slice, each at the fastest setting that fits; the fastest first, then what can't be."""
+    count = len(slice_of(topology)[1])
+    ways = [n for n in range(1, count + 1) if count % n == 0]
+    meshes = [sharding.MeshConfig(count // f // t, f, t) for f in ways for t in ways if count % (f * t) == 0]
+    found = []
+    for mesh in meshes:
+        for setting in settings(config):
+            name = {"mesh": dataclasses.asdict(mesh), **setting}
+            try:
+                one = plan(build, dataclasses.replace(config, mesh=mesh, **setting), topology=topology)
+            except UsageError as e:
+                one = {"fits": False, "why": str(e)}
+            said = f"{one['seconds']['bound'] * 1e3:.3g} ms" if one["fits"] else one.get("why", "too large")
+            parts = [f"{k} {v}" for k, v in {**name["mesh"], **setting}.items()]
+            tell(f"{' · '.join(parts)}: {said}")
+            if one["fits"] or "limited_by" not in one:  # it fits, or no setting would help
+                break
+        found.append(one | name)
+    return sorted(found, key=lambda p: (not p["fits"], p["seconds"]["bound"] if p["fits"] else 0))
+
+
+def write_plan(
+    build: Callable[[Any], Experiment], config: RunConfig, *, topology: str, home: epath.Path, everywhere: bool = False
+) -> None:
+    """Prints the table and writes plan.json into the working directory; `everywhere`: of the best mesh, with all."""
+    console = Console(width=110)
+    if everywhere:
+        tried = search(build, config, topology=topology, tell=print)
+        keys = ("mesh", "remat", "accumulate", "fits", "why", "seconds", "mfu_bound", "hbm_bytes")
+        result = tried[0] | {"search": [{k: p[k] for k in keys if k in p} for p in tried]}
+        if not result["fits"]:
+            raise UsageError(f"no mesh of {topology} fits: take a larger slice, or a smaller batch or model")
+    else:
+        result = plan(build, config, topology=topology)
+    show(result, console)
     home.mkdir(parents=True, exist_ok=True)
     (home / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {home / 'plan.json'}")

@@ -153,6 +153,21 @@ def test_a_sharded_gpt(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
+def test_search_ranks_the_meshes_that_fit(tmp_path: Path) -> None:
+    """On four chips: all ways to split them, the fastest first, and why the others can't be."""
+    flags = ["--model", "tiny", "--topology", "v5e:2x2", "--batch-size", "8", "--search", "--workdir", "p"]
+    said = run("gpt.py", *flags, cwd=tmp_path).stdout
+    p = json.loads((tmp_path / "p" / "plan.json").read_text())
+    tried = {tuple(r["mesh"].values()): r for r in p["search"]}
+    assert set(tried) == {(d, f, t) for d in (1, 2, 4) for f in (1, 2, 4) for t in (1, 2, 4) if d * f * t == 4}
+    assert "heads 2 of GPT is not divisible by mesh.tensor (4)" in tried[1, 1, 4]["why"]
+    bounds = [r["seconds"]["bound"] for r in p["search"] if r.get("fits")]
+    assert len(bounds) == 5 and bounds == sorted(bounds) and p["seconds"]["bound"] == bounds[0]
+    assert p["remat"] == "none" and said.count("ms") >= 5
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_gpt3_on_512_chips(tmp_path: Path) -> None:
     """What the README shows: it fits, in little time and memory of this machine."""
     mesh = ["--topology", "v5p:8x8x8", "--mesh.data", "1", "--mesh.fsdp", "64", "--mesh.tensor", "8"]
