@@ -25,7 +25,7 @@ DAI = "Dai & Le, Semi-supervised sequence learning, NIPS 2015: LSTM with tuning 
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "python_topics"  # or imdb (TFDS), or a path to your own .jsonl or .csv with text and label
-    steps: int | None = 1500
+    steps: int | None = 1000
     batch_size: int = 64
     learning_rate: float = 3e-3
     schedule: optim.Schedule = "warmup-cosine"
@@ -39,8 +39,9 @@ class Config(RunConfig):
     bidirectional: bool = False
     pool: Literal["last", "mean", "max"] = "max"
     dropout: float = 0.5
-    drop_tokens: float = 0.3  # share of the tokens that training does not see
+    drop_tokens: float = 0.5  # share of the tokens that training does not see
     label_smoothing: float = 0.1
+    ema: float = 0.995
 
 
 def build(c: Config) -> Experiment:

@@ -118,7 +118,7 @@ def run_with_devices(call: str, *, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-QUICK = ("gpt", "lstm_tokens")
+QUICK = ("gpt",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SIZES])
