@@ -4,7 +4,8 @@ It knows no task and no model.
 """
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bigjax import SaveError, UsageError
+from bigjax import SaveError, UsageError, manifest, processes
 from bigjax.optim import path_string
 
 Tree = Any
@@ -21,6 +22,11 @@ Tree = Any
 def raw(x: jax.Array) -> jax.Array:
     """What is written for an array: for PRNG keys their numbers."""
     return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def to_stderr(line: str) -> None:
+    """Tells the user, beside what a command prints."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
@@ -38,8 +44,10 @@ class Checkpoints:
                 get_metric_fn=lambda m: m[name], reverse=mode == "min", n=keep, keep_checkpoints_without_metrics=False
             )
             kept = policies.AnyPreservationPolicy([kept, ranked])
+        self.folder = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
+        self.saving: int | None = None
         self.manager = ocp.CheckpointManager(
-            epath.Path(directory).absolute() if "://" not in str(directory) else directory,
+            self.folder,
             item_handlers={"state": ocp.PyTreeCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept,
@@ -47,6 +55,7 @@ class Checkpoints:
                 create=not read_only,
                 best_fn=(lambda m: m[self.best]) if best else None,  # else orbax forgets the numbers at a resumption
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self.complete),
             ),
         )
 
@@ -55,11 +64,66 @@ class Checkpoints:
         if self.best and metrics and self.best not in metrics:
             raise UsageError(f"--best: the validation split has no {self.best!r}: use one of {', '.join(metrics)}")
         with self.failing_clearly():
+            self.wait()
+            self.saving = step
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
             self.manager.save(step, args=args, metrics=metrics, force=True)
 
+    def complete(self) -> None:
+        """Called in the background when all of a save is written, before it gets its name: takes its checksums."""
+        if processes.first() and self.saving is not None:
+            unnamed = [p for p in self.folder.iterdir() if p.name.startswith(f"{self.saving}.")]
+            manifest.write(self.folder, self.saving, where=(unnamed or [self.folder / str(self.saving)])[0])
+            kept = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
+            manifest.forget(self.folder, [self.saving, *kept])
+
+    def newest(self, *, tell: Callable[[str], None]) -> int | None:
+        """The newest step whose checkpoint is what was saved; None if nothing was saved.
+
+        One without checksums counts if it can be read. `tell` hears of each damaged one. Raises UsageError if there is
+        no other.
+        """
+
+        def find() -> tuple[int | None, list[str]]:
+            said = []
+            for step in reversed(self.steps()):
+                wrong = manifest.damage(self.folder, step)
+                if not wrong and not self.readable(step):
+                    wrong = "it cannot be read"
+                if not wrong:
+                    return step, said
+                said.append(f"the checkpoint of step {step} in {self.folder} is damaged: {wrong}")
+            if said:
+                raise UsageError(
+                    f"{said[0]}, and no other is whole: put its files back, or give --no-resume to start over"
+                )
+            return None, []
+
+        step, said = processes.from_first(find)
+        for line in said:
+            tell(line)
+        return step
+
+    def readable(self, step: int) -> bool:
+        """Whether a checkpoint says what it holds."""
+        try:
+            return bool(jax.tree.leaves(self.manager.item_metadata(step)["state"].tree))
+        except Exception:  # whatever the damage does to orbax
+            return False
+
+    def set_aside(self, after: int) -> None:
+        """Renames what is damaged, after the step that serves, so that those steps can be saved again."""
+        if processes.first():
+            for step in [n for n in self.steps() if n > after]:
+                aside = self.folder / f"damaged_{step}"
+                if aside.exists():
+                    aside.rmtree()
+                (self.folder / str(step)).rename(aside)
+        processes.from_first(lambda: None)
+        self.manager.reload()
+
     def latest(self) -> int | None:
-        """The newest committed step."""
+        """The newest committed step, damaged or not."""
         return self.manager.latest_step()
 
     def steps(self) -> list[int]:
@@ -97,6 +161,8 @@ class Checkpoints:
         """Until the save under way is committed; an error of it is raised here."""
         with self.failing_clearly():
             self.manager.wait_until_finished()
+            if processes.first() and self.saving is not None:
+                manifest.write(self.folder, self.saving)
 
     @contextlib.contextmanager
     def failing_clearly(self) -> Iterator[None]:
@@ -104,7 +170,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as e:
-            whole = [p.name for p in epath.Path(self.manager.directory).glob("[0-9]*")] if self.exists() else []
+            whole = [p.name for p in self.folder.iterdir() if p.name.isdigit()] if self.exists() else []
             kept = f"step {max(map(int, whole))} is intact" if whole else "there is none before it"
             reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
             raise SaveError(

@@ -13,7 +13,7 @@ from etils import epath
 
 from bigjax import UsageError, metrics, processes, sharding
 from bigjax import workdir as folder
-from bigjax.checkpoint import Checkpoints
+from bigjax.checkpoint import Checkpoints, to_stderr
 from bigjax.data import pipeline
 from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.display import Display, summary
@@ -137,8 +137,9 @@ class Loop:
     def start(self) -> tuple[int, TrainState, Metrics]:
         """Resume; or else initialize, from another run's parameters if asked."""
         program = self.program
-        if (step := self.checkpoints.latest()) is not None:
+        if (step := self.checkpoints.newest(tell=self.display.line)) is not None:
             self.display.line(f"resuming at step {step}")
+            self.checkpoints.set_aside(step)
             saved = self.checkpoints.restore(step, {"state": program.state_shapes, "window": program.window_shapes})
             return step, saved["state"], saved["window"]
         state = self.watch.timed("compile", lambda: jax.block_until_ready(program.initialize(program.key)))
@@ -306,7 +307,7 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     home = epath.Path(config.workdir or f"runs/{experiment.name}")
     steps = folder.read_config(home)["steps"]
     checkpoints = Checkpoints(home / "checkpoints", read_only=True)
-    if not steps or (step := checkpoints.latest()) is None:
+    if not steps or (step := checkpoints.newest(tell=to_stderr)) is None:
         raise UsageError(f"{home} holds no checkpoint yet: let it train until one is saved")
     program = Program(experiment, config, experiment.train, steps=steps)
     with jax.set_mesh(program.mesh):

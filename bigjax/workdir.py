@@ -154,7 +154,7 @@ def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Modu
 
     Raises UsageError if there is no run, no checkpoint or no such player.
     """
-    from bigjax.checkpoint import Checkpoints
+    from bigjax.checkpoint import Checkpoints, to_stderr
 
     models = read_config(workdir)["models"]
     if player is None and len(models) == 1:
@@ -164,7 +164,7 @@ def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Modu
             f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})"
         )
     checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
-    step = checkpoints.latest()
+    step = checkpoints.newest(tell=to_stderr)
     if step is None:
         raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
     state = checkpoints.shapes(step)["state"]
@@ -242,11 +242,11 @@ def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
 
     Raises UsageError where the source has no checkpoint, or nothing fits.
     """
-    from bigjax.checkpoint import Checkpoints
+    from bigjax.checkpoint import Checkpoints, to_stderr
 
     read_config(source)
     checkpoints = Checkpoints(epath.Path(source) / "checkpoints", read_only=True)
-    step = checkpoints.latest()
+    step = checkpoints.newest(tell=to_stderr)
     if step is None:
         raise UsageError(f"--init-from {source} holds no checkpoint: give a run that saved one")
     there = dict(jax.tree_util.tree_leaves_with_path(checkpoints.shapes(step)["state"]["params"]))

@@ -23,8 +23,9 @@ HEAVY = {
 # A file imports from its own level and those below, as DESIGN has it: experiments -> cli -> train -> … -> metrics.
 LEVELS = [
     {"__init__", "deadline"},
-    {"sharding", "processes", "metrics", "optim", "checkpoint", "hlo"},
+    {"sharding", "processes", "metrics", "optim", "hlo"},
     {"models", "data", "tasks"},
+    {"manifest", "checkpoint"},
     {"generative", "step", "experiment"},
     {"evaluators", "program"},
     {"diagnose", "display", "gallery", "generate", "workdir", "pretrained", "export", "explain", "report"},

@@ -1,0 +1,77 @@
+"""Whether a checkpoint is what was saved: a checksum of every file, taken when the save was complete.
+
+For the checkpoint folder C/STEP the manifest is C/manifests/STEP.json: {"files": {path: [bytes, crc32]}}.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from etils import epath
+
+from bigjax.data.files import write_whole
+
+LAST = "_CHECKPOINT_METADATA"  # the time of the commit is written into it at the very end
+PIECE = 2**22  # bytes read at a time
+
+
+def files(folder: epath.Path, *, known: Mapping[str, list[int]] = MappingProxyType({}), at: str = "") -> dict:
+    """[size, crc32] of every file below a folder, by its path there, but for those already known."""
+    found = {}
+    for path in sorted(folder.iterdir(), key=str):
+        name = at + path.name
+        if path.is_dir():
+            found |= files(path, known=known, at=name + "/")
+        elif name not in known:
+            size = crc = 0
+            with path.open("rb") as f:
+                while piece := f.read(PIECE):
+                    size, crc = size + len(piece), zlib.crc32(piece, crc)
+            found[name] = [size, crc]
+    return found
+
+
+def write(checkpoints: epath.Path, step: int, *, where: epath.Path | None = None) -> None:
+    """Writes the manifest of a complete checkpoint, atomically.
+
+    where: the folder, if it is still to be renamed. Its file LAST changes once more then, and is left to a second call.
+    """
+    path = checkpoints / "manifests" / f"{step}.json"
+    if where is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {name: sums for name, sums in files(where).items() if name != LAST}
+    elif path.exists() and (checkpoints / str(step)).exists():
+        found = json.loads(path.read_text())["files"]
+        found |= files(checkpoints / str(step), known=found)
+    else:
+        return
+    write_whole(path, json.dumps({"files": found}).encode())
+
+
+def damage(checkpoints: epath.Path, step: int) -> str | None:
+    """What is wrong with a checkpoint, "" if it is what was saved, None if no manifest says what that was."""
+    path = checkpoints / "manifests" / f"{step}.json"
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text())["files"]
+    except (ValueError, KeyError):
+        return None  # the manifest itself is damaged: the checkpoint need not be
+    here = files(checkpoints / str(step)) if (checkpoints / str(step)).exists() else {}
+    for name, (size, crc) in saved.items():
+        if name not in here:
+            return f"its file {name} is missing"
+        if here[name][0] != size:
+            return f"its file {name} has {here[name][0]} bytes, not {size}"
+        if here[name][1] != crc:
+            return f"its file {name} is not what was saved (crc32)"
+    return ""
+
+
+def forget(checkpoints: epath.Path, kept: list[int]) -> None:
+    """Deletes the manifests of checkpoints that are no more."""
+    folder = checkpoints / "manifests"
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.stem.isdigit() and int(path.stem) not in kept:
+            path.unlink()
