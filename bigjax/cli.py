@@ -15,6 +15,7 @@ from etils import epath
 
 from bigjax import SaveError, UsageError, processes
 from bigjax.experiment import Experiment, RunConfig
+from bigjax.guard import Interrupted
 
 VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",
@@ -44,6 +45,9 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
             return
         with processes.joined(config.distributed, shared(name, verb, config)):
             run(verb, config, build, name=name)
+    except Interrupted as e:
+        print(str(e), file=sys.stderr, flush=True)
+        raise SystemExit(128 + e.number) from None
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         if isinstance(e, SaveError) or processes.several():

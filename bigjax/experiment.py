@@ -33,6 +33,7 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     ema: float = 0.0  # decay a step of the averaged parameters that evaluation uses; 0: off
     nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does
+    hang_seconds: float = 1800.0  # an update that takes longer ends the run, with the stacks of all threads; 0: never
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     log_every: int = 50

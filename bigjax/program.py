@@ -78,15 +78,26 @@ class Program:
         return prefetch(host, lambda batch: sharding.put_batch(batch, self.mesh))
 
     def chunk(
-        self, state: TrainState, window: Metrics, batches: Iterator[Batch], count: int
+        self,
+        state: TrainState,
+        window: Metrics,
+        batches: Iterator[Batch],
+        count: int,
+        *,
+        enough: Callable[[int], bool] = lambda done: False,
     ) -> tuple[TrainState, Metrics]:
-        """`count` updates; the host runs two ahead, so that the device never waits and no batches pile up."""
+        """`count` updates; the host runs two ahead, so that the device never waits and no batches pile up.
+
+        `enough` is told after each how many are under way, and may say that it is enough.
+        """
         flying: list[Array] = []
-        for batch in itertools.islice(batches, count):
+        for made, batch in enumerate(itertools.islice(batches, count), 1):
             state, window, done = self.update(state, window, batch, self.key)
             flying.append(done)
             if len(flying) > 2:
                 flying.pop(0).block_until_ready()
+            if enough(made):
+                break
         return state, window
 
     def seconds_a_step(self) -> float:

@@ -11,13 +11,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError, metrics, processes, sharding
+from bigjax import UsageError, guard, metrics, processes, sharding
 from bigjax import workdir as folder
 from bigjax.checkpoint import Checkpoints, to_stderr
 from bigjax.data import pipeline
 from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.display import Display, summary
 from bigjax.experiment import Experiment, RunConfig, check
+from bigjax.guard import Interrupted, Watchdog
 from bigjax.metrics import Metrics
 from bigjax.program import Program, planned_steps
 from bigjax.report import save_gallery, write_report
@@ -77,15 +78,16 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Ru
     home = epath.Path(config.workdir or f"runs/{experiment.name}")
     description = folder.describe(experiment, config)
     fresh = not config.resume or not (home / "config.json").exists()
-    finished = processes.from_first(lambda: folder.open_workdir(home, description, resume=config.resume))
-    with Display(enabled=not quiet and processes.first()) as display:
+    shown = Display(enabled=not quiet and processes.first())
+    with folder.locked(home), guard.signals() as signalled, shown as display:
+        finished = processes.from_first(lambda: folder.open_workdir(home, description, resume=config.resume))
         if finished:
             display.line(f"{home} is finished; this is its result (--no-resume starts over)")
             display.close()
             summary(finished, report=str(home / "report.html"), console=display.console)
             return Run(None, finished, home)
         try:
-            loop = Loop(experiment, config, home, display, train=train, held=held)
+            loop = Loop(experiment, config, home, display, train=train, held=held, signalled=signalled)
         except UsageError:
             # nothing has begun: the corrected command must not find a run with other settings
             if fresh and processes.first():
@@ -110,6 +112,7 @@ class Loop:
         *,
         train: pipeline.Split,
         held: pipeline.Split | None,
+        signalled: Callable[[], int | None],
     ):
         self.experiment, self.config, self.home, self.display = experiment, config, home, display
         self.splits = ({"validation": held} if held is not None else {}) | {"eval": experiment.test}
@@ -131,6 +134,8 @@ class Loop:
         self.first = self.step
         self.log = metrics.Log(home, step=self.step, tensorboard=config.tensorboard, active=processes.first())
         self.batches = self.program.batches(self.step)
+        self.signalled, self.at = signalled, self.step  # the update that is under way
+        self.watchdog = Watchdog(config.hang_seconds, self.working_on)
         self.unread: tuple[int, Metrics, float] | None = None  # (step, window, examples/s), not yet asked of the device
         self.mark = (0.0, self.step)  # seconds trained and step at the window's start
 
@@ -149,6 +154,7 @@ class Loop:
         return 0, state, program.fresh_window()
 
     def close(self) -> None:
+        self.watchdog.closed.set()
         for part in (self.batches, self.log, self.checkpoints):
             part.close()
 
@@ -170,12 +176,34 @@ class Loop:
             values = self.watch.timed("eval", self.judge) if evaluate else {}
             if save:
                 self.watch.timed("checkpoint", self.save, values)
+            if (number := self.signalled()) is not None and not done:
+                self.leave(number, saved=save)
             ends = [
                 self.steps,
                 *((self.step // n + 1) * n for n in (config.log_every, config.eval_every, config.save_every)),
             ]
             count = min(ends) - self.step
         return self.finish()
+
+    def leave(self, number: int, *, saved: bool) -> None:
+        """Saves where it stands, and ends."""
+        if not saved:
+            self.read()
+            if self.config.nonfinite == "stop" and int(self.state.skipped):
+                self.stop_nonfinite()
+            self.save({})
+        self.checkpoints.wait()
+        raise Interrupted(number, self.step)
+
+    def working_on(self) -> str:
+        """What the watchdog says."""
+        rows = pipeline.batch_rows(
+            self.at,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            size=pipeline.size_of(self.program.train),
+        )
+        return f"update {self.at + 1} (batch {self.at}: examples {', '.join(map(str, rows[:8]))}, ...)"
 
     def advance(self, count: int) -> None:
         """So many updates, of which the first of a session compiles."""
@@ -184,15 +212,28 @@ class Loop:
 
         traced = self.config.profile and self.step == self.first + 1
 
+        made = 0
+
+        def enough(so_far: int) -> bool:
+            nonlocal made
+            made = so_far
+            self.at = self.step + so_far
+            self.watchdog.beat()
+            return self.signalled() is not None
+
         def go() -> None:
+            self.watchdog.start()
             with jax.profiler.trace(str(self.home / "profile")) if traced else contextlib.nullcontext():
-                self.state, self.window = self.program.chunk(self.state, self.window, self.batches, count)
+                self.state, self.window = self.program.chunk(
+                    self.state, self.window, self.batches, count, enough=enough
+                )
+            self.watchdog.stop()
             if compiling:
                 jax.block_until_ready(self.state)
-                self.mark = (0.0, self.step + count)  # neither its time nor its examples count for the speed
+                self.mark = (0.0, self.step + made)  # neither its time nor its examples count for the speed
 
         self.watch.timed("compile" if compiling else "train", go)
-        self.step += count
+        self.step += made
 
     def end_window(self) -> None:
         """Takes the window's sums aside, and reads those of the window before while the device works on."""

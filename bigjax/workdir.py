@@ -1,13 +1,17 @@
 """The working directory of a run: what it holds, whether it may be resumed, and how to get a finished model back."""
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib
 import importlib.util
 import json
+import os
 import resource
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -30,7 +34,7 @@ OURS = (
     "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile", "source.patch",
     "config.json",
 )  # fmt: skip
-UNBEGUN = {".writable", "source.patch", "config.json.part"}  # what a kill in the first moment leaves
+UNBEGUN = {".lock", ".writable", "source.patch", "config.json.part"}  # what a kill in the first moment leaves
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -182,6 +186,33 @@ def clear(workdir: epath.Path) -> None:
     for name in OURS:
         if (path := workdir / name).exists():
             path.rmtree() if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+    """While it is entered no other process trains there; a kill leaves nothing behind that blocks.
+
+    Raises UsageError that names the other. Not on gs://, which has no locks.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = None if "://" in str(workdir) or not processes.first() else open(workdir / ".lock", "a+")
+    except OSError:  # of which open_workdir has more to say
+        file = None
+    if file is None:
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            other = file.read().strip() or "another process"
+            raise UsageError(f"--workdir {workdir} is in use by {other}: wait for its end, or use another") from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ LEVELS = [
     {"models", "data", "tasks"},
     {"manifest", "checkpoint"},
     {"generative", "step", "experiment"},
-    {"evaluators", "program"},
+    {"evaluators", "program", "guard"},
     {"diagnose", "display", "gallery", "generate", "workdir", "pretrained", "export", "explain", "report"},
     {"plan", "train", "results"},
     {"doctor"},
