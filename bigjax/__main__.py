@@ -31,6 +31,14 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    """List the checkpoints of a run, and which one it would resume from; exit status 1 if one is damaged."""
+
+    workdir: tyro.conf.Positional[str]  # a run's; may be gs://bucket/folder
+    verify: bool = False  # read all of them again
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Build a TFDS set (array_record), or token files from text."""
 
@@ -46,6 +54,7 @@ def main() -> None:
         tyro.conf.OmitSubcommandPrefixes[
             Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+            | Annotated[Checkpoints, tyro.conf.subcommand("checkpoints")]
             | Annotated[Prepare, tyro.conf.subcommand("prepare")]
         ]
         | Annotated[None, tyro.conf.subcommand("version")],
@@ -67,6 +76,12 @@ def main() -> None:
                 well = doctor.examine(command.workdir, quick=command.quick)
             sys.stdout.flush()
             os._exit(0 if well else 1)  # a check without an answer leaves a thread that Python may wait for
+        elif isinstance(command, Checkpoints):
+            from bigjax import checkpoint
+
+            lines, whole = checkpoint.listing(command.workdir, verify=command.verify)
+            print("\n".join(lines))
+            raise SystemExit(0 if whole else 1)
         else:
             from bigjax.data import prepare
 

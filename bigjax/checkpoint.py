@@ -4,7 +4,9 @@ It knows no task and no model.
 """
 
 import contextlib
+import datetime
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -184,3 +186,28 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def listing(workdir: epath.PathLike, *, verify: bool = False) -> tuple[list[str], bool]:
+    """A line for each checkpoint of a run (step, size, age, whether it is what was saved), and whether none is damaged.
+
+    Without `verify` the files are not read again, and what has checksums is said to have them. Raises UsageError where
+    there is no checkpoint.
+    """
+    folder = epath.Path(workdir) / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if not steps:
+        raise UsageError(f"{workdir} holds no checkpoint: give the working directory of a run that saved one")
+    lines, whole, serves = [], True, None
+    for step in reversed(steps):
+        has = (folder / "manifests" / f"{step}.json").exists()
+        wrong = manifest.damage(folder, step) if verify and has else None
+        status = ("verified" if verify else "has checksums") if has else "unverified"
+        if wrong:
+            status, whole = f"damaged: {wrong}", False
+        elif serves is None:
+            serves, status = step, f"{status}; the next run resumes here"
+        size, newest = manifest.extent(folder / str(step))
+        age = datetime.timedelta(seconds=max(int(time.time() - newest), 0))
+        lines.insert(0, f"step {step:>8}  {size / 1e6:10.2f} MB  {age} ago  {status}")
+    return lines, whole

@@ -75,3 +75,9 @@ def forget(checkpoints: epath.Path, kept: list[int]) -> None:
     for path in folder.iterdir() if folder.exists() else ():
         if path.stem.isdigit() and int(path.stem) not in kept:
             path.unlink()
+
+
+def extent(folder: epath.Path) -> tuple[int, float]:
+    """(bytes, seconds since 1970 of the newest file) of all files below a folder."""
+    stats = [extent(p) if p.is_dir() else (p.stat().length, p.stat().mtime) for p in folder.iterdir()]
+    return sum(n for n, _ in stats), max((t for _, t in stats), default=0.0)

@@ -1,6 +1,8 @@
 """A damaged checkpoint is found before it is used, and the one before serves."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +89,30 @@ def test_without_a_manifest_a_checkpoint_is_unverified_not_lost(saved: Path) -> 
     shutil.rmtree(saved / "2" / "state")
     step, (line,) = newest(saved)
     assert step == 1 and "step 2" in line and "cannot be read" in line
+
+
+def test_the_list_of_checkpoints(saved: Path) -> None:
+    """`python -m bigjax checkpoints`, as it is run."""
+
+    def listed(*flags: str, code: int = 0) -> list[str]:
+        command = [sys.executable, "-m", "bigjax", "checkpoints", str(run), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        return (done.stdout or done.stderr).splitlines()
+
+    run = saved.parent / "run"
+    run.mkdir()
+    assert "holds no checkpoint" in listed(code=2)[0]
+    saved.rename(run / "checkpoints")
+    (run / "checkpoints" / "manifests" / "1.json").unlink()
+    lines = listed("--verify")
+    assert [line.split()[1] for line in lines] == ["1", "2", "3"]
+    assert lines[0].endswith("unverified") and lines[1].endswith("verified")
+    assert lines[2].endswith("verified; the next run resumes here") and " MB " in lines[2]
+    below(run / "checkpoints" / "3")[-1].unlink()
+    assert listed()[2].endswith("has checksums; the next run resumes here")  # unread
+    lines = listed("--verify", code=1)
+    assert "damaged: its file" in lines[2] and lines[1].endswith("the next run resumes here")
 
 
 def test_manifests_go_with_their_checkpoints(tmp_path: Path) -> None:
