@@ -88,22 +88,26 @@ def calibrate(size: int, topology: str, rows: int, tensor: int, remat: str, meas
 
 
 def main() -> None:
-    runs = []
+    runs: list[dict] = []
     for run in RUNS:
         runs.append(calibrate(*run))
-        print(json.dumps({k: v for k, v in runs[-1].items() if k != "hbm_bytes"}), flush=True)
+        print(json.dumps(runs[-1]), flush=True)
+        write(runs)
+
+
+def write(runs: list[dict]) -> None:
+    """After each run, so that none is lost."""
     ratios = [r["bound_over_measured"] for r in runs if "bound_over_measured" in r]
-    commit = (workdir.git("rev-parse", "HEAD") or "").strip()
     workdir.write_json(
         RESULT,
         {
             "source": "MaxText, src/maxtext/configs/tpu/{v5e,v5p}/README.md at commit e591f30",
-            "median_bound_over_measured": statistics.median(ratios),
+            "median_bound_over_measured": statistics.median(ratios) if ratios else None,
             "all_fit": all(r["fits"] for r in runs),
             "no_bound_below_measurement": all(r >= 1 for r in ratios),
             "runs": runs,
             "versions": workdir.versions(),
-            "git_commit": commit,
+            "git_commit": (workdir.git("rev-parse", "HEAD") or "").strip()[:7],
         },
     )
 
