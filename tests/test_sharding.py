@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from bigjax import UsageError, sharding
 from bigjax.experiment import RunConfig
+from bigjax.models import GPT
 from bigjax.sharding import MeshConfig, make_mesh
 from bigjax.step import make_evaluate
 from bigjax.train import Program
@@ -203,3 +205,92 @@ def test_put_batch_keeps_rows_and_types() -> None:
     for name, value in batch.items():
         assert placed[name].dtype == value.dtype and placed[name].sharding.spec == sharding.BATCH
         np.testing.assert_array_equal(placed[name], value)
+
+
+# --- rules
+
+
+def spec(name: str, shape: tuple[int, ...], *, rules: sharding.Rules = sharding.RULES, **axes: int) -> tuple:
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1} | axes)
+    return tuple(sharding.spec_of(name, shape, mesh, [(re.compile(p), s) for p, s in rules]))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("params/model/layers/attention/q/kernel", (12, 64, 32), (None, "fsdp", "tensor")),  # stacked, or
+        ("params/model/layer_3/attention/q/kernel", (64, 32), ("fsdp", "tensor")),  # single: one rule
+        ("opt_state/model/0/mu/layers/mlp/down/kernel", (12, 32, 64), (None, "tensor", "fsdp")),  # moments follow
+        ("params/model/layers/mlp/up/bias", (12, 32), (None, "tensor")),
+        ("params/model/embedding/embedding", (64, 16), ("tensor", "fsdp")),
+        ("params/model/layer_0/input_kernel", (16, 4, 8), ("fsdp", None, "tensor")),
+        ("params/model/layer_0_reverse/bias", (4, 8), ("fsdp", "tensor")),
+        ("params/model/conv_0/kernel", (3, 3, 8, 16), (None, None, None, "fsdp")),
+        ("params/model/norm/scale", (7,), (None,)),  # small, and nothing divides it: whole
+        ("step", (), ()),
+    ],
+)
+def test_where_each_leaf_lies(name: str, shape: tuple[int, ...], expected: tuple) -> None:
+    assert spec(name, shape, fsdp=4, tensor=2) == expected
+
+
+@pytest.mark.parametrize(
+    ("rules", "axes", "message"),
+    [
+        (
+            sharding.RULES,
+            {"tensor": 8},
+            "dimension 1 of a/q/kernel (1024, 36) is not divisible by mesh.tensor (8): use --mesh.tensor 4",
+        ),
+        (
+            [("kernel", ("tensor", "tensor"))],
+            {"tensor": 2},
+            "the sharding rule of a/q/kernel (1024, 36) uses mesh.tensor twice: split one dimension by it",
+        ),
+        (
+            [("bias", "fsdp")],
+            {"fsdp": 2},
+            'no sharding rule matches a/q/kernel (1024, 36): add one, or ("", "fsdp") at the end',
+        ),
+        (
+            [("kernel", ("fsdp", None))],
+            {"fsdp": 3},
+            "dimension 0 of a/q/kernel (1024, 36) is not divisible by mesh.fsdp (3): use --mesh.fsdp 1",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_followed(rules: sharding.Rules, axes: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError) as e:
+        spec("a/q/kernel", (1024, 36), rules=rules, **axes)
+    assert str(e.value) == message
+
+
+def test_a_large_leaf_that_fsdp_cannot_split_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"no dimension of a/conv/kernel \(1022, 70\) is divisible by mesh.fsdp \(4\)"):
+        spec("a/conv/kernel", (1022, 70), fsdp=4)
+    assert spec("a/conv/kernel", (1022, 70), fsdp=4, rules=[("", None)]) == ()
+
+
+def test_the_first_rule_wins_and_too_long_ones_are_passed_over() -> None:
+    rules = [("kernel", (None, None, "tensor")), ("kernel", ("tensor", None)), ("", "fsdp")]
+    assert spec("a/kernel", (8, 8), rules=rules, tensor=2) == ("tensor", None)
+    assert spec("a/kernel", (4, 8, 8), rules=rules, tensor=2) == (None, None, "tensor")
+
+
+def test_an_axis_along_which_nothing_is_split_is_an_error() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor"))
+    shapes = {"conv_0": {"kernel": jax.ShapeDtypeStruct((3, 3, 8, 8), jnp.float32)}}
+    with pytest.raises(UsageError, match="nothing in this model is split over mesh.tensor: use --mesh.tensor 1"):
+        sharding.place(shapes, mesh)
+    shapes["dense_0"] = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+    placed = sharding.place(shapes, mesh)
+    assert placed["dense_0"]["kernel"].sharding.shard_shape((8, 8)) == (8, 4)
+
+
+def test_heads_are_not_split() -> None:
+    mesh = SimpleNamespace(shape={"tensor": 4})
+    with pytest.raises(
+        UsageError, match=r"kv_heads 2 of GPT is not divisible by mesh.tensor \(4\): use --mesh.tensor 2"
+    ):
+        sharding.check_heads(GPT(heads=8, kv_heads=2), mesh)
+    sharding.check_heads(GPT(heads=8, kv_heads=4), mesh)
