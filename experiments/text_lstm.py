@@ -1,6 +1,6 @@
 """LSTM on text: which package of Python's standard library is a piece of source from? Or your own texts and labels.
 
-Measured: not yet.
+Measured: macro f1 84.9 ± 2.1 % (3 seeds) in 178 s on 2 CPU cores, commit b56f7ab.
 
     python experiments/text_lstm.py
     python experiments/text_lstm.py --data reviews.jsonl                     # lines of {"text": ..., "label": ...}
