@@ -33,7 +33,7 @@ class Config(RunConfig):
     tokenizer: Literal["words", "bpe", "wordpiece"] = "words"  # trained on the training texts
     tokenizer_file: str | None = None  # any tokenizer.json instead
     vocabulary: int = 8000
-    length: int = 200  # tokens at most
+    length: int = 280  # tokens at most
     embedding: int = 100
     hidden: tuple[int, ...] = (200,)
     bidirectional: bool = False
