@@ -1,5 +1,7 @@
 """GPT-2, GPT-3 and Llama shapes on your own tokens, from one device to a pod; and its plan for a slice you don't have.
 
+Measured: not yet.
+
 python experiments/gpt.py plan --model gpt3_175b --topology v5p:8x8x8 --batch-size 512 --mesh.fsdp 64 --mesh.tensor 8
 python experiments/gpt.py --model gpt2_124m --data tokens:DIR --batch-size 64    # see python -m bigjax prepare
 """
