@@ -125,9 +125,7 @@ def test_gpt_on_lm1b(recipe: Any) -> None:
 
 
 @pytest.mark.parametrize("script", ["mnist_gan", "text_lstm", "python_gpt"])
-def test_on_embedded_data_nothing_of_others_is_published(
-    script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_embedded_data_have_no_published_numbers(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And `build` trains and writes nothing."""
     monkeypatch.syspath_prepend(REPOSITORY / "experiments")
     monkeypatch.chdir(tmp_path)
