@@ -37,7 +37,7 @@ MIYATO = (
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "mnist5k"  # or mnist, cifar10 (TFDS), or a path to your own images
-    steps: int | None = 4000
+    steps: int | None = 3000
     batch_size: int = 64
     learning_rate: float = 1e-3  # of the generator
     discriminator_rate: float = 1e-3
