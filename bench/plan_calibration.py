@@ -65,6 +65,7 @@ def calibrate(size: int, topology: str, rows: int, tensor: int, remat: str, meas
         batch_size=rows * chips,
         remat=remat,
         attention="splash",
+        split_residual=tensor > 1,  # as MaxText does
         mesh=MeshConfig(data=1, fsdp=chips // tensor, tensor=tensor),
     )
     p = plan.plan(gpt.build, config, topology=topology)

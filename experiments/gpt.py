@@ -55,6 +55,7 @@ class Config(RunConfig):
     schedule: optim.Schedule = "warmup-cosine"
     weight_decay: float = 0.1
     attention: Literal["auto", "plain", "splash"] = "auto"  # auto: splash on TPU, and to plan for one
+    split_residual: bool = False  # the stream between blocks over mesh.tensor: less memory, more traffic
     scan: bool = True  # over layers: compiles in the time of one
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
 
@@ -64,7 +65,8 @@ def build(c: Config) -> Experiment:
     length = c.context or preset["context"]
     here = "splash" if jax.default_backend() == "tpu" else "plain"
     attention = here if c.attention == "auto" else c.attention
-    model = GPT(**preset | {"context": length}, attention=attention, scan=c.scan, remat=c.remat, dtype=c.dtype)
+    how = {"attention": attention, "split_residual": c.split_residual, "scan": c.scan, "remat": c.remat}
+    model = GPT(**preset | {"context": length}, **how, dtype=c.dtype)
     if c.data == "random":
         random_NL = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1), dtype=np.int32)
         train, test = {"tokens": random_NL}, {"tokens": random_NL[:8]}

@@ -43,7 +43,18 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lstm_images": (LSTM(hidden=(8,), outputs=3, dropout=0.1), ALL),
     "lstm_tokens": (LSTM(vocabulary=16, embedding=8, hidden=(8, 8), bidirectional=True, pool="mean", outputs=1), ALL),
     "gpt": (
-        GPT(vocabulary=16, layers=2, width=16, heads=4, kv_heads=2, mlp=32, context=8, scan=True, position="rotary"),
+        GPT(
+            vocabulary=16,
+            layers=2,
+            width=16,
+            heads=4,
+            kv_heads=2,
+            mlp=32,
+            context=8,
+            scan=True,
+            position="rotary",
+            split_residual=True,
+        ),
         ALL,
     ),
     "gan": (

@@ -26,6 +26,7 @@ class Block(nn.Module):
     mlp: int
     rotary: bool
     kernel: str
+    split_residual: bool
     norm: str
     activation: str
     bias: bool
@@ -40,7 +41,7 @@ class Block(nn.Module):
         shared = {"bias": self.bias, "kernel_init": init, "out_init": residual, "dtype": self.dtype}
         attention = {"rotary": self.rotary, "kernel": self.kernel, **shared}
         norms = {"bias": self.bias, "dtype": self.dtype}
-        x_BLD = constrain(x_BLD, "residual")
+        x_BLD = constrain(x_BLD, "residual" if self.split_residual else "batch")
         attend = Attention(self.heads, self.kv_heads, self.head, **attention, name="attention")
         y, cache = attend(norm(self.norm, **norms, name="attention_norm")(x_BLD), cache, position=position)
         x_BLD = x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic)
@@ -58,6 +59,7 @@ class GPT(nn.Module):
     mlp: hidden units; None for 4 × width (GELU) or 8/3 × width, up to a multiple of 8 (SwiGLU).
     position: "learned" or "rotary". norm: "layer" or "rms". activation: "gelu" or "swiglu".
     attention: "plain", or "splash": a Pallas kernel for TPU (`transformer.splash_attention`).
+    split_residual: splits the stream between blocks over the mesh's tensor axis too: less memory, more traffic.
     tied: the output kernel is the embedding. bias: in all kernels and LayerNorms, but never in the output.
     dropout: on the embedding and before each addition to the residual stream.
     scan: layers by `nn.scan`, their parameters stacked on a leading axis under "layers", so that compile time doesn't
@@ -81,6 +83,7 @@ class GPT(nn.Module):
     bias: bool = True
     dropout: float = 0.0
     attention: str = "plain"
+    split_residual: bool = False
     scan: bool = False
     remat: str = "none"
     dtype: str = "float32"
@@ -128,6 +131,7 @@ class GPT(nn.Module):
             "mlp": self.mlp or (4 * self.width if self.activation == "gelu" else -(-self.width // 3) * 8),
             "rotary": self.position == "rotary",
             "kernel": self.attention,
+            "split_residual": self.split_residual,
             "norm": self.norm,
             "activation": self.activation,
             "bias": self.bias,
