@@ -41,7 +41,8 @@ class Block(nn.Module):
         shared = {"bias": self.bias, "kernel_init": init, "out_init": residual, "dtype": self.dtype}
         attention = {"rotary": self.rotary, "kernel": self.kernel, **shared}
         norms = {"bias": self.bias, "dtype": self.dtype}
-        x_BLD = constrain(x_BLD, "residual" if self.split_residual else "batch")
+        if self.split_residual:
+            x_BLD = constrain(x_BLD, "residual")
         attend = Attention(self.heads, self.kv_heads, self.head, **attention, name="attention")
         y, cache = attend(norm(self.norm, **norms, name="attention_norm")(x_BLD), cache, position=position)
         x_BLD = x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic)
