@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,3 +87,18 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{running._api._httpd.server_port}")
     yield "gs://bucket"
     running.stop()
+
+
+def run_with_devices(call: str, *, folder: Path) -> None:
+    """Runs Python code in a process with 8 virtual devices."""
+    start = "import jax; jax.config.update('jax_num_cpu_devices', 8); "  # conftest takes XLA_FLAGS away
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", start + call],
+        env=os.environ | {"PYTHONPATH": paths},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_meshes import run_with_devices
+from conftest import run_with_devices
 
 from bigjax import hlo, plan, sharding
 from bigjax.experiment import Experiment, RunConfig

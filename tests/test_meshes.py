@@ -3,9 +3,6 @@
 The same process also reads the compiled programs: which collectives a strategy needs, and how many bytes they carry.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import REPOSITORY, blobs, tiny_experiment
+from conftest import blobs, run_with_devices, tiny_experiment
 from test_families import FAMILIES, Family
 
 from bigjax import optim, sharding
@@ -112,21 +109,6 @@ def in_eight(file: str, name: str) -> None:
     assert jax.device_count() == 8
     out = {f"{m}:{k}": v for m in SIZES[name][1] for k, v in numbers(name, m).items()}
     np.savez(file, **out)
-
-
-def run_with_devices(call: str, *, folder: Path) -> None:
-    """Runs Python code in a process with 8 virtual devices."""
-    start = "import jax; jax.config.update('jax_num_cpu_devices', 8); "  # conftest takes XLA_FLAGS away
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", start + call],
-        env=os.environ | {"PYTHONPATH": paths},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 QUICK = ("gpt",)

@@ -1,9 +1,6 @@
 """Meshes, their error messages, and one process with 8 virtual devices against this one with 1."""
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import REPOSITORY, blobs, tiny_experiment
+from conftest import blobs, run_with_devices, tiny_experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
@@ -73,17 +70,8 @@ def eight_devices(file: str) -> None:
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     file = tmp_path_factory.mktemp("eight") / "numbers.npz"
-    code = f"import conftest, test_sharding; test_sharding.eight_devices({str(file)!r})"
-    start = "import jax; jax.config.update('jax_num_cpu_devices', 8); "  # conftest takes XLA_FLAGS away
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", start + code],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    call = f"import conftest, test_sharding; test_sharding.eight_devices({str(file)!r})"
+    run_with_devices(call, folder=file.parent)
     with np.load(file) as loaded:
         return dict(loaded)
 
