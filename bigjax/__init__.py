@@ -1,5 +1,7 @@
 """bigjax: functional Flax models, one sharded train step, from a laptop's CPU to a TPU pod."""
 
+import signal
+
 __version__ = "0.1.0"
 
 
@@ -11,7 +13,24 @@ class UsageError(Exception):
 
 
 class SaveError(UsageError):
-    """A checkpoint could not be saved; the library that saves then leaves a thread behind that waits forever."""
+    """What a run must keep could not be written; a failed save of a checkpoint leaves a thread that waits forever."""
+
+    @classmethod
+    def by(cls, e: BaseException, what: str) -> "SaveError":
+        """Of what the file system says."""
+        said = next(iter(str(e).strip().splitlines()), type(e).__name__)[:300]
+        full = any(word in said for word in ("No space left", "quota exceeded", "RESOURCE_EXHAUSTED"))
+        where = "make room there" if full else "make it writable"
+        return cls(f"{what} ({said}): {where}, or choose another --workdir, and run again")
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run stopped by a signal, after it was saved; `number` is the signal's."""
+
+    def __init__(self, number: int, step: int):
+        self.number = number
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} at step {step}, which is saved: the same command goes on")
 
 
 def __getattr__(name: str):  # lazily, so that importing bigjax.models stays as cheap as importing flax

@@ -5,6 +5,7 @@ It knows no task and no model.
 
 import contextlib
 import datetime
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from bigjax import SaveError, UsageError, manifest, processes
 from bigjax.optim import path_string
 
 Tree = Any
+
+# what orbax logs with a traceback reaches the user as one line: a SaveError
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 def raw(x: jax.Array) -> jax.Array:
@@ -138,13 +142,10 @@ class Checkpoints:
         `abstract` may be a part of what was saved; only that part is read. Raises UsageError for what was not
         saved, or in another shape.
         """
-        tree = self.manager.item_metadata(step)["state"].tree
-        there = {path_string(path): m.shape for path, m in jax.tree.leaves_with_path(tree)}
-        here = {path_string(path): jax.eval_shape(raw, s).shape for path, s in jax.tree.leaves_with_path(abstract)}
-        if other := [f"{k} is {v}, saved {there.get(k, 'not at all')}" for k, v in here.items() if there.get(k) != v]:
+        if changes := self.changes(step, abstract):
             raise UsageError(
-                f"the checkpoint of step {step} is of another model or optimizer ({'; '.join(other[:3])}"
-                f"{'; ...' if other[3:] else ''}): use the settings and code it was saved with, or another --workdir"
+                f"the checkpoint of step {step} is of another model or optimizer: use the settings and code it was "
+                "saved with, or another --workdir\n  " + "\n  ".join(changes)
             )
         arguments = ocp.args.PyTreeRestore(
             item=abstract,
@@ -153,11 +154,31 @@ class Checkpoints:
         )
         return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
+    def changes(self, step: int, abstract: Tree) -> list[str]:
+        """What `abstract` has in another shape than `step`, or is not there: `path: (8, 4) -> (8, 6)`, at most 12.
+
+        What is named and shaped like one before, as an optimizer's moments are, is not told once more.
+        """
+        tree = self.manager.item_metadata(step)["state"].tree
+        there = {path_string(path): m.shape for path, m in jax.tree.leaves_with_path(tree)}
+        here = {path_string(path): jax.eval_shape(raw, s).shape for path, s in jax.tree.leaves_with_path(abstract)}
+        changed = {k: f"{there.get(k, 'not saved')} -> {v}" for k, v in here.items() if there.get(k) != v}
+        first: dict[tuple[str, ...], str] = {}
+        for k, change in changed.items():
+            first.setdefault((*k.split("/")[-2:], change), f"{k}: {change}")
+        lines = list(first.values())
+        return lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
+
     def shapes(self, step: int) -> Tree:
         """What is there at `step`, unread: nested dicts of jax.ShapeDtypeStruct, placed on the first device here."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         tree = self.manager.item_metadata(step)["state"].tree
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), tree)
+
+    def check(self) -> None:
+        """Raises what has failed of the save under way, if anything has so far."""
+        with self.failing_clearly():
+            self.manager.check_for_errors()
 
     def wait(self) -> None:
         """Until the save under way is committed; an error of it is raised here."""
@@ -174,11 +195,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as e:
             whole = [p.name for p in self.folder.iterdir() if p.name.isdigit()] if self.exists() else []
             kept = f"step {max(map(int, whole))} is intact" if whole else "there is none before it"
-            reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
-            raise SaveError(
-                f"a checkpoint could not be saved in {self.manager.directory} ({reason}); {kept}: make room there, or "
-                "choose another --workdir, and run again"
-            ) from e
+            raise SaveError.by(e, f"a checkpoint could not be saved in {self.folder}; {kept}") from e
 
     def exists(self) -> bool:
         """Whether the folder of checkpoints is (still) there."""

@@ -13,9 +13,8 @@ from typing import Annotated, Any
 import tyro
 from etils import epath
 
-from bigjax import SaveError, UsageError, processes
+from bigjax import Interrupted, SaveError, UsageError, processes
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.guard import Interrupted
 
 VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",

@@ -38,7 +38,8 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
     log_every: int = 50
     eval_every: int = 500
-    save_every: int = 500
+    save_every: int = 500  # updates
+    save_minutes: float = 10.0  # and when the last save is so long ago; 0: only by updates
     keep: int = 2  # checkpoints
     best: str | None = (
         None  # keep the best checkpoints too, by a number of the validation split: max:accuracy, min:loss

@@ -1,6 +1,7 @@
 """What ends a run from outside or from within: signals that ask it to stop, and updates that never end."""
 
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -8,39 +9,58 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from bigjax import processes
+from etils import epath
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+from bigjax import SaveError, processes
 
 HUNG = 4  # exit status
 
 
-class Interrupted(KeyboardInterrupt):
-    """A run stopped by a signal, after it was saved; `number` is the signal's."""
-
-    def __init__(self, number: int, step: int):
-        self.number = number
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} at step {step}, which is saved: the same command goes on"
-        )
-
-
 @contextlib.contextmanager
-def signals() -> Iterator[Callable[[], int | None]]:
-    """While it is entered SIGTERM and SIGINT do nothing but to be told by what it gives: the first one's number.
+def signals() -> Iterator[Callable[[int], int | None]]:
+    """While it is entered SIGTERM and SIGINT do nothing but to be told by what it gives, asked at every step.
 
-    Outside the main thread, where Python allows no handlers, and where several processes would have to stop at the
-    same step, signals do what they did.
+    Among several processes one signal to any of them is told to all, at the same step. Outside the main thread, where
+    Python allows no handlers, signals do what they did.
     """
     seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread() or processes.several():
-        yield lambda: None
+
+    def told(step: int) -> int | None:
+        together = processes.several() and reached_preemption_sync_point(step)  # JAX hears SIGTERM and agrees with all
+        return (seen or [signal.SIGTERM])[0] if together or (seen and not processes.several()) else None
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        if processes.several():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: None
         return
-    before = {n: signal.signal(n, lambda number, _: seen.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    heard = [signal.SIGINT] if processes.several() else [signal.SIGTERM, signal.SIGINT]
+    before = {n: signal.signal(n, note) for n in heard}
     try:
-        yield lambda: seen[0] if seen else None
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+REFUSED = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG ESTALE".split()}
+
+
+@contextlib.contextmanager
+def storage(workdir: epath.Path) -> Iterator[None]:
+    """What the file system refuses in the working directory while it is entered becomes one line, a SaveError."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in REFUSED or str(workdir) not in str(e.filename or workdir):
+            raise
+        raise SaveError.by(e, f"the run in {workdir} cannot go on: its files cannot be written") from e
 
 
 class Watchdog:

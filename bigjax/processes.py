@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from bigjax import UsageError
+from bigjax import Interrupted, UsageError
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ def joined(config: DistributedConfig, about: Mapping[str, Any]) -> Iterator[None
     try:
         initialize(coordinator, count, index, timeout=config.timeout, by_flags=config.coordinator is not None)
         yield
+    except Interrupted:  # all of them, at the same step
+        peers.leave(None)
+        raise
     except BaseException as e:
         if type(e) is not UsageError:
             time.sleep(3)  # if it failed because a process is gone, the watch says which, and ends this one

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError, guard, metrics, processes, sharding
+from bigjax import Interrupted, UsageError, guard, metrics, processes, sharding
 from bigjax import workdir as folder
 from bigjax.checkpoint import Checkpoints, to_stderr
 from bigjax.data import pipeline
 from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.display import Display, summary
 from bigjax.experiment import Experiment, RunConfig, check
-from bigjax.guard import Interrupted, Watchdog
+from bigjax.guard import Watchdog
 from bigjax.metrics import Metrics
 from bigjax.program import Program, planned_steps
 from bigjax.report import save_gallery, write_report
 from bigjax.step import TrainState, make_evaluate, train_step
-from bigjax.tasks import Key, ModelState, Params
+from bigjax.tasks import Batch, Key, ModelState, Params
 
 __all__ = ["Run", "TrainState", "fit", "train_step"]
 
@@ -79,8 +79,19 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Ru
     description = folder.describe(experiment, config)
     fresh = not config.resume or not (home / "config.json").exists()
     shown = Display(enabled=not quiet and processes.first())
-    with folder.locked(home), guard.signals() as signalled, shown as display:
-        finished = processes.from_first(lambda: folder.open_workdir(home, description, resume=config.resume))
+    with folder.locked(home), guard.storage(home), guard.signals() as signalled, shown as display:
+
+        def tree() -> list[str]:
+            """How the newest state saved differs from what these settings give."""
+            checkpoints = Checkpoints(home / "checkpoints", read_only=True)
+            step = checkpoints.latest()
+            here = Program(experiment, config, train, steps=1).state_shapes
+            return checkpoints.changes(step, {"state": here}) if step is not None else []
+
+        alone = list if processes.several() else tree  # opening checkpoints waits for all processes
+        finished = processes.from_first(
+            lambda: folder.open_workdir(home, description, resume=config.resume, tree=alone)
+        )
         if finished:
             display.line(f"{home} is finished; this is its result (--no-resume starts over)")
             display.close()
@@ -112,7 +123,7 @@ class Loop:
         *,
         train: pipeline.Split,
         held: pipeline.Split | None,
-        signalled: Callable[[], int | None],
+        signalled: Callable[[int], int | None],
     ):
         self.experiment, self.config, self.home, self.display = experiment, config, home, display
         self.splits = ({"validation": held} if held is not None else {}) | {"eval": experiment.test}
@@ -135,9 +146,11 @@ class Loop:
         self.log = metrics.Log(home, step=self.step, tensorboard=config.tensorboard, active=processes.first())
         self.batches = self.program.batches(self.step)
         self.signalled, self.at = signalled, self.step  # the update that is under way
+        self.stopped: int | None = None  # the number of the signal that asked it
         self.watchdog = Watchdog(config.hang_seconds, self.working_on)
         self.unread: tuple[int, Metrics, float] | None = None  # (step, window, examples/s), not yet asked of the device
         self.mark = (0.0, self.step)  # seconds trained and step at the window's start
+        self.saved = time.monotonic()
 
     def start(self) -> tuple[int, TrainState, Metrics]:
         """Resume; or else initialize, from another run's parameters if asked."""
@@ -165,10 +178,11 @@ class Loop:
         count = min(1, self.steps - self.step)  # the first update alone: so the time to compile is known
         while self.step < self.steps:
             self.advance(count)
-            done = self.step == self.steps
+            done, number = self.step == self.steps, self.stopped
             if done or self.step % config.log_every == 0:
                 self.end_window()
             evaluate, save = (done or self.step % n == 0 for n in (config.eval_every, config.save_every))
+            save = save or (config.save_minutes > 0 and processes.from_first(self.due))
             if evaluate or save:
                 self.read()
                 if config.nonfinite == "stop" and int(self.state.skipped):  # in a window not ended: never saved
@@ -176,7 +190,7 @@ class Loop:
             values = self.watch.timed("eval", self.judge) if evaluate else {}
             if save:
                 self.watch.timed("checkpoint", self.save, values)
-            if (number := self.signalled()) is not None and not done:
+            if number is not None and not done:
                 self.leave(number, saved=save)
             ends = [
                 self.steps,
@@ -184,6 +198,10 @@ class Loop:
             ]
             count = min(ends) - self.step
         return self.finish()
+
+    def due(self) -> bool:
+        """Whether the last save is --save-minutes ago."""
+        return 0 < self.config.save_minutes * 60 < time.monotonic() - self.saved
 
     def leave(self, number: int, *, saved: bool) -> None:
         """Saves where it stands, and ends."""
@@ -205,6 +223,14 @@ class Loop:
         )
         return f"update {self.at + 1} (batch {self.at}: examples {', '.join(map(str, rows[:8]))}, ...)"
 
+    def fed(self) -> Iterator[Batch]:
+        """The batches; if their thread fails it says for which."""
+        try:
+            for batch in self.batches:  # `yield from` would close them with the first chunk
+                yield batch
+        except RuntimeError as e:
+            raise UsageError(f"{self.working_on()}: {e}; the same command goes on from the last checkpoint") from e
+
     def advance(self, count: int) -> None:
         """So many updates, of which the first of a session compiles."""
         compiling = self.step == self.first
@@ -219,14 +245,13 @@ class Loop:
             made = so_far
             self.at = self.step + so_far
             self.watchdog.beat()
-            return self.signalled() is not None
+            self.stopped = self.signalled(self.at)
+            return self.stopped is not None or (self.due() and not processes.several())  # those agree when all are here
 
         def go() -> None:
             self.watchdog.start()
             with jax.profiler.trace(str(self.home / "profile")) if traced else contextlib.nullcontext():
-                self.state, self.window = self.program.chunk(
-                    self.state, self.window, self.batches, count, enough=enough
-                )
+                self.state, self.window = self.program.chunk(self.state, self.window, self.fed(), count, enough=enough)
             self.watchdog.stop()
             if compiling:
                 jax.block_until_ready(self.state)
@@ -238,6 +263,7 @@ class Loop:
     def end_window(self) -> None:
         """Takes the window's sums aside, and reads those of the window before while the device works on."""
         self.read()
+        self.checkpoints.check()
         seconds, step = self.mark
         trained = self.watch.seconds["train"] - seconds
         speed = (self.step - step) * self.config.batch_size / trained if trained else float("nan")
@@ -289,6 +315,7 @@ class Loop:
     def save(self, validation: dict[str, float]) -> None:
         self.display.phase("saving")
         self.checkpoints.save(self.step, {"state": self.state, "window": self.window}, metrics=validation or None)
+        self.saved = time.monotonic()
 
     def stop_nonfinite(self) -> None:
         """The state has stood still since the bad batch, which its number gives back: finds the module to blame."""

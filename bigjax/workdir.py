@@ -24,11 +24,12 @@ from bigjax import UsageError, processes
 from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics, per_class, read_log
+from bigjax.optim import path_string
 
 # Settings that may differ between a run and its resumption: they change no number.
 FREE = {
-    "workdir", "mesh", "distributed", "keep", "save_every", "nonfinite", "resume", "tensorboard", "profile",
-    "compilation_cache",
+    "workdir", "mesh", "distributed", "keep", "save_every", "save_minutes", "hang_seconds", "nonfinite", "resume",
+    "tensorboard", "profile", "compilation_cache",
 }  # fmt: skip
 OURS = (
     "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile", "source.patch",
@@ -215,8 +216,16 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
-def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+def open_workdir(
+    workdir: epath.Path,
+    description: Mapping[str, Any],
+    *,
+    resume: bool,
+    tree: Callable[[], list[str]] = list,
+) -> dict[str, Any] | None:
     """Makes the working directory ready for the run described; its result if the run is finished already.
+
+    tree: how the state differs from what is saved there, asked if the settings differ.
 
     Raises UsageError for a file, a folder that cannot be written, one that holds other things or another run.
     """
@@ -248,7 +257,8 @@ def open_workdir(workdir: epath.Path, description: Mapping[str, Any], *, resume:
     if changes:
         raise UsageError(
             f"--workdir {workdir} belongs to a run with other settings: use another --workdir, or --no-resume to "
-            "start over there\n  " + "\n  ".join(changes)
+            "start over there; to begin a new run with its parameters, add --init-from\n  "
+            + "\n  ".join(changes + tree())
         )
     result = workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else None
@@ -269,7 +279,9 @@ def once(workdir: epath.Path, key: str, compute: Callable[[], Any]) -> Any:
 
 
 def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
-    """The state with those parameters of another run whose path and shape are the same, and a line that says which.
+    """The state with those parameters of another run whose path and shape are the same, and lines that say which.
+
+    A shape in which neighbouring axes are one, as heads are merged, counts as the same.
 
     Raises UsageError where the source has no checkpoint, or nothing fits.
     """
@@ -280,28 +292,48 @@ def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
     step = checkpoints.newest(tell=to_stderr)
     if step is None:
         raise UsageError(f"--init-from {source} holds no checkpoint: give a run that saved one")
-    there = dict(jax.tree_util.tree_leaves_with_path(checkpoints.shapes(step)["state"]["params"]))
-    here = jax.tree_util.tree_leaves_with_path(state.params)
-    taken = {path for path, leaf in here if path in there and there[path].shape == leaf.shape}
+    saved = checkpoints.shapes(step)["state"]["params"]
+    there = {path_string(path): s for path, s in jax.tree.leaves_with_path(saved)}
+    here = {path_string(path): x for path, x in jax.tree.leaves_with_path(state.params)}
+    taken = {k for k, x in here.items() if k in there and regrouped(there[k].shape, x.shape)}
     if not taken:
         raise UsageError(f"--init-from {source}: none of its parameters has a path and shape of this model")
-    where = {path: leaf.sharding for path, leaf in here if path in taken}
-    abstract = jax.tree_util.tree_map_with_path(
-        lambda path, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where.get(path, s.sharding)),
-        checkpoints.shapes(step)["state"]["params"],
-    )
-    saved = checkpoints.restore(step, {"state": {"params": abstract}})
+    same = {k: x.sharding for k, x in here.items() if k in taken and there[k].shape == x.shape}
+
+    def placed(path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=same.get(path_string(path), s.sharding))
+
+    abstract = jax.tree_util.tree_map_with_path(placed, saved)
+    values = checkpoints.restore(step, {"state": {"params": abstract}})["state"]["params"]
     checkpoints.close()
-    values = dict(jax.tree_util.tree_leaves_with_path(saved["state"]["params"]))
+    values = {path_string(path): x for path, x in jax.tree.leaves_with_path(values)}
 
-    def choose(path: Any, leaf: Any) -> Any:
-        return values[path].astype(leaf.dtype) if path in taken else leaf
+    def choose(path: Any, x: Any) -> Any:
+        k = path_string(path)
+        if k in taken and k not in same:
+            return jax.device_put(np.asarray(values[k]).reshape(x.shape).astype(x.dtype), x.sharding)
+        return values[k].astype(x.dtype) if k in taken else x
 
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in here if path not in taken]
-    said = f"took {len(taken)} of {len(here)} parameters from {source} at step {step}"
     params = jax.tree_util.tree_map_with_path(choose, state.params)
+    lists = {
+        f"took {len(taken)} of {len(here)} parameters from {source} at step {step}": [k for k in here if k in taken],
+        "reshaped": [f"{k} {there[k].shape} -> {x.shape}" for k, x in here.items() if k in taken and k not in same],
+        "left as initialized": [
+            f"{k} {x.shape}" + (f" (there {there[k].shape})" if k in there else "")
+            for k, x in here.items()
+            if k not in taken
+        ],
+        "not in this model": [k for k in there if k not in here],
+    }
     ema = jax.tree.map(jax.numpy.copy, params) if state.ema else state.ema
-    return state.replace(params=params, ema=ema), said + (f"; left as initialized: {', '.join(names)}" if names else "")
+    said = "\n  ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+    return state.replace(params=params, ema=ema), said
+
+
+def regrouped(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether two shapes are the same but for neighbouring axes that one of them has as one: (4, 6) and (4, 2, 3)."""
+    ends = [set(np.cumprod((1, *shape)).tolist()) for shape in (old, new)]
+    return np.prod(old) == np.prod(new) and (ends[0] <= ends[1] or ends[1] <= ends[0])
 
 
 def last_line(workdir: epath.Path, split: str) -> dict[str, float]:
@@ -333,7 +365,7 @@ def make_result(
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "metrics": numbers,
         "published": [p.compare(numbers) for p in experiment.published],
-        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "examples_per_second": round(examples / seconds["train"], 1) if seconds["train"] else None,
         "mfu": None,
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

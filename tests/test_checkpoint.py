@@ -78,13 +78,13 @@ def test_shapes_tell_what_is_there(saved):
 @pytest.mark.parametrize(
     "other, said",
     [
-        ({"float32": jnp.zeros((5, 4))}, r"float32 is \(5, 4\), saved \(5, 3\)"),
-        ({"float64": jnp.zeros(3)}, r"float64 is \(3,\), saved not at all"),
+        ({"float32": jnp.zeros((5, 4))}, r"float32: \(5, 3\) -> \(5, 4\)"),
+        ({"float64": jnp.zeros(3)}, r"float64: not saved -> \(3,\)"),
     ],
 )
 def test_what_was_not_saved_so_is_refused(saved, other, said):
     checkpoints = Checkpoints(saved)
-    with pytest.raises(UsageError, match=f"checkpoint of step 3 is of another model.*{said}"):
+    with pytest.raises(UsageError, match=f"(?s)checkpoint of step 3 is of another model.*{said}"):
         checkpoints.restore(3, abstract(other))
     checkpoints.close()
 

@@ -370,7 +370,7 @@ def test_another_model_under_the_same_settings_is_refused(straight, tmp_path):
     wider = dataclasses.replace(
         rich(), model=(model := MLP(features=(16,), outputs=3)), task=classify(model, classes=3, top_k=2)
     )
-    with pytest.raises(UsageError, match=r"checkpoint of step 3 is of another model.*dense_0/\w+ is .*saved"):
+    with pytest.raises(UsageError, match=r"step 3 is of another model(?s:.*)dense_0/kernel: \(16, 8\) -> \(16, 16\)"):
         fit(folder, wider, **RICH)
     assert (folder / "config.json").exists() and (folder / "checkpoints" / "3").exists()
 
@@ -553,8 +553,76 @@ def test_init_from_takes_what_fits_and_lists_what_is_left(straight):
     chex.assert_trees_all_equal(state.params["model"]["logits"], fresh.params["model"]["logits"])
     chex.assert_trees_all_equal(state.ema, state.params)
     assert state.step == 0
-    assert "took 4 of 6 parameters" in said and "step 6" in said
-    assert "left as initialized: model/logits/bias, model/logits/kernel" in said
+    took, left = said.splitlines()
+    assert took.startswith("took 4 of 6 parameters from ") and "at step 6: model/dense_0/bias, model/dense_0/ke" in took
+    assert (
+        left == "  left as initialized: model/logits/bias (5,) (there (3,)), model/logits/kernel (8, 5) (there (8, 3))"
+    )
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ((4, 6), (4, 6), True),
+        ((4, 6), (4, 2, 3), True),
+        ((4, 2, 3), (4, 6), True),
+        ((6,), (1, 6), True),
+        ((4, 6), (6, 4), False),
+        ((4, 6), (24,), True),
+        ((4, 6), (2, 12), False),
+        ((4, 6), (4, 7), False),
+        ((2, 6, 2), (2, 2, 6), False),
+    ],
+)
+def test_shapes_that_only_group_their_axes_otherwise(old, new, same):
+    from bigjax import workdir
+
+    assert workdir.regrouped(old, new) == same
+
+
+class Grouped(nn.Module):
+    """A dense layer whose kernel is (inputs, *features); `twice` has it two times."""
+
+    features: tuple[int, ...]
+    twice: bool = False
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        kernel = self.param("kernel", nn.initializers.normal(), (16, *self.features))
+        if self.twice:
+            self.param("second", nn.initializers.normal(), (2,))
+        return x.reshape(len(x), -1) @ kernel.reshape(16, -1)
+
+
+def test_init_from_reshapes_and_says_so(tmp_path):
+    first, second = (Grouped(f, twice=t) for f, t in (((2, 3), True), ((6,), False)))
+    fit(tmp_path / "first", tiny_experiment(model=first, task=classify(first, classes=6)), steps=1)
+    still = {"tx": lambda steps: {"model": optax.sgd(0.0)}}
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bigjax.display.Display.line", lambda self, line: said.append(line))
+        run = fit(
+            tmp_path / "second",
+            tiny_experiment(model=second, task=classify(second, classes=6), **still),
+            steps=1,
+            init_from=str(tmp_path / "first"),
+        )
+    theirs = saved(tmp_path / "first", 1)["state"]["params"]["model"]["kernel"]
+    np.testing.assert_array_equal(run.state.params["model"]["kernel"], theirs.reshape(16, 6))
+    (lines,) = (line.splitlines() for line in said if "took" in line)
+    assert lines[1:] == ["  reshaped: model/kernel (16, 2, 3) -> (16, 6)", "  not in this model: model/second"]
+
+
+def test_other_settings_are_refused_with_the_parameters_that_differ(straight, tmp_path):
+    shutil.copytree(straight.folder, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    model = MLP(features=(9,), outputs=3, batch_norm=True)
+    wider = dataclasses.replace(rich(), model=model, task=classify(model, classes=3, top_k=2))
+    with pytest.raises(UsageError) as refused:
+        fit(tmp_path / "run", wider, **RICH | {"seed": 7})
+    head, *lines = (line.strip() for line in str(refused.value).splitlines())
+    assert "belongs to a run with other settings" in head and lines[0] == "seed: 0 -> 7"
+    assert "state/params/model/dense_0/kernel: (16, 8) -> (16, 9)" in lines and not any("/mu/" in k for k in lines)
 
 
 def test_init_from_is_used_by_a_run(straight, tmp_path):

@@ -94,7 +94,19 @@ def test_other_settings_are_listed_one_a_line(tmp_path):
 
 def test_settings_that_change_no_number_may_differ(tmp_path):
     opened(tmp_path)
-    assert opened(tmp_path, save_every=9, keep=7, tensorboard=True, nonfinite="skip", workdir=str(tmp_path)) is None
+    assert (
+        opened(
+            tmp_path,
+            save_every=9,
+            keep=7,
+            tensorboard=True,
+            nonfinite="skip",
+            save_minutes=1,
+            hang_seconds=9,
+            workdir=str(tmp_path),
+        )
+        is None
+    )
 
 
 def test_damaged_config_is_named(tmp_path):

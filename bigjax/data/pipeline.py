@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from bigjax import UsageError
+from bigjax.data.prefetch import told
 
 READ_THREADS, READ_AHEAD = 16, 128  # examples read at once, and kept ready, from a reader
 ENDLESS = 2**40  # batches
@@ -150,10 +151,9 @@ def _read(
         try:
             example = {k: v[row] for k, v in split.items()} if isinstance(split, Mapping) else split[row]
             return example if change is None else change(example, n, j, row)
-        except Exception as e:
+        except BaseException as e:  # also what would end the thread
             raise UsageError(
-                f"example {row} of the data cannot be read or transformed ({type(e).__name__}: {e}): repair or "
-                "remove it"
+                f"example {row} of the data cannot be read or transformed ({told(e)}): repair or remove it"
             ) from e
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=max(READ_AHEAD, local))

@@ -2,11 +2,21 @@
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from bigjax import UsageError
+
+
+def told(e: BaseException | None) -> str:
+    """What an error says, and where it was raised."""
+    if e is None:
+        return "it is gone"
+    where = traceback.extract_tb(e.__traceback__)[-1:]
+    return f"{type(e).__name__}: {e}" + "".join(f", {Path(f.filename).name} line {f.lineno}" for f in where)
 
 
 class Prefetcher:
@@ -54,18 +64,17 @@ class Prefetcher:
     def __next__(self) -> Any:
         before = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._ended or self._closed)
+            while not (self._ready or self._ended or self._closed) and self._thread.is_alive():
+                self._changed.wait(1)
             self.wait_seconds += time.perf_counter() - before
+            if self._ready:
+                self._changed.notify_all()
+                return self._ready.popleft()
             if isinstance(self._error, UsageError):
                 raise UsageError(str(self._error)) from self._error
-            if self._error is not None:
-                raise RuntimeError(
-                    f"the data thread failed: {type(self._error).__name__}: {self._error}"
-                ) from self._error
-            if self._closed or not self._ready:
-                raise StopIteration
-            self._changed.notify_all()
-            return self._ready.popleft()
+            if self._error is not None or not (self._ended or self._closed):
+                raise RuntimeError(f"the data thread failed ({told(self._error)})") from self._error
+            raise StopIteration
 
     def close(self) -> None:
         """Ends the thread, however full or empty the queue is, and drops what was read ahead. May be called twice."""
@@ -86,7 +95,7 @@ class Prefetcher:
 def prefetch(iterator: Iterator[Any], put: Callable[[Any], Any], *, depth: int = 2) -> Prefetcher:
     """Applies `put` (placing on the device, say) to the items of `iterator` in a background thread, `depth` ahead.
 
-    What fails there is raised in the consumer at its next call, with the original as cause: a UsageError as such,
-    anything else as RuntimeError. The thread ends at exhaustion, failure or `close()`, and closes `iterator`.
+    What fails there is raised in the consumer after the items made before, with the original as cause: a UsageError as
+    such, anything else as RuntimeError. The thread ends at exhaustion, failure or `close()`, and closes `iterator`.
     """
     return Prefetcher(iterator, put, depth=max(depth, 1))
