@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from bigjax import Interrupted, UsageError, guard, metrics, processes, sharding
 from bigjax import workdir as folder
 from bigjax.checkpoint import Checkpoints, to_stderr
 from bigjax.data import pipeline
+from bigjax.data.prefetch import DataError
 from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.display import Display, summary
 from bigjax.experiment import Experiment, RunConfig, check
@@ -23,7 +24,7 @@ from bigjax.metrics import Metrics
 from bigjax.program import Program, planned_steps
 from bigjax.report import save_gallery, write_report
 from bigjax.step import TrainState, make_evaluate, train_step
-from bigjax.tasks import Batch, Key, ModelState, Params
+from bigjax.tasks import Key, ModelState, Params
 
 __all__ = ["Run", "TrainState", "fit", "train_step"]
 
@@ -223,14 +224,6 @@ class Loop:
         )
         return f"update {self.at + 1} (batch {self.at}: examples {', '.join(map(str, rows[:8]))}, ...)"
 
-    def fed(self) -> Iterator[Batch]:
-        """The batches; if their thread fails it says for which."""
-        try:
-            for batch in self.batches:  # `yield from` would close them with the first chunk
-                yield batch
-        except RuntimeError as e:
-            raise UsageError(f"{self.working_on()}: {e}; the same command goes on from the last checkpoint") from e
-
     def advance(self, count: int) -> None:
         """So many updates, of which the first of a session compiles."""
         compiling = self.step == self.first
@@ -251,13 +244,18 @@ class Loop:
         def go() -> None:
             self.watchdog.start()
             with jax.profiler.trace(str(self.home / "profile")) if traced else contextlib.nullcontext():
-                self.state, self.window = self.program.chunk(self.state, self.window, self.fed(), count, enough=enough)
+                self.state, self.window = self.program.chunk(
+                    self.state, self.window, self.batches, count, enough=enough
+                )
             self.watchdog.stop()
             if compiling:
                 jax.block_until_ready(self.state)
                 self.mark = (0.0, self.step + made)  # neither its time nor its examples count for the speed
 
-        self.watch.timed("compile" if compiling else "train", go)
+        try:
+            self.watch.timed("compile" if compiling else "train", go)
+        except DataError as e:
+            raise UsageError(f"{self.working_on()}: {e}; the same command goes on from the last checkpoint") from e
         self.step += made
 
     def end_window(self) -> None:

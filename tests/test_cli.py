@@ -145,7 +145,7 @@ def test_a_limit_of_ones_own_replaces_the_scripts_steps():
         ("--seed 1", ["error: --workdir runs/test_cli belongs to a run with other settings", "seed: 0 -> 1"]),
         ("evaluate --workdir new", ["error: new holds no run (no config.json): train first"]),
         ("report --workdir new", ["error: new has no config.json"]),
-        ("evaluate --features 9", ["error: the checkpoint of step 2 is of another model", "is (9,), saved (8,)"]),
+        ("evaluate --features 9", ["error: the checkpoint of step 2 is of another model", "(8,) -> (9,)"]),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_status_2(home, arguments, words, capsys):

@@ -11,6 +11,10 @@ from typing import Any
 from bigjax import UsageError
 
 
+class DataError(RuntimeError):
+    """The thread that makes the next items is no more."""
+
+
 def told(e: BaseException | None) -> str:
     """What an error says, and where it was raised."""
     if e is None:
@@ -73,7 +77,7 @@ class Prefetcher:
             if isinstance(self._error, UsageError):
                 raise UsageError(str(self._error)) from self._error
             if self._error is not None or not (self._ended or self._closed):
-                raise RuntimeError(f"the data thread failed ({told(self._error)})") from self._error
+                raise DataError(f"the data thread failed ({told(self._error)})") from self._error
             raise StopIteration
 
     def close(self) -> None:
@@ -96,6 +100,6 @@ def prefetch(iterator: Iterator[Any], put: Callable[[Any], Any], *, depth: int =
     """Applies `put` (placing on the device, say) to the items of `iterator` in a background thread, `depth` ahead.
 
     What fails there is raised in the consumer after the items made before, with the original as cause: a UsageError as
-    such, anything else as RuntimeError. The thread ends at exhaustion, failure or `close()`, and closes `iterator`.
+    such, anything else as DataError. The thread ends at exhaustion, failure or `close()`, and closes `iterator`.
     """
     return Prefetcher(iterator, put, depth=max(depth, 1))
