@@ -12,16 +12,20 @@ class UsageError(Exception):
     """
 
 
+FULL = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
+
+
 class SaveError(UsageError):
     """What a run must keep could not be written; a failed save of a checkpoint leaves a thread that waits forever."""
 
     @classmethod
     def by(cls, e: BaseException, what: str) -> "SaveError":
         """Of what the file system says."""
-        said = next(iter(str(e).strip().splitlines()), type(e).__name__)[:300]
-        full = any(word in said for word in ("No space left", "quota exceeded", "RESOURCE_EXHAUSTED"))
-        where = "make room there" if full else "make it writable"
-        return cls(f"{what} ({said}): {where}, or choose another --workdir, and run again")
+        said = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        for cause in FULL + ("Read-only file system", "Permission denied"):
+            said = cause if cause in said and len(said) > 200 else said  # tensorstore tells much more
+        where = "make room there" if any(cause in said for cause in FULL) else "make it writable"
+        return cls(f"{what} ({said[:200]}): {where}, or choose another --workdir, and run again")
 
 
 class Interrupted(KeyboardInterrupt):

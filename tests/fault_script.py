@@ -3,7 +3,10 @@
 python tests/fault_script.py --family gan --workdir FOLDER
 """
 
+import ctypes
 import os
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +30,9 @@ class Config(RunConfig):
 
 
 class Slow:
-    """A split read by index, each example after a while; the one called HANG never comes."""
+    """A split read by index, each example after a while. Those whose row is the value of a variable are not well:
+    HANG never comes, RAISE raises, EXIT ends the thread that reads it, NAN is not finite.
+    """
 
     def __init__(self, split: dict[str, np.ndarray]):
         self.split = split
@@ -36,10 +41,18 @@ class Slow:
         return len(next(iter(self.split.values())))
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        if os.environ.get("HANG") == str(row):
+        ill = {k for k in ("HANG", "RAISE", "EXIT", "NAN") if os.environ.get(k) == str(row)}
+        if "HANG" in ill:
             time.sleep(600)
+        if "RAISE" in ill:
+            raise OSError("it cannot be decoded")
+        if "EXIT" in ill:
+            sys.exit()
         time.sleep(float(os.environ.get("SLEEP", 0)))
-        return {k: v[row] for k, v in self.split.items()}
+        example = {k: v[row] for k, v in self.split.items()}
+        if "NAN" in os.environ:
+            example["image"] = np.where("NAN" in ill, np.nan, example["image"] / 255).astype(np.float32)
+        return example
 
 
 def build(config: Config) -> Experiment:
@@ -49,5 +62,16 @@ def build(config: Config) -> Experiment:
     return Experiment(family.models, task, family.tx, Slow(train), test)
 
 
+def end_thread(name: str, seconds: float) -> None:
+    """Ends the thread called so, after so many seconds and once it is there, by an exception from outside it."""
+    time.sleep(seconds)
+    while not (found := [t for t in threading.enumerate() if t.name == name]):
+        time.sleep(0.1)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(found[0].ident), ctypes.py_object(SystemExit))
+
+
 if __name__ == "__main__":
+    if "END_PREFETCH" in os.environ:
+        seconds = float(os.environ["END_PREFETCH"])
+        threading.Thread(target=end_thread, args=("bigjax-prefetch", seconds), daemon=True).start()
     cli.main(Config, build)

@@ -1,13 +1,17 @@
 """Faults from outside: killed, told to stop, started twice, hanging. What comes after equals a run in peace."""
 
 import contextlib
+import functools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,16 +85,15 @@ def same(one: Path, two: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def peaceful(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The working directory of a run that nothing happened to, made once a family."""
-    made: dict[str, Path] = {}
+def peaceful(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The working directory of a run that nothing happened to, made once."""
 
-    def run(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp("peaceful") / family
-            status, _, err = finish(made[family], "--family", family)
-            assert status == 0, err
-        return made[family]
+    @functools.cache
+    def run(family: str, *flags: str, **environment: str) -> Path:
+        folder = tmp_path_factory.mktemp("peaceful") / family
+        status, _, err = finish(folder, "--family", family, *flags, **environment)
+        assert status == 0, err
+        return folder
 
     return run
 
@@ -101,7 +104,7 @@ FEW = [f if f == "cnn" else pytest.param(f, marks=pytest.mark.slow) for f in FAM
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_stop_it_saves_and_goes_on(
-    family: str, number: signal.Signals, status: int, tmp_path: Path, peaceful: Callable[[str], Path]
+    family: str, number: signal.Signals, status: int, tmp_path: Path, peaceful: Callable[..., Path]
 ) -> None:
     """In the middle of a window, twice over; the same command then gives the bits of a run in peace."""
     run = tmp_path / "run"
@@ -119,37 +122,72 @@ def test_told_to_stop_it_saves_and_goes_on(
     same(peaceful(family), run)
 
 
-def killed(run: Path, family: str, moments: Iterator[float]) -> int:
-    """Starts it again and again, killed after so many seconds of its life, until it is finished; how often."""
-    for count, seconds in enumerate(moments):
-        with started(run, "--family", family, SLEEP=SLOW) as process:
-            try:
-                process.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                continue
-            assert process.returncode == 0, process.stderr.read()
-            return count
-    raise AssertionError("it never came to its end")
+KILLS = {"saving": 3, "between": 4, "anywhere": 3}
+LONG = ("--steps", "400", "--eval-every", "200")
 
 
-@pytest.mark.parametrize("family", FEW)
+def kill(run: Path, family: str, moment: str, draw: random.Random) -> str | None:
+    """Starts it and kills it at such a moment; when that was, by what it left; None if it came to its end before."""
+    committed = newest(run)
+    before = len(lines(run))
+    with started(run, "--family", family, *LONG, SLEEP=SLOW) as process:
+
+        def over() -> bool:
+            return process.poll() is not None
+
+        def saving() -> bool:
+            return any(int(p.name.split(".")[0]) > newest(run) for p in run.glob("checkpoints/*-tmp*"))
+
+        def resumed() -> bool:
+            return len(lines(run)) > before or newest(run) > committed
+
+        if moment == "saving":
+            until(lambda: over() or saving())
+        elif moment == "between":
+            until(lambda: over() or resumed())
+            time.sleep(draw.uniform(0, 0.6))
+        else:
+            time.sleep(draw.uniform(0, 6))
+        process.send_signal(signal.SIGKILL)
+        out, err = process.communicate()
+        if process.returncode == 0:
+            return None
+        assert process.returncode == -signal.SIGKILL, err
+        assert not committed or "resuming" not in out or f"resuming at step {committed}" in out, out
+        return "saving" if saving() else "between" if resumed() else "anywhere"
+
+
+def newest(run: Path) -> int:
+    """The step of the newest committed checkpoint; 0: none."""
+    return max((int(p.name) for p in run.glob("checkpoints/*") if p.name.isdigit()), default=0)
+
+
+@pytest.mark.parametrize(
+    "family, kills",
+    [("cnn", {"saving": 1, "between": 1})] + [pytest.param(f, KILLS, marks=pytest.mark.slow) for f in FAMILIES],
+)
 def test_killed_at_random_moments_it_gives_the_same_bits(
-    family: str, tmp_path: Path, peaceful: Callable[[str], Path]
+    family: str, kills: dict[str, int], tmp_path: Path, peaceful: Callable[..., Path]
 ) -> None:
-    """SIGKILL, the moments drawn from a printed seed; three of them while a checkpoint is being written."""
+    """SIGKILL, the moments drawn from a printed seed: while a checkpoint is being written, between, and anywhere."""
     seed, run = random.randrange(2**32), tmp_path / "run"
     print("seed of the moments:", seed)
-    draw = random.Random(seed)
-    saves = 3
-    for _ in range(saves):  # as soon as a save is under way
-        with started(run, "--family", family, SLEEP=SLOW) as process:
-            before = set(run.glob("checkpoints/*.orbax-checkpoint-tmp*"))
-            until(lambda: process.poll() is not None or set(run.glob("checkpoints/*-tmp*")) - before)  # noqa: B023
-            process.send_signal(signal.SIGKILL)
-    fast = family == "cnn"
-    kills = killed(run, family, (draw.uniform(2, 9) if n < (2 if fast else 7) else 200.0 for n in range(20)))
-    same(peaceful(family), run)
-    assert kills + saves >= 3
+    draw, hit = random.Random(seed), Counter()
+    moments = [m for m, count in kills.items() for _ in range(count)]
+    draw.shuffle(moments)
+    while moments:
+        moment = moments.pop()
+        if (was := kill(run, family, moment, draw)) is None:
+            raise AssertionError(f"it came to its end after {hit}")
+        hit[was] += 1
+        if moment != "anywhere" and was != moment:
+            moments.append(moment)  # that one was missed
+    print("killed", hit)
+    assert all(hit[moment] >= count for moment, count in kills.items() if moment != "anywhere")
+    assert hit.total() >= sum(kills.values())
+    status, _, err = finish(run, "--family", family, *LONG)
+    assert status == 0, err
+    same(peaceful(family, *LONG), run)
     left = [p.name for p in (run / "checkpoints").iterdir() if "tmp" in p.name]
     assert not left
 
@@ -174,7 +212,7 @@ def test_an_update_that_hangs_ends_with_stacks_and_the_batch(tmp_path: Path) -> 
     assert last.startswith("error: update ") and "examples" in last and "longer than --hang-seconds 20" in last
 
 
-def test_the_log_has_every_line_once_and_a_torn_one_is_mended(tmp_path: Path, peaceful: Callable[[str], Path]) -> None:
+def test_the_log_has_every_line_once_and_a_torn_one_is_mended(tmp_path: Path, peaceful: Callable[..., Path]) -> None:
     run = tmp_path / "run"
     with started(run, SLEEP=SLOW) as process:
         until(lambda: (run / "checkpoints" / "20").exists())
@@ -185,3 +223,111 @@ def test_the_log_has_every_line_once_and_a_torn_one_is_mended(tmp_path: Path, pe
     assert lines(run) == lines(peaceful("cnn"))
     steps = [r["step"] for r in lines(run) if r["split"] == "train"]
     assert steps == [*range(7, 60, 7), 60] and json.loads((run / "result.json").read_text())["step"] == 60
+
+
+@pytest.mark.parametrize(
+    "family, damage",
+    [("cnn", "flipped")]
+    + [
+        pytest.param(f, d, marks=pytest.mark.slow)
+        for f in ("cnn", "gan")
+        for d in ("empty", "missing", "truncated", "flipped")
+        if (f, d) != ("cnn", "flipped")
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
+    family: str, damage: str, tmp_path: Path, stopped: Callable[[str], Path], peaceful: Callable[..., Path]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped(family), run)
+    last = newest(run)
+    files = sorted(p for p in (run / "checkpoints" / str(last)).rglob("*") if p.is_file())
+    largest = max(files, key=lambda p: p.stat().st_size)
+    if damage == "empty":
+        shutil.rmtree(run / "checkpoints" / str(last))
+        (run / "checkpoints" / str(last)).mkdir()
+    elif damage == "missing":
+        random.choice(files).unlink()
+    else:
+        content = largest.read_bytes()
+        middle = len(content) // 2
+        largest.write_bytes(
+            content[:middle] + (bytes([content[middle] ^ 1]) + content[middle + 1 :]) * (damage == "flipped")
+        )
+    status, out, err = finish(run, "--family", family)
+    assert status == 0, err
+    (named,) = [line for line in out.splitlines() if "is damaged" in line]
+    assert f"the checkpoint of step {last} in" in named and "its file" in named
+    before = max(n for n in range(0, last, 10))
+    assert f"resuming at step {before}" in out
+    same(peaceful(family), run)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run that was killed after the checkpoint of step 30 or later, made once a family."""
+
+    @functools.cache
+    def run(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("stopped") / family
+        with started(folder, "--family", family, SLEEP="0.02") as process:
+            until(lambda: newest(folder) >= 30)
+            process.kill()
+            process.wait()
+        assert newest(folder) < 60
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("damaged", ["RAISE", pytest.param("EXIT", marks=pytest.mark.slow)])
+def test_an_example_that_cannot_be_read_is_named(damaged: str, tmp_path: Path) -> None:
+    """Its worker raises, or ends; nothing hangs or stays behind, and what was saved serves."""
+    shared, run = set(Path("/dev/shm").iterdir()), tmp_path / "run"
+    begin = time.monotonic()
+    with started(run, **{damaged: "5"}) as process:
+        _, err = process.communicate(timeout=60)
+        assert children(process.pid) == set()
+    assert process.returncode == 2 and time.monotonic() - begin < 60
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: example 5 of the data cannot be read or transformed (")
+    assert ("OSError: it cannot be decoded, fault_script.py line" if damaged == "RAISE" else "SystemExit") in line
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert finish(run)[0] == 0
+
+
+def children(pid: int) -> set[str]:
+    """Processes of the same session that live on."""
+    found = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True)
+    return set(found.stdout.split())
+
+
+def test_a_prefetch_thread_that_dies_is_named_with_its_batch(tmp_path: Path) -> None:
+    """Ended by an exception from outside, at some moment of the training."""
+    run = tmp_path / "run"
+    begin = time.monotonic()
+    status, _, err = finish(run, "--steps", "100000", SLEEP="0.02", END_PREFETCH="6")
+    assert status == 2 and time.monotonic() - begin < 6 + 30, err
+    (line,) = err.strip().splitlines()
+    assert re.match(
+        r"error: update (\d+) \(batch \d+: examples \d+, .*\): the data thread failed \(SystemExit", line
+    ), line
+    assert line.endswith("; the same command goes on from the last checkpoint")
+
+
+def test_a_batch_that_is_not_finite_stops_the_run_or_is_skipped_and_counted(
+    tmp_path: Path, peaceful: Callable[..., Path]
+) -> None:
+    """Also across a kill; example 7 comes in every epoch of three batches."""
+    status, _, err = finish(tmp_path / "stops", NAN="7")
+    assert status == 2
+    assert re.match(r"error: update [123] \(batch [012]\) is not finite: the data's 'image' is not; ", err), err
+    skip = ("--nonfinite", "skip")
+    run = tmp_path / "run"
+    with started(run, *skip, SLEEP="0.02", NAN="7") as process:
+        until(lambda: newest(run) >= 30)
+        process.kill()
+    assert finish(run, *skip, NAN="7")[0] == 0
+    there = peaceful("cnn", *skip, NAN="7")
+    same(there, run)
+    assert json.loads((run / "result.json").read_text())["skipped"] == 20 and state(run)["step"] == 60
