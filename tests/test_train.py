@@ -443,6 +443,13 @@ def test_epochs_resolve_on_what_is_left_after_the_validation_split(tmp_path):
     assert run.result["step"] == 3 == json.loads((tmp_path / "run/config.json").read_text())["steps"]
 
 
+def test_schedules_are_made_for_the_steps_that_the_run_has(tmp_path):
+    asked = []
+    experiment = tiny_experiment(tx=lambda steps: asked.append(steps) or {"model": optax.sgd(0.1)})
+    fit(tmp_path / "run", experiment, steps=None, epochs=0.4)
+    assert asked and set(asked) == {3}
+
+
 # ---- checkpoints that are kept
 
 
