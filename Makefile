@@ -17,6 +17,9 @@ slow: $(INSTALLED) ## the long proofs, with the TPU compiler
 	$(PIP) -q -c constraints.txt -e ".[dev,tpu]"
 	$(RUN) -m pytest -n 2 -m slow
 
+mutants: $(INSTALLED) ## break the code on purpose: which tests stay green?
+	$(RUN) -m pytest -n 2 -m slow tests/test_mutants.py
+
 lint: $(INSTALLED) ## ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -26,4 +29,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: help demo test slow lint
+.PHONY: help demo test slow mutants lint

@@ -143,6 +143,23 @@ def test_dropout_differs_by_key_and_layer_only_when_training():
     chex.assert_trees_all_equal(model.apply(variables, tokens_BL), GPT(**TINY, scan=True).apply(variables, tokens_BL))
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_each_layer_draws_its_own_dropout_mask(scan):
+    """Two layers add dropped ones to a stream of zeros: with one mask for both nothing lies between none and all."""
+    model, variables = build(dropout=0.5, scan=scan)
+
+    def simple(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.full_like(x, name.endswith(("attention/o/bias", "params/norm/scale")))
+
+    variables = jax.tree_util.tree_map_with_path(simple, variables)
+    options = {"train": True, "rngs": {"dropout": jax.random.key(0)}, "mutable": "intermediates"}
+    _, state = jax.jit(lambda v: model.apply(v, tokens_BL, **options))(variables)
+    (features_BLD,) = state["intermediates"]["features"]
+    sums = [len(np.unique(np.round(x_D, 3))) for x_D in features_BLD.reshape(B * L, -1)]
+    assert max(sums) == 3, sums
+
+
 def test_bfloat16_runs_near_float32_and_keeps_float32_parameters():
     model, variables = build()
     half = GPT(**TINY, dtype="bfloat16")

@@ -187,6 +187,13 @@ def test_players_move_in_order_each_by_its_own_gradient() -> None:
     assert {"a_loss", "b_loss", "grad_norm/a/w", "grad_norm/b/w"} <= out.keys() and "grad_norm/ground/w" not in out
 
 
+def test_each_accumulated_part_goes_on_from_the_state_of_the_part_before() -> None:
+    task, tx = two_players("a", "b"), {p: optax.sgd(0.1) for p in "ab"}
+    four = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[1:]]), PAIR)
+    new, _ = stepper(task, tx, accumulate=4)(start(task, four, tx), four, KEY)
+    assert {p: float(s["calls"]) for p, s in new.model_state.items()} == {"a": 14, "b": 24}
+
+
 @pytest.mark.parametrize("player", ["a", "b"])
 def test_a_players_loss_leaves_every_bit_of_the_others_alone(player: str) -> None:
     task = two_players(player)

@@ -164,6 +164,18 @@ def test_the_loop_is_train_step_over_the_batches_by_number(straight):
     chex.assert_trees_all_close(saved(straight.folder, 3)["state"]["params"], state.params, rtol=1e-5, atol=1e-6)
 
 
+def test_the_seed_decides_the_first_parameters_and_the_order_of_the_data():
+    begun = []
+    for seed in (0, 1, 0):
+        program = train.Program(tiny_experiment(), flags(Path("unused"), seed=seed), blobs(60, seed=0), steps=1)
+        with program.batches(0) as batches:
+            index_B = np.asarray(next(batches)["index"])
+        begun.append((program.initialize(program.key).params["model"]["dense_0"]["kernel"], index_B))
+    chex.assert_trees_all_equal(begun[0], begun[2])
+    for a, b in zip(begun[0], begun[1], strict=True):
+        assert (a != b).mean() > 0.5
+
+
 def test_result_has_the_promised_keys(straight):
     result = json.loads((straight.folder / "result.json").read_text())
     assert result == json.loads(json.dumps(straight.run.result))
@@ -429,6 +441,13 @@ class Endless:
 def test_epochs_resolve_on_what_is_left_after_the_validation_split(tmp_path):
     run = fit(tmp_path / "run", steps=None, epochs=0.5, validation=0.2)
     assert run.result["step"] == 3 == json.loads((tmp_path / "run/config.json").read_text())["steps"]
+
+
+def test_schedules_are_made_for_the_steps_that_the_run_has(tmp_path):
+    asked = []
+    experiment = tiny_experiment(tx=lambda steps: asked.append(steps) or {"model": optax.sgd(0.1)})
+    fit(tmp_path / "run", experiment, steps=None, epochs=0.4)
+    assert asked and set(asked) == {3}
 
 
 # ---- checkpoints that are kept
