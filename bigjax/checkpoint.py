@@ -21,8 +21,17 @@ from bigjax.optim import path_string
 
 Tree = Any
 
-# what orbax logs with a traceback reaches the user as one line: a SaveError
+# What fails in a save reaches the user as one line, a SaveError: not also as orbax logs it with a traceback,
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+
+def hook(unraisable: Any, shown: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """nor as tensorstore prints what it can't tell orbax any more, a hundred times."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        shown(unraisable)
+
+
+sys.unraisablehook = hook
 
 
 def raw(x: jax.Array) -> jax.Array:
