@@ -185,6 +185,83 @@ def test_one_that_is_killed_ends_the_other_which_says_so(victim: int, tmp_path: 
     assert "Traceback" not in err
 
 
+def bits(one: Path, two: Path) -> None:
+    """The same bits in all that is saved, and in the log but for its speeds."""
+    a, b = parameters(one), parameters(two)
+    assert a.keys() == b.keys() and len(a) > 4
+    for k in a:
+        np.testing.assert_array_equal(b[k], a[k], err_msg=k)
+    logs = [
+        [{k: v for k, v in r.items() if k != "examples_per_second"} for r in read_log(folder / "metrics.jsonl")]
+        for folder in (one, two)
+    ]
+    assert logs[0] == logs[1]
+
+
+LONG = ["--steps", "60", "--eval-every", "30", "--save-every", "10", "--log-every", "4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, mesh", [("cnn", ""), ("gpt", "--mesh.data 1 --mesh.fsdp 8")])
+def test_one_is_killed_and_both_restarted_resume_exactly(model: str, mesh: str, tmp_path: Path) -> None:
+    flags = ["--model", model, *mesh.split(), *LONG]
+    train(tmp_path / "straight", *flags)
+    run, port = tmp_path / "run", free_port()
+    commands = [["--workdir", str(run), *flags, *place(i, port)] for i in (0, 1)]
+    with started(*commands, devices=4, HOLD="1") as running:  # in the evaluation of step 30
+        wait_for(lambda: (run / "checkpoints" / "20").exists(), running)
+        time.sleep(1)
+        running[1].send_signal(signal.SIGKILL)
+        status, _, err = said(running[0], timeout=60)
+        assert status == 3 and f"pid {running[1].pid}) is gone" in err
+    (_, told, _), _ = train(run, *flags)
+    assert "resuming at step 20" in told
+    bits(tmp_path / "straight", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, who, statuses", [("TERM", [1], [143, 143]), ("INT", [0, 1], [130, 130])])
+def test_told_to_stop_all_save_the_same_step_and_go_on(
+    number: str, who: list[int], statuses: list[int], tmp_path: Path
+) -> None:
+    """A notice of pre-emption to one of them; Ctrl-C to both."""
+    steps = ["--steps", "600", "--eval-every", "600", "--save-every", "600", "--log-every", "10"]
+    run, port = tmp_path / "run", free_port()
+    log = run / "metrics.jsonl"
+    commands = [["--workdir", str(run), *steps, *place(i, port)] for i in (0, 1)]
+    with started(*commands, devices=4) as running:
+        wait_for(lambda: log.exists() and log.read_text().count("\n") > 1, running)
+        for i in who:
+            running[i].send_signal(getattr(signal, f"SIG{number}"))
+        done = [said(p, timeout=60) for p in running]
+    assert [status for status, _, _ in done] == statuses, done
+    lines = [re.search(rf"stopped by SIG{number} at step (\d+), which is saved", err) for _, _, err in done]
+    (step,) = {int(line[1]) for line in lines}
+    assert 10 < step < 600 and (run / "checkpoints" / str(step)).is_dir()
+    assert not any("Traceback" in err for _, _, err in done)
+    (_, told, _), _ = train(run, *steps)
+    assert f"resuming at step {step}" in told
+    train(tmp_path / "straight", *steps)
+    bits(tmp_path / "straight", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_what_another_number_of_processes_restores_is_exact(before: int, after: int, tmp_path: Path) -> None:
+    """A checksum of all parameters, as trained and saved by some and read by others."""
+    flags = ["--model", "gpt", "--mesh.data", "1", "--mesh.fsdp", "8"]
+    train(tmp_path, *flags, count=before)
+    trained = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    port = free_port()
+    commands = [
+        ["evaluate", "--workdir", str(tmp_path), *flags, *(place(i, port) if after > 1 else ())] for i in range(after)
+    ]
+    with started(*commands, devices=8 // after) as running:
+        (status, out, err), *_ = [said(p) for p in running]
+    assert status == 0, err
+    assert json.loads(out[out.index("{") :])["eval/crc"] == trained["eval/crc"] > 0
+
+
 def refused(*commands: list[str], timeout: float = 240) -> list[str]:
     """The one line that each of the commands ends with."""
     with started(*commands, devices=4) as running:
