@@ -1,0 +1,66 @@
+"""Fifty kills in one run of python_gpt, the real script made small."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from test_faults import lines, newest, same, until
+
+KILLS = 50
+FLAGS = (
+    "--steps 4000 --minutes 1000 --width 32 --layers 1 --heads 2 --context 32 --batch-size 8 --log-every 20 "
+    "--save-every 30"
+).split()
+
+
+def start(folder: Path) -> subprocess.Popen:
+    script = REPOSITORY / "experiments" / "python_gpt.py"
+    return subprocess.Popen(
+        [sys.executable, str(script), "--workdir", str(folder), *FLAGS],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_fifty_random_kills_change_no_bit(tmp_path: Path) -> None:
+    """A third of them anywhere in the process's life, the others after some lines of the log: so that it goes on."""
+    seed, run = random.randrange(2**32), tmp_path / "run"
+    print("seed of the moments:", seed)
+    draw, startup = random.Random(seed), 5.0
+    for count in range(KILLS):
+        before, begin = (len(lines(run)), newest(run)), time.monotonic()
+        process = start(run)
+
+        def moved(by: int, process: subprocess.Popen = process, before: tuple[int, int] = before) -> bool:
+            return process.poll() is not None or len(lines(run)) >= before[0] + by or newest(run) > before[1] + 20 * by
+
+        try:
+            if count % 3 == 0:
+                time.sleep(draw.uniform(0, startup))
+            else:
+                until(lambda: moved(1))  # noqa: B023
+                startup = time.monotonic() - begin
+                by = draw.randrange(1, 5)
+                until(lambda: moved(by))  # noqa: B023
+                time.sleep(draw.uniform(0, 0.2))
+        finally:
+            process.send_signal(signal.SIGKILL)
+            _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"after {count} kills: {err}"
+    print("killed", KILLS, "times, the last at step", newest(run))
+    assert newest(run) > 500  # the kills did fall into the training
+    for folder in (run, tmp_path / "straight"):
+        process = start(folder)
+        assert (process.wait(timeout=600), process.stderr.read()) == (0, "")
+        process.stderr.close()
+    same(tmp_path / "straight", run)
+    assert [r["step"] for r in lines(run) if r["split"] == "train"] == [*range(20, 4001, 20)]
