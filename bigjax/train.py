@@ -288,6 +288,7 @@ class Loop:
 
     def save(self, validation: dict[str, float]) -> None:
         self.display.phase("saving")
+        self.log.flush()
         self.checkpoints.save(self.step, {"state": self.state, "window": self.window}, metrics=validation or None)
 
     def stop_nonfinite(self) -> None:
