@@ -61,12 +61,17 @@ class Checkpoints:
             kept = policies.AnyPreservationPolicy([kept, ranked])
         self.folder = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
         self.saving: int | None = None
+        bucket = "://" in str(directory)
+        if bucket and not read_only and processes.first():
+            clean(self.folder)
         self.manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={"state": ocp.PyTreeCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept,
-                cleanup_tmp_directories=not read_only,  # a reader must leave the save of a run under way alone
+                # A reader must leave the save of a run under way alone; and in a bucket orbax takes every folder
+                # without its mark for such a save, the manifests too.
+                cleanup_tmp_directories=not read_only and not bucket,
                 create=not read_only,
                 best_fn=(lambda m: m[self.best]) if best else None,  # else orbax forgets the numbers at a resumption
                 enable_async_checkpointing=True,
@@ -101,7 +106,7 @@ class Checkpoints:
 
         def find() -> tuple[int | None, list[str]]:
             said = []
-            for step in reversed(self.steps()):
+            for step in reversed(self.steps() + lost(self.folder)):
                 wrong = manifest.damage(self.folder, step)
                 if not wrong and not self.readable(step):
                     wrong = "it cannot be read"
@@ -129,11 +134,13 @@ class Checkpoints:
     def set_aside(self, after: int) -> None:
         """Renames what is damaged, after the step that serves, so that those steps can be saved again."""
         if processes.first():
-            for step in [n for n in self.steps() if n > after]:
+            for step in [n for n in self.steps() + lost(self.folder) if n > after]:
                 aside = self.folder / f"damaged_{step}"
                 if aside.exists():
                     aside.rmtree()
-                (self.folder / str(step)).rename(aside)
+                if (self.folder / str(step)).exists():
+                    (self.folder / str(step)).rename(aside)  # in a bucket file by file: after a kill, `lost` has it
+            manifest.forget(self.folder, committed(self.folder))
         processes.from_first(lambda: None)
         self.manager.reload()
 
@@ -202,8 +209,11 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as e:
-            whole = [p.name for p in self.folder.iterdir() if p.name.isdigit()] if self.exists() else []
-            kept = f"step {max(map(int, whole))} is intact" if whole else "there is none before it"
+            try:
+                whole = committed(self.folder)
+                kept = f"step {max(whole)} is intact" if whole else "there is none before it"
+            except Exception:  # a bucket out of reach
+                kept = "those before it cannot be seen now"
             raise SaveError.by(e, f"a checkpoint could not be saved in {self.folder}; {kept}") from e
 
     def exists(self) -> bool:
@@ -214,6 +224,30 @@ class Checkpoints:
         self.manager.close()
 
 
+def unchecked(folder: epath.Path) -> list[int]:
+    """The steps in a folder of checkpoints, in order; in a bucket also those whose save was killed."""
+    try:
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def committed(folder: epath.Path) -> list[int]:
+    """Those that were saved to their end: orbax then gives a folder its name, or in a bucket its mark."""
+    return [n for n in unchecked(folder) if ocp.step.is_checkpoint_finalized(folder / str(n))]
+
+
+def lost(folder: epath.Path) -> list[int]:
+    """Those after the newest that were committed, as their manifests say, and are gone or without their mark."""
+    return manifest.ended(folder, after=max(committed(folder), default=-1))
+
+
+def clean(folder: epath.Path) -> None:
+    """Deletes what killed saves left in a bucket."""
+    for step in set(unchecked(folder)) - {*committed(folder), *lost(folder)}:
+        (folder / str(step)).rmtree()
+
+
 def listing(workdir: epath.PathLike, *, verify: bool = False) -> tuple[list[str], bool]:
     """A line for each checkpoint of a run (step, size, age, whether it is what was saved), and whether none is damaged.
 
@@ -221,8 +255,8 @@ def listing(workdir: epath.PathLike, *, verify: bool = False) -> tuple[list[str]
     there is no checkpoint.
     """
     folder = epath.Path(workdir) / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    if not steps:
+    steps, gone = committed(folder), lost(folder)
+    if not steps + gone:
         raise UsageError(f"{workdir} holds no checkpoint: give the working directory of a run that saved one")
     lines, whole, serves = [], True, None
     for step in reversed(steps):
@@ -236,4 +270,5 @@ def listing(workdir: epath.PathLike, *, verify: bool = False) -> tuple[list[str]
         size, newest = manifest.extent(folder / str(step))
         age = datetime.timedelta(seconds=max(int(time.time() - newest), 0))
         lines.insert(0, f"step {step:>8}  {size / 1e6:10.2f} MB  {age} ago  {status}")
-    return lines, whole
+    lines += [f"step {step:>8}  damaged: {manifest.damage(folder, step)}" for step in gone]
+    return lines, whole and not gone

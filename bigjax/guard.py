@@ -64,32 +64,36 @@ def storage(workdir: epath.Path) -> Iterator[None]:
 
 
 class Watchdog:
-    """Ends the process where an update takes longer than `seconds` (0: never), with the stacks of all threads.
+    """Ends the process where something watched takes longer than `seconds` (0: never), with the stacks of all threads.
 
-    It watches between `start` and `stop`, and each `beat` begins the time anew. describe: says what is worked on.
+    Each `beat` begins the time anew.
     """
 
-    def __init__(self, seconds: float, describe: Callable[[], str]):
-        self.seconds, self.describe = seconds, describe
-        self.deadline = float("inf")
+    def __init__(self, seconds: float):
+        self.seconds, self.deadline = seconds, float("inf")
         self.closed = threading.Event()
         if seconds:
             threading.Thread(target=self.watch, name="bigjax-watchdog", daemon=True).start()
 
-    def start(self) -> None:
+    @contextlib.contextmanager
+    def watching(self, what: Callable[[], str]) -> Iterator[None]:
+        """what: says what is watched while it is entered."""
+        self.what = what
+        self.beat()
+        try:
+            yield
+        finally:
+            self.deadline = float("inf")
+
+    def beat(self) -> None:
         self.deadline = time.monotonic() + self.seconds
-
-    beat = start
-
-    def stop(self) -> None:
-        self.deadline = float("inf")
 
     def watch(self) -> None:
         while not self.closed.wait(min(self.seconds / 4, 1.0)):
             if time.monotonic() > self.deadline:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 print(
-                    f"error: {self.describe()} took longer than --hang-seconds {self.seconds:g}; above is where each "
+                    f"error: {self.what()} took longer than --hang-seconds {self.seconds:g}; above is where each "
                     "thread stood; the same command goes on from the last checkpoint",
                     file=sys.stderr,
                     flush=True,

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import fsspec
 from etils import epath
 
 from bigjax.data.files import write_whole
@@ -16,16 +17,15 @@ LAST = "_CHECKPOINT_METADATA"  # the time of the commit is written into it at th
 PIECE = 2**22  # bytes read at a time
 
 
-def files(folder: epath.Path, *, known: Mapping[str, list[int]] = MappingProxyType({}), at: str = "") -> dict:
+def files(folder: epath.Path, *, known: Mapping[str, list[int]] = MappingProxyType({})) -> dict[str, list[int]]:
     """[size, crc32] of every file below a folder, by its path there, but for those already known."""
+    system, root = fsspec.core.url_to_fs(str(folder))  # lists them in one request, of which a bucket makes you wait
     found = {}
-    for path in sorted(folder.iterdir(), key=str):
-        name = at + path.name
-        if path.is_dir():
-            found |= files(path, known=known, at=name + "/")
-        elif name not in known:
+    for path in system.find(root):
+        name = path.removeprefix(f"{root}/")
+        if name not in known:
             size = crc = 0
-            with path.open("rb") as f:
+            with system.open(path, "rb") as f:
                 while piece := f.read(PIECE):
                     size, crc = size + len(piece), zlib.crc32(piece, crc)
             found[name] = [size, crc]
@@ -49,16 +49,20 @@ def write(checkpoints: epath.Path, step: int, *, where: epath.Path | None = None
     write_whole(path, json.dumps({"files": found}).encode())
 
 
-def damage(checkpoints: epath.Path, step: int) -> str | None:
-    """What is wrong with a checkpoint, "" if it is what was saved, None if no manifest says what that was."""
+def read(checkpoints: epath.Path, step: int) -> dict[str, list[int]] | None:
+    """What the manifest of a checkpoint says; None if there is none."""
     path = checkpoints / "manifests" / f"{step}.json"
-    if not path.exists():
-        return None
     try:
-        saved = json.loads(path.read_text())["files"]
+        return json.loads(path.read_text())["files"] if path.exists() else None
     except (ValueError, KeyError):
         return None  # the manifest itself is damaged: the checkpoint need not be
-    here = files(checkpoints / str(step)) if (checkpoints / str(step)).exists() else {}
+
+
+def damage(checkpoints: epath.Path, step: int) -> str | None:
+    """What is wrong with a checkpoint, "" if it is what was saved, None if no manifest says what that was."""
+    if (saved := read(checkpoints, step)) is None:
+        return None
+    here = files(checkpoints / str(step))
     for name, (size, crc) in saved.items():
         if name not in here:
             return f"its file {name} is missing"
@@ -67,6 +71,13 @@ def damage(checkpoints: epath.Path, step: int) -> str | None:
         if here[name][1] != crc:
             return f"its file {name} is not what was saved (crc32)"
     return ""
+
+
+def ended(checkpoints: epath.Path, *, after: int) -> list[int]:
+    """The steps after `after`, in order, whose checkpoints were committed when their manifests were written."""
+    folder = checkpoints / "manifests"
+    steps = sorted(int(p.stem) for p in folder.iterdir() if p.stem.isdigit()) if folder.exists() else []
+    return [n for n in steps if n > after and LAST in (read(checkpoints, n) or ())]
 
 
 def forget(checkpoints: epath.Path, kept: list[int]) -> None:

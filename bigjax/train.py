@@ -147,8 +147,7 @@ class Loop:
         self.log = metrics.Log(home, step=self.step, tensorboard=config.tensorboard, active=processes.first())
         self.batches = self.program.batches(self.step)
         self.signalled, self.at = signalled, self.step  # the update that is under way
-        self.stopped: int | None = None  # the number of the signal that asked it
-        self.watchdog = Watchdog(config.hang_seconds, self.working_on)
+        self.watchdog = Watchdog(config.hang_seconds)
         self.unread: tuple[int, Metrics, float] | None = None  # (step, window, examples/s), not yet asked of the device
         self.mark = (0.0, self.step)  # seconds trained and step at the window's start
         self.saved = time.monotonic()
@@ -179,7 +178,7 @@ class Loop:
         count = min(1, self.steps - self.step)  # the first update alone: so the time to compile is known
         while self.step < self.steps:
             self.advance(count)
-            done, number = self.step == self.steps, self.stopped
+            done = self.step == self.steps
             if done or self.step % config.log_every == 0:
                 self.end_window()
             evaluate, save = (done or self.step % n == 0 for n in (config.eval_every, config.save_every))
@@ -191,7 +190,7 @@ class Loop:
             values = self.watch.timed("eval", self.judge) if evaluate else {}
             if save:
                 self.watch.timed("checkpoint", self.save, values)
-            if number is not None and not done:
+            if (number := self.signalled(self.step)) is not None and not done:
                 self.leave(number, saved=save)
             ends = [
                 self.steps,
@@ -211,7 +210,7 @@ class Loop:
             if self.config.nonfinite == "stop" and int(self.state.skipped):
                 self.stop_nonfinite()
             self.save({})
-        self.checkpoints.wait()
+        self.wait()
         raise Interrupted(number, self.step)
 
     def working_on(self) -> str:
@@ -238,16 +237,15 @@ class Loop:
             made = so_far
             self.at = self.step + so_far
             self.watchdog.beat()
-            self.stopped = self.signalled(self.at)
-            return self.stopped is not None or (self.due() and not processes.several())  # those agree when all are here
+            stop = self.signalled(self.at) is not None
+            return stop or (self.due() and not processes.several())  # which agree when all are here
 
         def go() -> None:
-            self.watchdog.start()
-            with jax.profiler.trace(str(self.home / "profile")) if traced else contextlib.nullcontext():
+            trace = jax.profiler.trace(str(self.home / "profile")) if traced else contextlib.nullcontext()
+            with self.watchdog.watching(self.working_on), trace:
                 self.state, self.window = self.program.chunk(
                     self.state, self.window, self.batches, count, enough=enough
                 )
-            self.watchdog.stop()
             if compiling:
                 jax.block_until_ready(self.state)
                 self.mark = (0.0, self.step + made)  # neither its time nor its examples count for the speed
@@ -256,6 +254,8 @@ class Loop:
             self.watch.timed("compile" if compiling else "train", go)
         except DataError as e:
             raise UsageError(f"{self.working_on()}: {e}; the same command goes on from the last checkpoint") from e
+        if not made:
+            raise UsageError(f"{self.working_on()}: the data ended; the same command goes on from the last checkpoint")
         self.step += made
 
     def end_window(self) -> None:
@@ -312,8 +312,15 @@ class Loop:
 
     def save(self, validation: dict[str, float]) -> None:
         self.display.phase("saving")
-        self.checkpoints.save(self.step, {"state": self.state, "window": self.window}, metrics=validation or None)
+        with self.watchdog.watching(lambda: f"the save of step {self.step}"):
+            self.log.flush()
+            self.checkpoints.save(self.step, {"state": self.state, "window": self.window}, metrics=validation or None)
         self.saved = time.monotonic()
+
+    def wait(self) -> None:
+        """Until the last save is there."""
+        with self.watchdog.watching(lambda: "the last save"):
+            self.checkpoints.wait()
 
     def stop_nonfinite(self) -> None:
         """The state has stood still since the bad batch, which its number gives back: finds the module to blame."""
@@ -324,7 +331,7 @@ class Loop:
         with jax.set_mesh(None):
             state = self.state.replace(params=params, model_state=model_state)
             where = first_nonfinite(task, augment, state, batch, jax.random.fold_in(self.program.key, bad))
-        self.checkpoints.wait()
+        self.wait()
         kept = self.checkpoints.latest()
         raise UsageError(
             f"update {bad + 1} (batch {bad}) is not finite: {where}; "
@@ -337,7 +344,7 @@ class Loop:
         if self.first == self.steps:  # killed between the last save and the result: the log has the lines already
             self.log.active = False
             self.judge()
-        self.watch.timed("checkpoint", self.checkpoints.wait)
+        self.watch.timed("checkpoint", self.wait)
         result = folder.make_result(
             self.experiment,
             self.config,

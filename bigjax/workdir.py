@@ -242,7 +242,8 @@ def open_workdir(
     if not resume and config.exists():  # without it nothing there is known to be a run's
         clear(workdir)
     if not config.exists():
-        if other := sorted(p.name for p in workdir.iterdir() if p.name not in UNBEGUN):
+        there = workdir.iterdir() if workdir.is_dir() else ()  # in a bucket an empty folder is none
+        if other := sorted(p.name for p in there if p.name not in UNBEGUN):
             raise UsageError(
                 f"--workdir {workdir} holds no run, but other things ({', '.join(other[:3])}): "
                 "name an empty or new folder"

@@ -22,6 +22,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import pytest  # noqa: E402
+from gcs_server import serving  # noqa: E402
 
 from bigjax import train  # noqa: E402
 from bigjax.experiment import Experiment, RunConfig  # noqa: E402
@@ -78,15 +79,10 @@ def fit_tiny(tmp_path: Path) -> Callable[..., train.Run]:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """gs://bucket, kept by an emulator on loopback, for the processes that a test starts."""
-    pytest.importorskip("gcsfs")
-    server = pytest.importorskip("gcp_storage_emulator.server")
-    running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
-    running.start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{running._api._httpd.server_port}")
-    yield "gs://bucket"
-    running.stop()
+def bucket() -> Iterator[str]:
+    """gs://bucket, kept by an emulator on loopback, for this process and those that a test starts."""
+    with serving() as address:
+        yield address
 
 
 def run_with_devices(call: str, *, folder: Path) -> None:

@@ -27,6 +27,7 @@ class Config(RunConfig):
     eval_every: int = 30
     save_every: int = 10
     keep: int = 3
+    ema: float = 0.8
 
 
 class Slow:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigjax import UsageError
+from bigjax import SaveError, UsageError, manifest
 from bigjax.checkpoint import Checkpoints
 
 
@@ -139,7 +139,7 @@ def test_best_is_kept_beside_the_last(tmp_path, best, kept):
 FAILING = """
 import os, shutil, sys
 import jax.numpy as jnp
-from bigjax import UsageError
+from bigjax import SaveError, UsageError, manifest
 from bigjax.checkpoint import Checkpoints
 checkpoints = Checkpoints("c")
 checkpoints.save(1, {"x": jnp.zeros(1)})
@@ -165,3 +165,31 @@ def test_only_checkpoint_imports_orbax():
     library = Path(__file__).parents[1] / "bigjax"
     users = [p.name for p in library.rglob("*.py") if "orbax" in p.read_text().replace("orbax-checkpoint", "")]
     assert users == ["checkpoint.py"]
+
+
+def test_the_only_verified_one_outlives_a_save_without_checksums(tmp_path, monkeypatch):
+    """With --keep 1; the next whole save then takes its place."""
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(1, {"x": jnp.zeros(3)})
+    checkpoints.wait()
+
+    write = manifest.write
+
+    def fails(folder, step, **where):
+        if step == 2:
+            raise OSError("No space left on device")
+        write(folder, step, **where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bigjax.manifest.write", fails)
+        checkpoints.save(2, {"x": jnp.ones(3)})
+        with pytest.raises(SaveError, match="step 1 is intact"):
+            checkpoints.wait()
+    assert manifest.damage(tmp_path / "c", 1) == ""
+    again = Checkpoints(tmp_path / "c", keep=1)
+    said = []
+    assert again.newest(tell=said.append) == 1 and not said
+    again.save(3, {"x": jnp.ones(3)})
+    again.wait()
+    assert again.steps() == [3] and manifest.damage(tmp_path / "c", 3) == ""
+    again.close()

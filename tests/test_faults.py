@@ -19,17 +19,19 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from etils import epath
 from test_families import FAMILIES
 
 from bigjax.checkpoint import Checkpoints
 from bigjax.metrics import read_log
 
 SCRIPT = REPOSITORY / "tests" / "fault_script.py"
+Folder = Path | epath.Path
 SLOW = "0.004"  # seconds an example: 30 ms an update, so that most moments are in training
 
 
 @contextlib.contextmanager
-def started(folder: Path, *flags: str, **environment: str) -> Iterator[subprocess.Popen]:
+def started(folder: Folder, *flags: str, **environment: str) -> Iterator[subprocess.Popen]:
     """The script, which does not outlive the test."""
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     process = subprocess.Popen(
@@ -60,12 +62,12 @@ def until(condition: Callable[[], bool], *, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def lines(folder: Path) -> list[dict]:
+def lines(folder: Folder) -> list[dict]:
     """The log without what depends on the clock."""
     return [{k: v for k, v in r.items() if k != "examples_per_second"} for r in read_log(folder / "metrics.jsonl")]
 
 
-def state(folder: Path) -> dict[str, np.ndarray]:
+def state(folder: Folder) -> dict[str, np.ndarray]:
     """All that the newest checkpoint holds, as bytes are compared."""
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     step = checkpoints.latest()
@@ -75,7 +77,7 @@ def state(folder: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves} | {"step": np.array(step)}
 
 
-def same(one: Path, two: Path) -> None:
+def same(one: Folder, two: Folder) -> None:
     """The same bits in parameters, optimizer, model state, averages and open window; the same log."""
     a, b = state(one), state(two)
     assert a.keys() == b.keys() and len(a) > 8
@@ -123,7 +125,7 @@ def test_told_to_stop_it_saves_and_goes_on(
 
 
 KILLS = {"saving": 3, "between": 4, "anywhere": 3}
-LONG = ("--steps", "400", "--eval-every", "200")
+LONG = ("--steps", "400", "--eval-every", "200", "--save-every", "20")
 
 
 def kill(run: Path, family: str, moment: str, draw: random.Random) -> str | None:
@@ -146,6 +148,7 @@ def kill(run: Path, family: str, moment: str, draw: random.Random) -> str | None
         elif moment == "between":
             until(lambda: over() or resumed())
             time.sleep(draw.uniform(0, 0.6))
+            until(lambda: over() or not saving())
         else:
             time.sleep(draw.uniform(0, 6))
         process.send_signal(signal.SIGKILL)

@@ -1,13 +1,15 @@
-"""The watchdog by itself: `test_faults.py` has it in a run."""
+"""The watchdog and the errors of storage by themselves: `test_faults.py` and `test_disk.py` have them in a run."""
 
+import errno
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from etils import epath
 
-from bigjax import guard
+from bigjax import SaveError, guard
 
 ENDED: list[int] = []  # the exit statuses that it would have ended this process with
 
@@ -22,7 +24,7 @@ def watchdog(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], guar
         made[0].closed.set()
 
     def make(seconds: float) -> guard.Watchdog:
-        made.append(guard.Watchdog(seconds, lambda: "update 7"))
+        made.append(guard.Watchdog(seconds))
         return made[0]
 
     ENDED.clear()
@@ -41,8 +43,8 @@ def test_the_watchdog_ends_what_takes_too_long(
     watchdog: Callable[[float], guard.Watchdog], capfd: pytest.CaptureFixture
 ) -> None:
     dog = watchdog(0.2)
-    dog.start()
-    dog.closed.wait(10)
+    with dog.watching(lambda: "update 7"):
+        dog.closed.wait(10)
     assert ENDED == [guard.HUNG]
     said = capfd.readouterr().err
     assert "Thread 0x" in said and "error: update 7 took longer than --hang-seconds 0.2" in said
@@ -52,16 +54,28 @@ def test_the_watchdog_leaves_alone_what_goes_on_and_what_it_does_not_watch(
     watchdog: Callable[[float], guard.Watchdog],
 ) -> None:
     dog = watchdog(1.0)
-    time.sleep(1.5)  # not started
-    dog.start()
-    for _ in range(15):
-        time.sleep(0.1)
-        dog.beat()
-    dog.stop()
+    time.sleep(1.5)  # nothing is watched
+    with dog.watching(lambda: "update 7"):
+        for _ in range(15):
+            time.sleep(0.1)
+            dog.beat()
     time.sleep(1.5)
     assert len(watching()) == 1 and ENDED == []
 
 
 def test_a_watchdog_of_0_seconds_does_not_watch(watchdog: Callable[[float], guard.Watchdog]) -> None:
-    watchdog(0).start()
-    assert not watching()
+    with watchdog(0).watching(lambda: "update 7"):
+        assert not watching()
+
+
+def test_a_full_disk_is_one_line() -> None:
+    """And what has nothing to do with the working directory stays as it is."""
+    for error, words in [
+        (OSError(errno.ENOSPC, "No space left on device"), r"^the run in runs/x cannot go on.*make room there"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x/metrics.jsonl"), "Permission denied.*writable"),
+    ]:
+        with pytest.raises(SaveError, match=words), guard.storage(epath.Path("runs/x")):
+            raise error
+    for other in (FileNotFoundError(errno.ENOENT, "no", "runs/x/a"), PermissionError(errno.EACCES, "no", "elsewhere")):
+        with pytest.raises(type(other)), guard.storage(epath.Path("runs/x")):
+            raise other

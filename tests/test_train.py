@@ -390,6 +390,12 @@ def test_another_model_under_the_same_settings_is_refused(straight, tmp_path):
 # ---- how long
 
 
+@pytest.mark.parametrize("minutes, steps", [(1e-9, [1, 2, 3, 4, 5, 6]), (0, [6]), (60, [6])])
+def test_it_saves_when_so_many_minutes_are_over(minutes, steps, tmp_path):
+    fit(tmp_path, save_minutes=minutes, save_every=10**6, keep=9)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == steps
+
+
 def test_steps_epochs_minutes_whichever_ends_first():
     def planned(**limits: Any) -> int:
         return train.planned_steps(RunConfig(batch_size=8, **limits), 60, lambda: 0.5)

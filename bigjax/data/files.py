@@ -14,11 +14,15 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from fsspec.config import conf
 
 from bigjax import UsageError
 from bigjax.data.pipeline import Split
 
 THREADS = 16
+
+# gcsfs remembers the listings of folders, and forever: what TensorStore or another process writes there would be missed
+conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 @dataclass(frozen=True)
