@@ -127,8 +127,8 @@ def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The settings that differ, as `learning_rate: 0.001 -> 0.01`; those of FREE are left out."""
     lines = []
-    for k in sorted(old.keys() | new.keys()):
-        a, b = old.get(k), new.get(k)
+    for k in sorted(old.keys() & new.keys()):  # a flag that came or went with a release must not orphan a run
+        a, b = old[k], new[k]
         if (not prefix and k in FREE) or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):

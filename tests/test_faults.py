@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,8 +23,10 @@ from conftest import REPOSITORY
 from etils import epath
 from test_families import FAMILIES
 
-from bigjax.checkpoint import Checkpoints
+import bigjax
+from bigjax.checkpoint import Checkpoints, listing
 from bigjax.metrics import read_log
+from bigjax.optim import path_string
 
 SCRIPT = REPOSITORY / "tests" / "fault_script.py"
 Folder = Path | epath.Path
@@ -74,7 +77,7 @@ def state(folder: Folder) -> dict[str, np.ndarray]:
     tree = checkpoints.restore(step, checkpoints.shapes(step))
     checkpoints.close()
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves} | {"step": np.array(step)}
+    return {path_string(path): np.asarray(x) for path, x in leaves} | {"step": np.array(step)}
 
 
 def same(one: Folder, two: Folder) -> None:
@@ -334,3 +337,23 @@ def test_a_batch_that_is_not_finite_stops_the_run_or_is_skipped_and_counted(
     there = peaceful("cnn", *skip, NAN="7")
     same(there, run)
     assert json.loads((run / "result.json").read_text())["skipped"] == 20 and state(run)["step"] == 60
+
+
+def test_what_the_first_release_saved_can_still_be_used(tmp_path: Path) -> None:
+    """golden/run_0.1.tar.gz: step 20 of 60 of this script's cnn as release 0.1 left it, and its numbers beside it."""
+    with tarfile.open(REPOSITORY / "tests" / "golden" / "run_0.1.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    run = tmp_path / "run"
+    listed, whole = listing(run, verify=True)
+    assert whole and listed == [listed[0]] and "verified; the next run resumes here" in listed[0]
+    with np.load(run / "expected.npz") as expected:
+        there = state(run)
+        assert there.keys() - {"step"} == set(expected.files) and len(there) > 60
+        for k in expected.files:
+            np.testing.assert_array_equal(there[k], expected[k], err_msg=k)
+    model, variables = bigjax.load(run)
+    assert model.apply(variables, np.zeros((2, 4, 4, 1), np.float32)).shape == (2, 3)
+    status, out, err = finish(run)
+    assert status == 0 and "resuming at step 20" in out, err
+    assert json.loads((run / "result.json").read_text())["step"] == 60
+    assert [r["step"] for r in lines(run) if r["split"] == "train"] == [*range(7, 60, 7), 60]
