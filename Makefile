@@ -20,6 +20,10 @@ slow: $(INSTALLED) ## the long proofs, with the TPU compiler
 mutants: $(INSTALLED) ## break the code on purpose: which tests stay green?
 	$(RUN) -m pytest -n 2 -m slow tests/test_mutants.py
 
+FAULTS := faults disk manifest buckets other_devices processes soak families
+faults: $(INSTALLED) ## kill, corrupt and cut off training, and compare the bits
+	$(RUN) -m pytest -n 2 $(FAULTS:%=tests/test_%.py)
+
 lint: $(INSTALLED) ## ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -29,4 +33,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: help demo test slow mutants lint
+.PHONY: help demo test slow faults mutants lint

@@ -103,6 +103,7 @@ def peaceful(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
+TWO = pytest.mark.parametrize("family", ["cnn", pytest.param("gan", marks=pytest.mark.slow)])
 FEW = [f if f == "cnn" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
@@ -209,9 +210,10 @@ def test_two_at_once_are_refused_and_a_kill_leaves_no_lock(tmp_path: Path) -> No
     assert finish(run)[0] == 0
 
 
-def test_an_update_that_hangs_ends_with_stacks_and_the_batch(tmp_path: Path) -> None:
+@TWO
+def test_an_update_that_hangs_ends_with_stacks_and_the_batch(family: str, tmp_path: Path) -> None:
     """The example that hangs is read after the first batches: what waits for it is named."""
-    status, _, err = finish(tmp_path / "run", "--hang-seconds", "20", "--steps", "200", HANG="5")
+    status, _, err = finish(tmp_path / "run", "--family", family, "--hang-seconds", "20", "--steps", "200", HANG="5")
     assert status == 4, err
     assert "Thread 0x" in err and "bigjax-prefetch" in err or "prefetch.py" in err
     last = err.strip().splitlines()[-1]
@@ -286,12 +288,14 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run
 
 
-@pytest.mark.parametrize("damaged", ["RAISE", pytest.param("EXIT", marks=pytest.mark.slow)])
-def test_an_example_that_cannot_be_read_is_named(damaged: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family, damaged", [("cnn", "RAISE"), *(pytest.param(f, "EXIT", marks=pytest.mark.slow) for f in ("cnn", "gan"))]
+)
+def test_an_example_that_cannot_be_read_is_named(family: str, damaged: str, tmp_path: Path) -> None:
     """Its worker raises, or ends; nothing hangs or stays behind, and what was saved serves."""
     shared, run = set(Path("/dev/shm").iterdir()), tmp_path / "run"
     begin = time.monotonic()
-    with started(run, **{damaged: "5"}) as process:
+    with started(run, "--family", family, **{damaged: "5"}) as process:
         _, err = process.communicate(timeout=60)
         assert children(process.pid) == set()
     assert process.returncode == 2 and time.monotonic() - begin < 60
@@ -299,7 +303,7 @@ def test_an_example_that_cannot_be_read_is_named(damaged: str, tmp_path: Path) -
     assert line.startswith("error: example 5 of the data cannot be read or transformed (")
     assert ("OSError: it cannot be decoded, fault_script.py line" if damaged == "RAISE" else "SystemExit") in line
     assert set(Path("/dev/shm").iterdir()) <= shared
-    assert finish(run)[0] == 0
+    assert finish(run, "--family", family)[0] == 0
 
 
 def children(pid: int) -> set[str]:
@@ -308,11 +312,12 @@ def children(pid: int) -> set[str]:
     return set(found.stdout.split())
 
 
-def test_a_prefetch_thread_that_dies_is_named_with_its_batch(tmp_path: Path) -> None:
+@TWO
+def test_a_prefetch_thread_that_dies_is_named_with_its_batch(family: str, tmp_path: Path) -> None:
     """Ended by an exception from outside, at some moment of the training."""
     run = tmp_path / "run"
     begin = time.monotonic()
-    status, _, err = finish(run, "--steps", "100000", SLEEP="0.02", END_PREFETCH="6")
+    status, _, err = finish(run, "--family", family, "--steps", "100000", SLEEP="0.02", END_PREFETCH="6")
     assert status == 2 and time.monotonic() - begin < 6 + 30, err
     (line,) = err.strip().splitlines()
     assert re.match(
@@ -321,20 +326,21 @@ def test_a_prefetch_thread_that_dies_is_named_with_its_batch(tmp_path: Path) -> 
     assert line.endswith("; the same command goes on from the last checkpoint")
 
 
+@TWO
 def test_a_batch_that_is_not_finite_stops_the_run_or_is_skipped_and_counted(
-    tmp_path: Path, peaceful: Callable[..., Path]
+    family: str, tmp_path: Path, peaceful: Callable[..., Path]
 ) -> None:
     """Also across a kill; example 7 comes in every epoch of three batches."""
-    status, _, err = finish(tmp_path / "stops", NAN="7")
+    status, _, err = finish(tmp_path / "stops", "--family", family, NAN="7")
     assert status == 2
     assert re.match(r"error: update [123] \(batch [012]\) is not finite: the data's 'image' is not; ", err), err
-    skip = ("--nonfinite", "skip")
+    skip = ("--family", family, "--nonfinite", "skip")
     run = tmp_path / "run"
     with started(run, *skip, SLEEP="0.02", NAN="7") as process:
         until(lambda: newest(run) >= 30)
         process.kill()
     assert finish(run, *skip, NAN="7")[0] == 0
-    there = peaceful("cnn", *skip, NAN="7")
+    there = peaceful(*skip[1:], NAN="7")
     same(there, run)
     assert json.loads((run / "result.json").read_text())["skipped"] == 20 and state(run)["step"] == 60
 

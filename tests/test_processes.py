@@ -28,7 +28,9 @@ LAUNCHER = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_SERVICE_HOST", 
 
 
 @contextlib.contextmanager
-def started(*commands: list[str], devices: int, **variables: str) -> Iterator[list[subprocess.Popen]]:
+def started(
+    *commands: list[str], devices: int, script: str = SCRIPT.name, **variables: str
+) -> Iterator[list[subprocess.Popen]]:
     """The script once with each command's flags; none of them outlives the test."""
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)}
@@ -36,7 +38,7 @@ def started(*commands: list[str], devices: int, **variables: str) -> Iterator[li
     running: list[subprocess.Popen] = []
     try:
         for flags in commands:
-            command = [sys.executable, str(SCRIPT), *flags]
+            command = [sys.executable, str(SCRIPT.with_name(script)), *flags]
             running.append(
                 subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             )
@@ -198,25 +200,31 @@ def bits(one: Path, two: Path) -> None:
     assert logs[0] == logs[1]
 
 
-LONG = ["--steps", "60", "--eval-every", "30", "--save-every", "10", "--log-every", "4"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("model, mesh", [("cnn", ""), ("gpt", "--mesh.data 1 --mesh.fsdp 8")])
-def test_one_is_killed_and_both_restarted_resume_exactly(model: str, mesh: str, tmp_path: Path) -> None:
-    flags = ["--model", model, *mesh.split(), *LONG]
-    train(tmp_path / "straight", *flags)
-    run, port = tmp_path / "run", free_port()
-    commands = [["--workdir", str(run), *flags, *place(i, port)] for i in (0, 1)]
-    with started(*commands, devices=4, HOLD="1") as running:  # in the evaluation of step 30
+@pytest.mark.parametrize("family", ["cnn", "gan"])
+def test_one_is_killed_and_both_restarted_resume_exactly(family: str, tmp_path: Path) -> None:
+    """The script of test_faults: batch statistics over both, averaged parameters, data read by index."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+
+    def commands(folder: Path) -> list[list[str]]:
+        port = free_port()
+        return [["--workdir", str(folder), "--family", family, *place(i, port)] for i in (0, 1)]
+
+    with started(*commands(straight), devices=4, script="fault_script.py") as running:
+        assert [said(p)[0] for p in running] == [0, 0]
+    with started(*commands(run), devices=4, script="fault_script.py", SLEEP="0.1") as running:
         wait_for(lambda: (run / "checkpoints" / "20").exists(), running)
-        time.sleep(1)
+        time.sleep(0.3)
         running[1].send_signal(signal.SIGKILL)
+        begin = time.monotonic()
         status, _, err = said(running[0], timeout=60)
+        assert time.monotonic() - begin < 20
         assert status == 3 and f"pid {running[1].pid}) is gone" in err
-    (_, told, _), _ = train(run, *flags)
-    assert "resuming at step 20" in told
-    bits(tmp_path / "straight", run)
+    assert not (run / "result.json").exists()
+    with started(*commands(run), devices=4, script="fault_script.py") as running:
+        (status, told, err), (other, _, _) = [said(p) for p in running]
+    assert (status, other) == (0, 0) and "resuming at step " in told, err
+    bits(straight, run)
 
 
 @pytest.mark.slow
