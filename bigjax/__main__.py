@@ -1,5 +1,6 @@
 """python -m bigjax: what concerns no single experiment."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ def main() -> None:
         elif isinstance(command, Doctor):
             from bigjax import doctor
 
+            logging.disable(logging.ERROR)  # storage libraries log each attempt; the line says what came of them
             with processes.joined(command.distributed, {"command": "doctor"}):
                 well = doctor.examine(command.workdir, quick=command.quick)
             sys.stdout.flush()
