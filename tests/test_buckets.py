@@ -26,6 +26,7 @@ from test_manifest import newest
 import bigjax
 from bigjax import Interrupted, UsageError, manifest, metrics, train
 from bigjax.checkpoint import Checkpoints, committed, listing, unchecked
+from bigjax.optim import path_string
 from bigjax.workdir import clear
 
 STARTING = 2.0  # seconds in which a process imports and compiles, and polling the bucket would only slow it down
@@ -259,7 +260,7 @@ def test_what_users_call(peaceful: Callable) -> None:
     _, variables = bigjax.load(run)
     kept = state(run)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
-        np.testing.assert_array_equal(leaf, kept[f"['state']['ema']['model']{jax.tree_util.keystr(path)}"])
+        np.testing.assert_array_equal(leaf, kept[f"state/ema/model/{path_string(path)}"])
     again = resume(run, "cnn")
     assert again.state is None and again.result["step"] == 60 and (run / "report.html").exists()
     old = copy(run, run.parent / "old")
