@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import Interrupted, UsageError, guard, metrics, processes, sharding
+from bigjax import Interrupted, UsageError, guard, metrics, processes, restore, sharding
 from bigjax import workdir as folder
 from bigjax.checkpoint import Checkpoints, to_stderr
 from bigjax.data import pipeline
@@ -162,7 +162,7 @@ class Loop:
             return step, saved["state"], saved["window"]
         state = self.watch.timed("compile", lambda: jax.block_until_ready(program.initialize(program.key)))
         if self.config.init_from:
-            state, said = folder.transfer(state, self.config.init_from)
+            state, said = restore.transfer(state, self.config.init_from)
             self.display.line(said)
         return 0, state, program.fresh_window()
 

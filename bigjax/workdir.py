@@ -1,10 +1,8 @@
-"""The working directory of a run: what it holds, whether it may be resumed, and how to get a finished model back."""
+"""The working directory of a run: what it holds, and whether it may be resumed."""
 
 import contextlib
 import dataclasses
 import fcntl
-import importlib
-import importlib.util
 import json
 import os
 import resource
@@ -15,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -24,7 +21,7 @@ from bigjax import UsageError, processes
 from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics, per_class, read_log
-from bigjax.optim import path_string
+from bigjax.modules import module_spec
 
 # Settings that may differ between a run and its resumption: they change no number.
 FREE = {
@@ -41,53 +38,6 @@ UNBEGUN = {".lock", ".writable", "source.patch", "config.json.part"}  # what a k
 def write_json(path: epath.Path, value: Any) -> None:
     """Atomically: the file is there whole or not at all."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def module_spec(module: nn.Module) -> dict[str, Any]:
-    """A Linen module as JSON: its class and its fields."""
-
-    cls = type(module)
-
-    def value(name: str, v: Any) -> Any:
-        if isinstance(v, nn.Module):
-            return module_spec(v)
-        if isinstance(v, tuple | list):
-            return [value(name, part) for part in v]
-        if v is not None and not isinstance(v, bool | int | float | str):
-            raise UsageError(
-                f"field {name} of {cls.__qualname__} is a {type(v).__name__}, which a run cannot record: make it "
-                "a number, a text (a name to look up), a module or a tuple of these"
-            )
-        return v
-
-    spec = {"class": f"{cls.__module__}.{cls.__qualname__}"}
-    if cls.__module__ == "__main__" and hasattr(sys.modules["__main__"], "__file__"):
-        spec["file"] = str(epath.Path(sys.modules["__main__"].__file__).resolve())
-    names = [f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")]
-    return {**spec, "fields": {n: value(n, getattr(module, n)) for n in names}}
-
-
-def module_from(spec: Mapping[str, Any]) -> nn.Module:
-    """The module that `module_spec` described."""
-    where, _, name = spec["class"].rpartition(".")
-    main = getattr(sys.modules["__main__"], "__file__", None)
-    if "file" in spec and main and str(epath.Path(main).resolve()) == spec["file"]:
-        module = sys.modules["__main__"]  # the script itself asks: it must not run once more
-    elif "file" in spec:
-        if not epath.Path(spec["file"]).exists():
-            raise UsageError(f"the script {spec['file']} that defines {name} is gone: put it back to load this run")
-        loader = importlib.util.spec_from_file_location("bigjax_run_script", spec["file"])
-        module = sys.modules[loader.name] = importlib.util.module_from_spec(loader)  # dataclasses look their module up
-        loader.loader.exec_module(module)
-    else:
-        module = importlib.import_module(where)
-
-    def value(v: Any) -> Any:
-        if isinstance(v, dict) and "class" in v:
-            return module_from(v)
-        return tuple(map(value, v)) if isinstance(v, list) else v
-
-    return getattr(module, name)(**{k: value(v) for k, v in spec["fields"].items()})
 
 
 def git(*arguments: str) -> str | None:
@@ -147,39 +97,6 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as e:
         raise UsageError(f"{path} is not readable as JSON ({e}): restore it, or use another --workdir") from None
-
-
-def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """(module, variables) of a finished or interrupted run, from its newest checkpoint, on the first device.
-
-    `player` chooses among several (a GAN's "generator"). If the run kept averaged parameters (--ema), you get those.
-
-        model, variables = bigjax.load("runs/mnist_cnn")
-        logits_BC = model.apply(variables, images_BHWC)
-
-    Raises UsageError if there is no run, no checkpoint or no such player.
-    """
-    from bigjax.checkpoint import Checkpoints, to_stderr
-
-    models = read_config(workdir)["models"]
-    if player is None and len(models) == 1:
-        player = next(iter(models))
-    if player not in models:
-        raise UsageError(
-            f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})"
-        )
-    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
-    step = checkpoints.newest(tell=to_stderr)
-    if step is None:
-        raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
-    state = checkpoints.shapes(step)["state"]
-    chosen = {k: {player: state[k][player]} for k in ("params", "model_state", "ema") if player in (state.get(k) or {})}
-    if "ema" in chosen:
-        del chosen["params"]
-    saved = checkpoints.restore(step, {"state": chosen})["state"]
-    checkpoints.close()
-    weights = saved.get("ema") or saved["params"]
-    return module_from(models[player]), {"params": weights[player], **saved.get("model_state", {}).get(player, {})}
 
 
 def clear(workdir: epath.Path) -> None:
@@ -277,64 +194,6 @@ def once(workdir: epath.Path, key: str, compute: Callable[[], Any]) -> Any:
         return computed
 
     return processes.from_first(keep)
-
-
-def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
-    """The state with those parameters of another run whose path and shape are the same, and lines that say which.
-
-    A shape in which neighbouring axes are one, as heads are merged, counts as the same.
-
-    Raises UsageError where the source has no checkpoint, or nothing fits.
-    """
-    from bigjax.checkpoint import Checkpoints, to_stderr
-
-    read_config(source)
-    checkpoints = Checkpoints(epath.Path(source) / "checkpoints", read_only=True)
-    step = checkpoints.newest(tell=to_stderr)
-    if step is None:
-        raise UsageError(f"--init-from {source} holds no checkpoint: give a run that saved one")
-    saved = checkpoints.shapes(step)["state"]["params"]
-    there = {path_string(path): s for path, s in jax.tree.leaves_with_path(saved)}
-    here = {path_string(path): x for path, x in jax.tree.leaves_with_path(state.params)}
-    taken = {k for k, x in here.items() if k in there and regrouped(there[k].shape, x.shape)}
-    if not taken:
-        raise UsageError(f"--init-from {source}: none of its parameters has a path and shape of this model")
-    same = {k: x.sharding for k, x in here.items() if k in taken and there[k].shape == x.shape}
-
-    def placed(path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=same.get(path_string(path), s.sharding))
-
-    abstract = jax.tree_util.tree_map_with_path(placed, saved)
-    values = checkpoints.restore(step, {"state": {"params": abstract}})["state"]["params"]
-    checkpoints.close()
-    values = {path_string(path): x for path, x in jax.tree.leaves_with_path(values)}
-
-    def choose(path: Any, x: Any) -> Any:
-        k = path_string(path)
-        if k in taken and k not in same:
-            return jax.device_put(np.asarray(values[k]).reshape(x.shape).astype(x.dtype), x.sharding)
-        return values[k].astype(x.dtype) if k in taken else x
-
-    params = jax.tree_util.tree_map_with_path(choose, state.params)
-    lists = {
-        f"took {len(taken)} of {len(here)} parameters from {source} at step {step}": [k for k in here if k in taken],
-        "reshaped": [f"{k} {there[k].shape} -> {x.shape}" for k, x in here.items() if k in taken and k not in same],
-        "left as initialized": [
-            f"{k} {x.shape}" + (f" (there {there[k].shape})" if k in there else "")
-            for k, x in here.items()
-            if k not in taken
-        ],
-        "not in this model": [k for k in there if k not in here],
-    }
-    ema = jax.tree.map(jax.numpy.copy, params) if state.ema else state.ema
-    said = "\n  ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
-    return state.replace(params=params, ema=ema), said
-
-
-def regrouped(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """Whether two shapes are the same but for neighbouring axes that one of them has as one: (4, 6) and (4, 2, 3)."""
-    ends = [set(np.cumprod((1, *shape)).tolist()) for shape in (old, new)]
-    return np.prod(old) == np.prod(new) and (ends[0] <= ends[1] or ends[1] <= ends[0])
 
 
 def last_line(workdir: epath.Path, split: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ import pytest
 from conftest import REPOSITORY, blobs, tiny_experiment
 
 import bigjax
-from bigjax import UsageError, metrics, train
+from bigjax import UsageError, metrics, restore, train
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures, Published, RunConfig
@@ -565,13 +565,11 @@ def test_the_first_module_that_overflows_is_named(tmp_path):
 
 
 def test_init_from_takes_what_fits_and_lists_what_is_left(straight):
-    from bigjax import workdir
-
     model = MLP(features=(8,), outputs=5, batch_norm=True)  # another head
     experiment = tiny_experiment(model=model, task=classify(model, classes=5))
     program = train.Program(experiment, flags(Path("unused"), ema=0.5), experiment.train, steps=1)
     fresh = program.initialize(program.key)
-    state, said = workdir.transfer(fresh, straight.folder)
+    state, said = restore.transfer(fresh, straight.folder)
     theirs = saved(straight.folder, 6)["state"]["params"]["model"]
     chex.assert_trees_all_equal(state.params["model"]["dense_0"], theirs["dense_0"])
     chex.assert_trees_all_equal(state.params["model"]["norm_0"], theirs["norm_0"])
@@ -600,9 +598,7 @@ def test_init_from_takes_what_fits_and_lists_what_is_left(straight):
     ],
 )
 def test_shapes_that_only_group_their_axes_otherwise(old, new, same):
-    from bigjax import workdir
-
-    assert workdir.regrouped(old, new) == same
+    assert restore.regrouped(old, new) == same
 
 
 class Grouped(nn.Module):

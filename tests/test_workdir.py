@@ -20,7 +20,7 @@ from flax import nnx
 from flax.nnx import bridge
 
 import bigjax
-from bigjax import UsageError, train, workdir
+from bigjax import UsageError, modules, train, workdir
 from bigjax.experiment import RunConfig
 from bigjax.models import CNN, MLP
 from bigjax.tasks import Task, classify
@@ -259,8 +259,8 @@ class Pair(nn.Module):
 
 def test_modules_within_modules_round_trip():
     module = Pair(parts=(MLP(features=()), CNN(features=(1, 2))), head=MLP(outputs=2))
-    text = json.dumps(workdir.module_spec(module))
-    assert workdir.module_from(json.loads(text)) == module
+    text = json.dumps(modules.module_spec(module))
+    assert modules.module_from(json.loads(text)) == module
 
 
 def test_a_field_that_cannot_be_recorded_is_named(tmp_path):

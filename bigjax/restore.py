@@ -1,0 +1,101 @@
+"""What other work takes from a run: its model, or the parameters to start from."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from etils import epath
+
+from bigjax import UsageError
+from bigjax.checkpoint import Checkpoints, to_stderr
+from bigjax.modules import module_from
+from bigjax.optim import path_string
+from bigjax.workdir import read_config
+
+
+def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """(module, variables) of a finished or interrupted run, from its newest checkpoint, on the first device.
+
+    `player` chooses among several (a GAN's "generator"). If the run kept averaged parameters (--ema), you get those.
+
+        model, variables = bigjax.load("runs/mnist_cnn")
+        logits_BC = model.apply(variables, images_BHWC)
+
+    Raises UsageError if there is no run, no checkpoint or no such player.
+    """
+    models = read_config(workdir)["models"]
+    if player is None and len(models) == 1:
+        player = next(iter(models))
+    if player not in models:
+        raise UsageError(
+            f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})"
+        )
+    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
+    step = checkpoints.newest(tell=to_stderr)
+    if step is None:
+        raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
+    state = checkpoints.shapes(step)["state"]
+    chosen = {k: {player: state[k][player]} for k in ("params", "model_state", "ema") if player in (state.get(k) or {})}
+    if "ema" in chosen:
+        del chosen["params"]
+    saved = checkpoints.restore(step, {"state": chosen})["state"]
+    checkpoints.close()
+    weights = saved.get("ema") or saved["params"]
+    return module_from(models[player]), {"params": weights[player], **saved.get("model_state", {}).get(player, {})}
+
+
+def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
+    """The state with those parameters of another run whose path and shape are the same, and lines that say which.
+
+    A shape in which neighbouring axes are one, as heads are merged, counts as the same.
+
+    Raises UsageError where the source has no checkpoint, or nothing fits.
+    """
+    read_config(source)
+    checkpoints = Checkpoints(epath.Path(source) / "checkpoints", read_only=True)
+    step = checkpoints.newest(tell=to_stderr)
+    if step is None:
+        raise UsageError(f"--init-from {source} holds no checkpoint: give a run that saved one")
+    saved = checkpoints.shapes(step)["state"]["params"]
+    there = {path_string(path): s for path, s in jax.tree.leaves_with_path(saved)}
+    here = {path_string(path): x for path, x in jax.tree.leaves_with_path(state.params)}
+    taken = {k for k, x in here.items() if k in there and regrouped(there[k].shape, x.shape)}
+    if not taken:
+        raise UsageError(f"--init-from {source}: none of its parameters has a path and shape of this model")
+    same = {k: x.sharding for k, x in here.items() if k in taken and there[k].shape == x.shape}
+
+    def placed(path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=same.get(path_string(path), s.sharding))
+
+    abstract = jax.tree_util.tree_map_with_path(placed, saved)
+    values = checkpoints.restore(step, {"state": {"params": abstract}})["state"]["params"]
+    checkpoints.close()
+    values = {path_string(path): x for path, x in jax.tree.leaves_with_path(values)}
+
+    def choose(path: Any, x: Any) -> Any:
+        k = path_string(path)
+        if k in taken and k not in same:
+            return jax.device_put(np.asarray(values[k]).reshape(x.shape).astype(x.dtype), x.sharding)
+        return values[k].astype(x.dtype) if k in taken else x
+
+    params = jax.tree_util.tree_map_with_path(choose, state.params)
+    lists = {
+        f"took {len(taken)} of {len(here)} parameters from {source} at step {step}": [k for k in here if k in taken],
+        "reshaped": [f"{k} {there[k].shape} -> {x.shape}" for k, x in here.items() if k in taken and k not in same],
+        "left as initialized": [
+            f"{k} {x.shape}" + (f" (there {there[k].shape})" if k in there else "")
+            for k, x in here.items()
+            if k not in taken
+        ],
+        "not in this model": [k for k in there if k not in here],
+    }
+    ema = jax.tree.map(jax.numpy.copy, params) if state.ema else state.ema
+    said = "\n  ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+    return state.replace(params=params, ema=ema), said
+
+
+def regrouped(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether two shapes are the same but for neighbouring axes that one of them has as one: (4, 6) and (4, 2, 3)."""
+    ends = [set(np.cumprod((1, *shape)).tolist()) for shape in (old, new)]
+    return np.prod(old) == np.prod(new) and (ends[0] <= ends[1] or ends[1] <= ends[0])
