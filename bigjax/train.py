@@ -151,6 +151,7 @@ class Loop:
         self.unread: tuple[int, Metrics, float] | None = None  # (step, window, examples/s), not yet asked of the device
         self.mark = (0.0, self.step)  # seconds trained and step at the window's start
         self.saved = time.monotonic()
+        self.waited = 0.0  # seconds for the batch of the update that compiled
 
     def start(self) -> tuple[int, TrainState, Metrics]:
         """Resume; or else initialize, from another run's parameters if asked."""
@@ -249,6 +250,7 @@ class Loop:
             if compiling:
                 jax.block_until_ready(self.state)
                 self.mark = (0.0, self.step + made)  # neither its time nor its examples count for the speed
+                self.waited = self.batches.wait_seconds
 
         try:
             self.watch.timed("compile" if compiling else "train", go)
@@ -283,7 +285,7 @@ class Loop:
             self.display.line(
                 f"step {step}: {values['skipped']:.1%} of the updates since the last line were not finite and dropped"
             )
-        wait = self.watch.seconds["data_wait"] = self.batches.wait_seconds
+        wait = self.watch.seconds["data_wait"] = self.batches.wait_seconds - self.waited
         self.log.write(step, "train", values | ({"examples_per_second": speed} if np.isfinite(speed) else {}))
         share = wait / max(self.watch.seconds["train"], 1e-9)
         self.display.update(step, self.steps, metrics=values, examples_per_second=speed, data_wait_fraction=share)

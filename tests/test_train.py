@@ -213,6 +213,7 @@ def test_time_is_accounted_for(straight):
         all(seconds[k] > 0 for k in ("total", "compile", "train", "eval", "checkpoint")) and seconds["data_wait"] >= 0
     )
     assert sum(seconds[k] for k in ("compile", "train", "eval", "checkpoint")) <= seconds["total"] + 0.05
+    assert seconds["data_wait"] <= seconds["train"]  # of which it is a part
     assert straight.run.result["examples_per_second"] > 0
 
 
