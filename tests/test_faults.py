@@ -135,7 +135,7 @@ def test_told_to_stop_it_saves_and_goes_on(
 
 
 KILLS = {"saving": 3, "between": 4, "anywhere": 3}
-LONG = ("--steps", "400", "--eval-every", "200", "--save-every", "20")
+LONG = ("--steps", "1000", "--eval-every", "500", "--save-every", "20")
 
 
 def kill(run: Path, family: str, moment: str, draw: random.Random) -> str | None:
