@@ -100,6 +100,7 @@ FAULTS: dict[str, tuple[Callable[[Disk], None], Callable[[Disk], None], str]] = 
     "read_only": (freeze, thaw, "Read-only file system"),
     "permission": (forbid, allow, "Permission denied"),
 }
+LONG = ("--steps", "200", "--eval-every", "100")
 FAST = {("cnn", "full_24"), ("cnn", "permission")}
 
 
@@ -120,7 +121,7 @@ def test_a_save_that_fails_stops_the_run_and_loses_nothing(
     """One line, status 2, no result; the checkpoint before is whole, and once it can be written the run goes on."""
     harm, heal, words = FAULTS[fault]
     run = disk.seen / "run"
-    with disk.training("--family", family, SLEEP="0.03") as process:
+    with disk.training("--family", family, *LONG, SLEEP="0.03") as process:
         until(lambda: newest(run) >= 20 or process.poll() is not None)
         harm(disk)
         good = newest(run)
@@ -135,8 +136,8 @@ def test_a_save_that_fails_stops_the_run_and_loses_nothing(
     assert newest(run) >= good >= 20
     lines, whole = listing(run, verify=True)
     assert whole and "the next run resumes here" in lines[-1]
-    with disk.training("--family", family) as process:
+    with disk.training("--family", family, *LONG) as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert f"resuming at step {newest(run) and lines[-1].split()[1]}" in out
-    same(peaceful(family), run)
+    same(peaceful(family, *LONG), run)

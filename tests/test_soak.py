@@ -14,7 +14,7 @@ from test_faults import lines, newest, same, until
 
 KILLS = 50
 FLAGS = (
-    "--steps 4000 --minutes 1000 --width 32 --layers 1 --heads 2 --context 32 --batch-size 8 --log-every 20 "
+    "--steps 5000 --minutes 1000 --width 32 --layers 1 --heads 2 --context 32 --batch-size 8 --log-every 20 "
     "--save-every 30"
 ).split()
 
@@ -51,7 +51,7 @@ def test_fifty_random_kills_change_no_bit(tmp_path: Path) -> None:
                 startup = time.monotonic() - begin
                 by = draw.randrange(1, 5)
                 until(lambda: moved(by))  # noqa: B023
-                time.sleep(draw.uniform(0, 0.2))
+                time.sleep(draw.uniform(0, 0.1))
         finally:
             process.send_signal(signal.SIGKILL)
             _, err = process.communicate()
@@ -63,4 +63,4 @@ def test_fifty_random_kills_change_no_bit(tmp_path: Path) -> None:
         assert (process.wait(timeout=600), process.stderr.read()) == (0, "")
         process.stderr.close()
     same(tmp_path / "straight", run)
-    assert [r["step"] for r in lines(run) if r["split"] == "train"] == [*range(20, 4001, 20)]
+    assert [r["step"] for r in lines(run) if r["split"] == "train"] == [*range(20, 5001, 20)]

@@ -109,6 +109,16 @@ def test_settings_that_change_no_number_may_differ(tmp_path):
     )
 
 
+def test_a_flag_that_came_or_went_with_a_release_orphans_no_run(tmp_path):
+    opened(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["accumulate"]
+    record["config"]["flag_of_old"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert opened(tmp_path) is None
+    assert "batch_size: 8 -> 16" in refused(tmp_path, batch_size=16)
+
+
 def test_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"experiment": "ti')
     assert f"{tmp_path}/config.json is not readable as JSON" in refused(tmp_path)
