@@ -221,7 +221,9 @@ class Checkpoints:
         return epath.Path(self.manager.directory).is_dir()
 
     def close(self) -> None:
-        self.manager.close()
+        """After the save under way; an error of it is raised here."""
+        with self.failing_clearly():
+            self.manager.close()
 
 
 def unchecked(folder: epath.Path) -> list[int]:

@@ -35,7 +35,8 @@ class Disk:
     def fill(self, *, leave: int) -> None:
         """To the last `leave` kB."""
         free = os.statvfs(self.seen).f_bavail * os.statvfs(self.seen).f_frsize // 1024
-        self.do("dd", "if=/dev/zero", f"of={self.path}/filler", "bs=1k", f"count={free - leave}")
+        dd = ["dd", "if=/dev/zero", f"of={self.path}/filler", "bs=1k", f"count={free - leave}"]
+        subprocess.run(self.inside(*dd), capture_output=True)  # which may find it full before: the run writes too
 
     @contextlib.contextmanager
     def training(self, *flags: str, **environment: str) -> Iterator[subprocess.Popen]:
