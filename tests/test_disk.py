@@ -3,16 +3,14 @@
 It is mounted in a namespace of its own, so that nobody needs to be root; what is done to it comes from outside.
 """
 
-import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
-from test_faults import SCRIPT, newest, peaceful, same, until  # noqa: F401
+from test_faults import newest, peaceful, same, started, until  # noqa: F401
 
 from bigjax.checkpoint import listing
 
@@ -38,24 +36,10 @@ class Disk:
         dd = ["dd", "if=/dev/zero", f"of={self.path}/filler", "bs=1k", f"count={free - leave}"]
         subprocess.run(self.inside(*dd), capture_output=True)  # which may find it full before: the run writes too
 
-    @contextlib.contextmanager
-    def training(self, *flags: str, **environment: str) -> Iterator[subprocess.Popen]:
+    def training(self, *flags: str, **environment: str) -> AbstractContextManager[subprocess.Popen]:
         """The script, without root's right to write whatever a folder's permissions say."""
-        drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
-        command = [*drop, sys.executable, str(SCRIPT), "--workdir", str(self.path / "run"), *flags]
-        paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-        process = subprocess.Popen(
-            self.inside(*command),
-            env=os.environ | {"PYTHONPATH": paths} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+        within = self.inside("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+        return started(self.path / "run", *flags, within=within, **environment)
 
 
 @pytest.fixture

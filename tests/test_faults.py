@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -34,11 +34,11 @@ SLOW = "0.004"  # seconds an example: 30 ms an update, so that most moments are 
 
 
 @contextlib.contextmanager
-def started(folder: Folder, *flags: str, **environment: str) -> Iterator[subprocess.Popen]:
-    """The script, which does not outlive the test."""
+def started(folder: Folder, *flags: str, within: Sequence[str] = (), **environment: str) -> Iterator[subprocess.Popen]:
+    """The script, which does not outlive the test; `within`: a command that runs it."""
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--workdir", str(folder), *flags],
+        [*within, sys.executable, str(SCRIPT), "--workdir", str(folder), *flags],
         env=os.environ | {"PYTHONPATH": paths} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
