@@ -216,10 +216,6 @@ class Checkpoints:
                 kept = "those before it cannot be seen now"
             raise SaveError.by(e, f"a checkpoint could not be saved in {self.folder}; {kept}") from e
 
-    def exists(self) -> bool:
-        """Whether the folder of checkpoints is (still) there."""
-        return epath.Path(self.manager.directory).is_dir()
-
     def close(self) -> None:
         """After the save under way; an error of it is raised here."""
         with self.failing_clearly():
