@@ -1,0 +1,1 @@
+"""What survives a run, and what holds several processes together."""

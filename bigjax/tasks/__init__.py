@@ -1,0 +1,1 @@
+"""What is learned: losses and their metrics, a kind a file; each gives a `Task`."""

@@ -1,0 +1,1 @@
+"""What concerns no single experiment, and what a run would cost."""
