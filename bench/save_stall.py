@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import python_gpt  # noqa: E402
 
 from bigjax import cli, manifest, workdir  # noqa: E402
-from bigjax.checkpoint import Checkpoints  # noqa: E402
 from bigjax.program import Program  # noqa: E402
+from bigjax.run.checkpoint import Checkpoints  # noqa: E402
 
 RESULT = ROOT / "experiments" / "results" / "save_stall.json"
 SAVES, BETWEEN, PAIRS = 8, 60, 9

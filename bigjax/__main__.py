@@ -79,7 +79,7 @@ def main() -> None:
             sys.stdout.flush()
             os._exit(0 if well else 1)  # a check without an answer leaves a thread that Python may wait for
         elif isinstance(command, Checkpoints):
-            from bigjax import checkpoint
+            from bigjax.run import checkpoint
 
             lines, whole = checkpoint.listing(command.workdir, verify=command.verify)
             print("\n".join(lines))

@@ -25,8 +25,8 @@ from test_manifest import newest
 
 import bigjax
 from bigjax import Interrupted, UsageError, manifest, metrics, train
-from bigjax.checkpoint import Checkpoints, committed, listing, unchecked
 from bigjax.optim import path_string
+from bigjax.run.checkpoint import Checkpoints, committed, listing, unchecked
 from bigjax.workdir import clear
 
 STARTING = 2.0  # seconds in which a process imports and compiles, and polling the bucket would only slow it down

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bigjax import SaveError, UsageError, manifest
-from bigjax.checkpoint import Checkpoints
+from bigjax.run.checkpoint import Checkpoints
 
 
 def tree() -> dict[str, Any]:
@@ -141,7 +141,7 @@ FAILING = """
 import os, shutil, sys
 import jax.numpy as jnp
 from bigjax import SaveError, UsageError, manifest
-from bigjax.checkpoint import Checkpoints
+from bigjax.run.checkpoint import Checkpoints
 checkpoints = Checkpoints("c")
 checkpoints.save(1, {"x": jnp.zeros(1)})
 checkpoints.wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_faults import newest, peaceful, same, started, until  # noqa: F401
 
-from bigjax.checkpoint import listing
+from bigjax.run.checkpoint import listing
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 

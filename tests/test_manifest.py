@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError, train
-from bigjax.checkpoint import Checkpoints
+from bigjax.run.checkpoint import Checkpoints
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from conftest import run_with_devices
 from test_meshes import SIZES, experiment_of
 
 from bigjax import sharding
-from bigjax.checkpoint import Checkpoints
 from bigjax.experiment import RunConfig
 from bigjax.program import Program
+from bigjax.run.checkpoint import Checkpoints
 from bigjax.sharding import MeshConfig
 
 CHAIN = {  # number of devices, mesh: each restores what the one before saved

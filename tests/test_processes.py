@@ -19,9 +19,9 @@ import pytest
 from conftest import REPOSITORY
 
 from bigjax import UsageError, processes
-from bigjax.checkpoint import Checkpoints
 from bigjax.metrics import read_log
 from bigjax.processes import DistributedConfig
+from bigjax.run.checkpoint import Checkpoints
 
 SCRIPT = REPOSITORY / "tests" / "process_script.py"
 LAUNCHER = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_SERVICE_HOST", "JAX_COORDINATOR", "XLA_FLAGS")

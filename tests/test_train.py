@@ -22,11 +22,11 @@ from conftest import REPOSITORY, blobs, tiny_experiment
 
 import bigjax
 from bigjax import UsageError, metrics, restore, train
-from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures, Published, RunConfig
 from bigjax.models import MLP
 from bigjax.report import load_gallery
+from bigjax.run.checkpoint import Checkpoints
 from bigjax.tasks import classify
 
 FLAGS = {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 3, "save_every": 3}
