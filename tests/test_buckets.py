@@ -24,8 +24,9 @@ from test_faults import SLOW, lines, same, started, state, until
 from test_manifest import newest
 
 import bigjax
-from bigjax import Interrupted, UsageError, manifest, metrics, train
+from bigjax import Interrupted, UsageError, metrics, train
 from bigjax.optim import path_string
+from bigjax.run import manifest
 from bigjax.run.checkpoint import Checkpoints, committed, listing, unchecked
 from bigjax.workdir import clear
 

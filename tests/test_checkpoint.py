@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigjax import SaveError, UsageError, manifest
+from bigjax import SaveError, UsageError
+from bigjax.run import manifest
 from bigjax.run.checkpoint import Checkpoints
 
 
@@ -182,7 +183,7 @@ def test_the_only_verified_one_outlives_a_save_without_checksums(tmp_path, monke
         write(folder, step, **where)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bigjax.manifest.write", fails)
+        patch.setattr("bigjax.run.manifest.write", fails)
         checkpoints.save(2, {"x": jnp.ones(3)})
         with pytest.raises(SaveError, match="step 1 is intact"):
             checkpoints.wait()

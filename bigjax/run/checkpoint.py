@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bigjax import SaveError, UsageError, manifest, processes
+from bigjax import SaveError, UsageError, processes
 from bigjax.optim import path_string
+from bigjax.run import manifest
 
 Tree = Any
 
