@@ -94,7 +94,7 @@ def settle(config: RunConfig, default: RunConfig) -> RunConfig:
 
 def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
     """What must be equal in processes that run together: the verb, every flag, and the versions."""
-    from bigjax.workdir import versions
+    from bigjax.run.workdir import versions
 
     flags = {"--" + k.replace("_", "-"): v for k, v in dataclasses.asdict(config).items() if k != "distributed"}
     return json.loads(json.dumps({"experiment": f"{name} {verb}", **flags, **versions()}))
@@ -112,8 +112,9 @@ def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags
 
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
     """One verb of the experiment called `name`."""
-    from bigjax import report, train, workdir
+    from bigjax import report, train
     from bigjax.experiment import check
+    from bigjax.run import workdir
 
     check(config)
     home = epath.Path(config.workdir or f"runs/{name}")

@@ -11,7 +11,7 @@ from bigjax import UsageError
 from bigjax.modules import module_from
 from bigjax.optim import path_string
 from bigjax.run.checkpoint import Checkpoints, to_stderr
-from bigjax.workdir import read_config
+from bigjax.run.workdir import read_config
 
 
 def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -19,7 +19,7 @@ import optax
 from etils import epath
 
 import bigjax
-from bigjax import UsageError, cli, optim, train, workdir
+from bigjax import UsageError, cli, optim, train
 from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.evaluators import Judge, generated_images
@@ -27,6 +27,7 @@ from bigjax.experiment import Experiment, Published, RunConfig
 from bigjax.gallery import generator_samples, nearest_training_images
 from bigjax.generative import adversarial
 from bigjax.models import Discriminator, Generator
+from bigjax.run import workdir
 
 MIYATO = (
     "Miyato et al., Spectral normalization for generative adversarial networks, ICLR 2018: ResNet without classes; "

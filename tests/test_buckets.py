@@ -28,7 +28,7 @@ from bigjax import Interrupted, UsageError, metrics, train
 from bigjax.optim import path_string
 from bigjax.run import manifest
 from bigjax.run.checkpoint import Checkpoints, committed, listing, unchecked
-from bigjax.workdir import clear
+from bigjax.run.workdir import clear
 
 STARTING = 2.0  # seconds in which a process imports and compiles, and polling the bucket would only slow it down
 FAMILIES = ["cnn", pytest.param("gan", marks=pytest.mark.slow)]
