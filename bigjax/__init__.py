@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 def __getattr__(name: str):  # lazily, so that importing bigjax.models stays as cheap as importing flax
     if name == "load":
-        from bigjax.restore import load
+        from bigjax.run.restore import load
 
         return load
     raise AttributeError(f"module 'bigjax' has no attribute {name!r}")

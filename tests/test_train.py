@@ -21,11 +21,12 @@ import pytest
 from conftest import REPOSITORY, blobs, tiny_experiment
 
 import bigjax
-from bigjax import UsageError, metrics, restore, train
+from bigjax import UsageError, metrics, train
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures, Published, RunConfig
 from bigjax.models import MLP
 from bigjax.report import load_gallery
+from bigjax.run import restore
 from bigjax.run.checkpoint import Checkpoints
 from bigjax.tasks import classify
 
