@@ -20,10 +20,10 @@ from flax import nnx
 from flax.nnx import bridge
 
 import bigjax
-from bigjax import UsageError, modules, train
+from bigjax import UsageError, train
 from bigjax.experiment import RunConfig
 from bigjax.models import CNN, MLP
-from bigjax.run import workdir
+from bigjax.run import modules, workdir
 from bigjax.tasks import Task, classify
 
 FLAGS = {"steps": 2, "batch_size": 8, "log_every": 1, "eval_every": 2, "save_every": 1}

@@ -8,9 +8,9 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.modules import module_from
 from bigjax.optim import path_string
 from bigjax.run.checkpoint import Checkpoints, to_stderr
+from bigjax.run.modules import module_from
 from bigjax.run.workdir import read_config
 
 

@@ -21,7 +21,7 @@ from bigjax import UsageError, processes
 from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics, per_class, read_log
-from bigjax.modules import module_spec
+from bigjax.run.modules import module_spec
 
 # Settings that may differ between a run and its resumption: they change no number.
 FREE = {
