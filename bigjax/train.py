@@ -11,19 +11,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import Interrupted, UsageError, guard, metrics, processes, sharding
+from bigjax import Interrupted, UsageError, metrics, processes, sharding
 from bigjax.data import pipeline
 from bigjax.data.prefetch import DataError
 from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.display import Display, summary
 from bigjax.experiment import Experiment, RunConfig, check
-from bigjax.guard import Watchdog
 from bigjax.metrics import Metrics
 from bigjax.program import Program, planned_steps
 from bigjax.report import save_gallery, write_report
-from bigjax.run import restore
+from bigjax.run import guard, restore
 from bigjax.run import workdir as folder
 from bigjax.run.checkpoint import Checkpoints, to_stderr
+from bigjax.run.guard import Watchdog
 from bigjax.step import TrainState, make_evaluate, train_step
 from bigjax.tasks import Key, ModelState, Params
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from etils import epath
 
-from bigjax import SaveError, guard
+from bigjax import SaveError
+from bigjax.run import guard
 
 ENDED: list[int] = []  # the exit statuses that it would have ended this process with
 
