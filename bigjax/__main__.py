@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from bigjax import UsageError, processes
-from bigjax.processes import DistributedConfig
+from bigjax import UsageError
+from bigjax.run import processes
+from bigjax.run.processes import DistributedConfig
 
 
 @dataclass(frozen=True)

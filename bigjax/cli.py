@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import tyro
 from etils import epath
 
-from bigjax import Interrupted, SaveError, UsageError, processes
+from bigjax import Interrupted, SaveError, UsageError
 from bigjax.experiment import Experiment, RunConfig
+from bigjax.run import processes
 
 VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",

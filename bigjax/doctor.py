@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 
-from bigjax import UsageError, processes
+from bigjax import UsageError
+from bigjax.run import processes
 
 PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", *PLUGINS)

@@ -11,7 +11,7 @@ import optax
 
 from bigjax import UsageError, sharding
 from bigjax.data.sources import Split
-from bigjax.processes import DistributedConfig
+from bigjax.run.processes import DistributedConfig
 from bigjax.sharding import MeshConfig
 from bigjax.tasks import Batch, Key, ModelState, Params, Task
 

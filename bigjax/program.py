@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigjax import UsageError, metrics, processes, sharding
+from bigjax import UsageError, metrics, sharding
 from bigjax.data import pipeline
 from bigjax.data.prefetch import Prefetcher, prefetch
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics
+from bigjax.run import processes
 from bigjax.step import TrainState, init_state, train_step
 from bigjax.tasks import Batch, Key
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import Interrupted, UsageError, metrics, processes, sharding
+from bigjax import Interrupted, UsageError, metrics, sharding
 from bigjax.data import pipeline
 from bigjax.data.prefetch import DataError
 from bigjax.diagnose import first_nonfinite, layer_rows
@@ -20,7 +20,7 @@ from bigjax.experiment import Experiment, RunConfig, check
 from bigjax.metrics import Metrics
 from bigjax.program import Program, planned_steps
 from bigjax.report import save_gallery, write_report
-from bigjax.run import guard, restore
+from bigjax.run import guard, processes, restore
 from bigjax.run import workdir as folder
 from bigjax.run.checkpoint import Checkpoints, to_stderr
 from bigjax.run.guard import Watchdog

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from bigjax import UsageError, processes
+from bigjax import UsageError
 from bigjax.metrics import read_log
-from bigjax.processes import DistributedConfig
+from bigjax.run import processes
 from bigjax.run.checkpoint import Checkpoints
+from bigjax.run.processes import DistributedConfig
 
 SCRIPT = REPOSITORY / "tests" / "process_script.py"
 LAUNCHER = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_SERVICE_HOST", "JAX_COORDINATOR", "XLA_FLAGS")

@@ -16,9 +16,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bigjax import SaveError, UsageError, processes
+from bigjax import SaveError, UsageError
 from bigjax.optim import path_string
-from bigjax.run import manifest
+from bigjax.run import manifest, processes
 
 Tree = Any
 

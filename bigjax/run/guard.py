@@ -14,7 +14,8 @@ from typing import Any
 from etils import epath
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from bigjax import SaveError, processes
+from bigjax import SaveError
+from bigjax.run import processes
 
 HUNG = 4  # exit status
 

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError, processes
+from bigjax import UsageError
 from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics, per_class, read_log
+from bigjax.run import processes
 from bigjax.run.modules import module_spec
 
 # Settings that may differ between a run and its resumption: they change no number.
