@@ -15,8 +15,8 @@ from bigjax import Interrupted, UsageError, metrics, sharding
 from bigjax.data import pipeline
 from bigjax.data.prefetch import DataError
 from bigjax.diagnose import first_nonfinite, layer_rows
-from bigjax.display import Display, summary
 from bigjax.experiment import Experiment, RunConfig, check
+from bigjax.look.display import Display, summary
 from bigjax.metrics import Metrics
 from bigjax.program import Program, planned_steps
 from bigjax.report import save_gallery, write_report

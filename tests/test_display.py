@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from bigjax import display
-from bigjax.display import Display, layer_table, summary
+from bigjax.look import display
+from bigjax.look.display import Display, layer_table, summary
 
 ROWS = [("Conv_0", "(64, 26, 26, 32)", 320), ("[red]Dense_0", "(64, 10)", 18_496)]
 RESULT = {

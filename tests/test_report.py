@@ -227,5 +227,5 @@ def test_unreadable_gallery_file_is_named(workdir):
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, bigjax.report, bigjax.display; print({'matplotlib', 'PIL', 'jax'} & set(sys.modules))"
+    code = "import sys, bigjax.report, bigjax.look.display; print({'matplotlib', 'PIL', 'jax'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -623,7 +623,7 @@ def test_init_from_reshapes_and_says_so(tmp_path):
     still = {"tx": lambda steps: {"model": optax.sgd(0.0)}}
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bigjax.display.Display.line", lambda self, line: said.append(line))
+        patch.setattr("bigjax.look.display.Display.line", lambda self, line: said.append(line))
         run = fit(
             tmp_path / "second",
             tiny_experiment(model=second, task=classify(second, classes=6), **still),
