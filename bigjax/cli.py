@@ -113,8 +113,9 @@ def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags
 
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
     """One verb of the experiment called `name`."""
-    from bigjax import report, train
+    from bigjax import train
     from bigjax.experiment import check
+    from bigjax.look import report
     from bigjax.run import workdir
 
     check(config)

@@ -17,9 +17,9 @@ from bigjax.data.prefetch import DataError
 from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.experiment import Experiment, RunConfig, check
 from bigjax.look.display import Display, summary
+from bigjax.look.report import save_gallery, write_report
 from bigjax.metrics import Metrics
 from bigjax.program import Program, planned_steps
-from bigjax.report import save_gallery, write_report
 from bigjax.run import guard, processes, restore
 from bigjax.run import workdir as folder
 from bigjax.run.checkpoint import Checkpoints, to_stderr

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bigjax import UsageError
-from bigjax.report import load_gallery, save_gallery, write_report
+from bigjax.look.report import load_gallery, save_gallery, write_report
 
 CONFIG = {
     "experiment": "mnist_cnn",
@@ -227,5 +227,5 @@ def test_unreadable_gallery_file_is_named(workdir):
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, bigjax.report, bigjax.look.display; print({'matplotlib', 'PIL', 'jax'} & set(sys.modules))"
+    code = "import sys, bigjax.look.report, bigjax.look.display; print({'matplotlib', 'PIL', 'jax'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

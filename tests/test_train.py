@@ -24,8 +24,8 @@ import bigjax
 from bigjax import UsageError, metrics, train
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures, Published, RunConfig
+from bigjax.look.report import load_gallery
 from bigjax.models import MLP
-from bigjax.report import load_gallery
 from bigjax.run import restore
 from bigjax.run.checkpoint import Checkpoints
 from bigjax.tasks import classify
