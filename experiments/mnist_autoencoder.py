@@ -15,8 +15,8 @@ from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.evaluators import linear_probe
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.gallery import reconstructions
 from bigjax.generative import reconstruct
+from bigjax.look.gallery import reconstructions
 from bigjax.models import Autoencoder
 
 

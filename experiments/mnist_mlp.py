@@ -16,7 +16,7 @@ from bigjax import cli, optim
 from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.experiment import Experiment, Published, RunConfig
-from bigjax.gallery import worst_mistakes
+from bigjax.look.gallery import worst_mistakes
 from bigjax.models import MLP
 from bigjax.tasks import classify
 
