@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
 
-from bigjax.evaluators import (
+from bigjax.look.evaluators import (
     frechet_distance,
     generate_images,
     generated_images,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax import Array
 
-from bigjax.evaluators import generate_images
 from bigjax.look import gallery
+from bigjax.look.evaluators import generate_images
 from bigjax.models import VAE, Autoencoder, Generator
 from bigjax.models.autoencoder import sample
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from bigjax.data import pipeline
-from bigjax.evaluators import generate_images, images_of
 from bigjax.experiment import Pictures
+from bigjax.look.evaluators import generate_images, images_of
 from bigjax.models import autoencoder
 from bigjax.step import to_float
 from bigjax.tasks import Batch, Key, ModelState, Params
