@@ -14,8 +14,8 @@ from etils import epath
 from bigjax import Interrupted, UsageError, metrics, sharding
 from bigjax.data import pipeline
 from bigjax.data.prefetch import DataError
-from bigjax.diagnose import first_nonfinite, layer_rows
 from bigjax.experiment import Experiment, RunConfig, check
+from bigjax.look.diagnose import first_nonfinite, layer_rows
 from bigjax.look.display import Display, summary
 from bigjax.look.report import save_gallery, write_report
 from bigjax.metrics import Metrics

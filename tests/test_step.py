@@ -14,7 +14,7 @@ import pytest
 from conftest import blobs
 from jax import Array
 
-from bigjax.diagnose import first_nonfinite, layer_rows
+from bigjax.look.diagnose import first_nonfinite, layer_rows
 from bigjax.models import MLP
 from bigjax.sharding import MeshConfig, make_mesh
 from bigjax.step import TrainState, gradients, init_state, make_evaluate, norms, to_float, train_step
