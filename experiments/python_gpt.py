@@ -16,9 +16,9 @@ from bigjax import UsageError, cli, optim
 from bigjax.data import sources, text
 from bigjax.data.pipeline import Split
 from bigjax.experiment import Experiment, Published, RunConfig
-from bigjax.generate import generate
 from bigjax.models import GPT
 from bigjax.tasks import Key, ModelState, Params, next_token
+from bigjax.use.generate import generate
 
 PROMPT = {"python": b"def ", "lm1b": b"The "}
 SAMPLE = 400  # bytes

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError
-from bigjax.generate import _generate, generate, sample
 from bigjax.models.gpt import GPT
 from bigjax.models.lstm import LSTM
+from bigjax.use.generate import _generate, generate, sample
 
 V, B, L = 11, 3, 4
 prompt_BL = jax.random.randint(jax.random.key(0), (B, L), 0, V)
