@@ -72,7 +72,7 @@ def main() -> None:
 
             results.reproduce(command.rows, record=command.record)
         elif isinstance(command, Doctor):
-            from bigjax import doctor
+            from bigjax.tools import doctor
 
             logging.disable(logging.ERROR)  # storage libraries log each attempt; the line says what came of them
             with processes.joined(command.distributed, {"command": "doctor"}):

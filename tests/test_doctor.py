@@ -16,7 +16,8 @@ import pytest
 from conftest import REPOSITORY
 from tfds_fixture import build_mnist
 
-from bigjax import UsageError, doctor
+from bigjax import UsageError
+from bigjax.tools import doctor
 
 Capture = pytest.CaptureFixture[str]
 
@@ -216,7 +217,7 @@ MEETING = """
 import os, sys
 import jax
 jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
-from bigjax.doctor import check, meeting
+from bigjax.tools.doctor import check, meeting
 check("processes", meeting, 60, "start them all")
 if sys.argv[1] == "0":  # the other does not come to the second one
     check("processes", meeting, 1, "start them all")
