@@ -19,9 +19,9 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import gpt  # noqa: E402
 
-from bigjax import plan
 from bigjax.run import workdir
 from bigjax.sharding import MeshConfig  # noqa: E402
+from bigjax.tools import plan
 
 RESULT = ROOT / "experiments" / "results" / "plan_calibration.json"
 COMMON = {

@@ -104,8 +104,8 @@ def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
 def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags, *, home: epath.Path) -> None:
     """Prints what a run would need on a slice; plan.json goes into `home`."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only compiled for
-    from bigjax import plan
     from bigjax.experiment import check
+    from bigjax.tools import plan
 
     check(config)
     plan.write_plan(build, config, topology=flags.topology, home=home, everywhere=flags.search)
