@@ -11,13 +11,13 @@ import optax
 import pytest
 from conftest import run_with_devices
 
-from bigjax import hlo, sharding
+from bigjax import sharding
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import GPT
 from bigjax.program import Program
 from bigjax.sharding import MeshConfig
 from bigjax.tasks import next_token
-from bigjax.tools import plan
+from bigjax.tools import hlo, plan
 
 MESH = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 2})
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from bigjax import UsageError, hlo
+from bigjax import UsageError
 from bigjax.models.transformer import attention, splash_attention
-from bigjax.tools import plan
+from bigjax.tools import hlo, plan
 
 SCRIPTS = sorted(p.name for p in (REPOSITORY / "experiments").glob("*.py"))
 no_compiler = importlib.util.find_spec("libtpu") is None

@@ -16,10 +16,11 @@ from jax.extend.core import jaxprs_in_params
 from rich.console import Console
 from rich.table import Table
 
-from bigjax import UsageError, hlo, sharding
+from bigjax import UsageError, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.program import Program, planned_steps
+from bigjax.tools import hlo
 
 
 @dataclass(frozen=True)
