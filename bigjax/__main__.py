@@ -68,7 +68,7 @@ def main() -> None:
 
             print(__version__)
         elif isinstance(command, Reproduce):
-            from bigjax import results
+            from bigjax.tools import results
 
             results.reproduce(command.rows, record=command.record)
         elif isinstance(command, Doctor):

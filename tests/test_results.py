@@ -6,7 +6,8 @@ import re
 import pytest
 from conftest import REPOSITORY
 
-from bigjax import UsageError, results
+from bigjax import UsageError
+from bigjax.tools import results
 
 FOLDER = REPOSITORY / "experiments"
 RECORDED = results.recorded(FOLDER)
