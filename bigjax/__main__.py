@@ -86,7 +86,7 @@ def main() -> None:
             print("\n".join(lines))
             raise SystemExit(0 if whole else 1)
         else:
-            from bigjax.data import prepare
+            from bigjax.tools import prepare
 
             flags = {"tokenizer": command.tokenizer, "vocabulary": command.vocabulary, "separator": command.separator}
             print(prepare.prepare(command.name, command.to, **flags))

@@ -13,9 +13,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from bigjax import UsageError
-from bigjax.data import prepare as module
 from bigjax.data import sources, text, tokens
-from bigjax.data.prepare import prepare
+from bigjax.tools import prepare as module
+from bigjax.tools.prepare import prepare
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 5, 5), dtype=np.uint8)
 
@@ -184,7 +184,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_prepare
 from bigjax.data import tokens
-from bigjax.data.prepare import prepare
+from bigjax.tools.prepare import prepare
 from etils import epath
 prepare({name!r}, "{bucket}/text")
 data = tokens.load("tokens:{bucket}/text")
