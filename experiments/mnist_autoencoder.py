@@ -14,10 +14,10 @@ from bigjax import cli, optim
 from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.generative import reconstruct
 from bigjax.look.evaluators import linear_probe
 from bigjax.look.gallery import reconstructions
 from bigjax.models import Autoencoder
+from bigjax.tasks.images import reconstruct
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from bigjax import UsageError, cli, optim, train
 from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.experiment import Experiment, Published, RunConfig
-from bigjax.generative import adversarial
 from bigjax.look.evaluators import Judge, generated_images
 from bigjax.look.gallery import generator_samples, nearest_training_images
 from bigjax.models import Discriminator, Generator
 from bigjax.run import workdir
+from bigjax.tasks.images import adversarial
 
 MIYATO = (
     "Miyato et al., Spectral normalization for generative adversarial networks, ICLR 2018: ResNet without classes; "

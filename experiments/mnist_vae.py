@@ -11,9 +11,9 @@ from bigjax import cli, optim
 from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.generative import variational
 from bigjax.look.gallery import latent_walk, prior_samples, reconstructions
 from bigjax.models import VAE
+from bigjax.tasks.images import variational
 
 
 @dataclass(frozen=True)
