@@ -19,9 +19,9 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import gpt  # noqa: E402
 
-from bigjax.run import workdir
+from bigjax.run import workdir  # noqa: E402
 from bigjax.sharding import MeshConfig  # noqa: E402
-from bigjax.tools import plan
+from bigjax.tools import plan  # noqa: E402
 
 RESULT = ROOT / "experiments" / "results" / "plan_calibration.json"
 COMMON = {

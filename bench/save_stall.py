@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import python_gpt  # noqa: E402
 
-from bigjax import cli
+from bigjax import cli  # noqa: E402
 from bigjax.program import Program  # noqa: E402
-from bigjax.run import manifest, workdir
+from bigjax.run import manifest, workdir  # noqa: E402
 from bigjax.run.checkpoint import Checkpoints  # noqa: E402
 
 RESULT = ROOT / "experiments" / "results" / "save_stall.json"

@@ -1,6 +1,10 @@
 """bigjax: functional Flax models, one sharded train step, from a laptop's CPU to a TPU pod."""
 
+import importlib
+import re
 import signal
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -37,7 +41,20 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped by {name} at step {step}, which is saved: the same command goes on")
 
 
-def __getattr__(name: str):  # lazily, so that importing bigjax.models stays as cheap as importing flax
+def defined(folder: str, kind: str) -> dict[str, str]:
+    """What stands at the top of a folder's files, as `class` or `def`: public name -> file, which is only read."""
+    paths = sorted(Path(folder).glob("[a-z]*.py"))
+    return {name: p.stem for p in paths for name in re.findall(rf"^{kind} ([A-Za-z]\w*)", p.read_text(), re.M)}
+
+
+def member(package: str, folder: str, kind: str, name: str) -> Any:
+    """What a package's `__getattr__` gives: the file that defines `name` is imported when it is first asked for."""
+    if (file := defined(folder, kind).get(name)) is None:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{package}.{file}"), name)
+
+
+def __getattr__(name: str) -> Any:  # lazily, so that importing bigjax.models stays as cheap as importing flax
     if name == "load":
         from bigjax.run.restore import load
 

@@ -13,7 +13,7 @@ from bigjax import UsageError, sharding
 from bigjax.data.sources import Split
 from bigjax.run.processes import DistributedConfig
 from bigjax.sharding import MeshConfig
-from bigjax.tasks import Batch, Key, ModelState, Params, Task
+from bigjax.task import Batch, Key, ModelState, Params, Task
 
 
 @dataclass(frozen=True)

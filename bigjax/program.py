@@ -15,7 +15,7 @@ from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics
 from bigjax.run import processes
 from bigjax.step import TrainState, init_state, train_step
-from bigjax.tasks import Batch, Key
+from bigjax.task import Batch, Key
 
 
 class Program:

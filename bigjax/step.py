@@ -1,6 +1,5 @@
 """The one step: a pure update of every player, and the evaluation that counts each example once."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from bigjax import sharding
-from bigjax.data import pipeline
-from bigjax.metrics import Metrics, merge
-from bigjax.tasks import Batch, Key, LossFn, ModelState, Params, Task, Tree
+from bigjax.metrics import Metrics
+from bigjax.task import Batch, Key, LossFn, ModelState, Params, Task, Tree
 
 
 @flax.struct.dataclass
@@ -139,29 +136,3 @@ def train_step(
     out = jax.tree.map(lambda v: jnp.where(fine, v, jnp.zeros_like(v)), out)
     out["skipped"] = (1 - fine.astype(jnp.float32), jnp.ones(()))
     return new.replace(step=state.step + 1, skipped=state.skipped + 1 - fine.astype(jnp.int32)), out
-
-
-def make_evaluate(
-    task: Task, *, batch_size: int, seed: int, mesh: jax.sharding.Mesh
-) -> Callable[[Params, ModelState, pipeline.Split], Metrics]:
-    """A function (params, model_state, split) -> merged metrics, on the host.
-
-    Each example of the split counts exactly once.
-    """
-    key = jax.random.key(seed)
-    rows = {"batch_size": batch_size, "rows": sharding.rows_here(mesh, batch_size)}
-
-    @functools.partial(jax.jit, out_shardings=sharding.everywhere(mesh))
-    def one(params: Params, model_state: ModelState, batch: Batch) -> Metrics:
-        return task.evaluate(params, model_state, to_float(batch), key)
-
-    add = jax.jit(merge)
-
-    def evaluate(params: Params, model_state: ModelState, split: pipeline.Split) -> Metrics:
-        total = None
-        for batch in pipeline.eval_batches(split, **rows):
-            out = one(params, model_state, sharding.put_batch(batch, mesh))
-            total = out if total is None else add(total, out)
-        return jax.device_get(total)
-
-    return evaluate

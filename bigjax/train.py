@@ -14,6 +14,7 @@ from etils import epath
 from bigjax import Interrupted, UsageError, metrics, sharding
 from bigjax.data import pipeline
 from bigjax.data.prefetch import DataError
+from bigjax.evaluation import make_evaluate
 from bigjax.experiment import Experiment, RunConfig, check
 from bigjax.look.diagnose import first_nonfinite, layer_rows
 from bigjax.look.display import Display, summary
@@ -24,8 +25,8 @@ from bigjax.run import guard, processes, restore
 from bigjax.run import workdir as folder
 from bigjax.run.checkpoint import Checkpoints, to_stderr
 from bigjax.run.guard import Watchdog
-from bigjax.step import TrainState, make_evaluate, train_step
-from bigjax.tasks import Key, ModelState, Params
+from bigjax.step import TrainState, train_step
+from bigjax.task import Key, ModelState, Params
 
 __all__ = ["Run", "TrainState", "fit", "train_step"]
 

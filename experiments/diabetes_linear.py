@@ -16,7 +16,8 @@ from bigjax import cli
 from bigjax.data import sources
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import MLP
-from bigjax.tasks import Key, ModelState, Params, regress
+from bigjax.task import Key, ModelState, Params
+from bigjax.tasks import regress
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from bigjax import cli, optim
 from bigjax.data import sources
 from bigjax.experiment import Experiment, Published, RunConfig
 from bigjax.models import LSTM, MLP
-from bigjax.tasks import classify, fields
+from bigjax.task import fields
+from bigjax.tasks import classify
 
 PUBLISHED = {"linear": 0.32, "mlp": 0.68, "cnn": 0.94, "gru": 0.91}
 SOURCE = "Greydanus & Kobak, Scaling Down Deep Learning with MNIST-1D, ICML 2024, arXiv:2011.14439"

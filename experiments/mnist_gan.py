@@ -27,7 +27,7 @@ from bigjax.look.evaluators import Judge, generated_images
 from bigjax.look.gallery import generator_samples, nearest_training_images
 from bigjax.models import Discriminator, Generator
 from bigjax.run import workdir
-from bigjax.tasks.images import adversarial
+from bigjax.tasks.gan import adversarial
 
 MIYATO = (
     "Miyato et al., Spectral normalization for generative adversarial networks, ICLR 2018: ResNet without classes; "

@@ -17,7 +17,8 @@ from bigjax.data import sources, text
 from bigjax.data.pipeline import Split
 from bigjax.experiment import Experiment, Published, RunConfig
 from bigjax.models import GPT
-from bigjax.tasks import Key, ModelState, Params, next_token
+from bigjax.task import Key, ModelState, Params
+from bigjax.tasks import next_token
 from bigjax.use.generate import generate
 
 PROMPT = {"python": b"def ", "lm1b": b"The "}

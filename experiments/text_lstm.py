@@ -17,7 +17,8 @@ from bigjax.data import sources, text
 from bigjax.data.augment import drop_tokens
 from bigjax.experiment import Experiment, Published, RunConfig
 from bigjax.models import LSTM
-from bigjax.tasks import classify, fields
+from bigjax.task import fields
+from bigjax.tasks import classify
 
 DAI = "Dai & Le, Semi-supervised sequence learning, NIPS 2015: LSTM with tuning and dropout, test error 13.50 %"
 

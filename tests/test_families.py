@@ -26,8 +26,10 @@ from bigjax import metrics, optim, sharding, step, train
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator
-from bigjax.tasks import Task, classify, fields, next_token
-from bigjax.tasks.images import adversarial, reconstruct, variational
+from bigjax.task import Task, fields
+from bigjax.tasks import classify, next_token
+from bigjax.tasks.gan import adversarial
+from bigjax.tasks.images import reconstruct, variational
 
 STEPS, SAVED, KILLED = 30, 12, 17  # checkpoints every 12 updates; the killed run ends in its 18th
 BATCH, TEST = 8, 13

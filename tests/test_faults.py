@@ -24,9 +24,9 @@ from etils import epath
 from test_families import FAMILIES
 
 import bigjax
-from bigjax.metrics import read_log
 from bigjax.optim import path_string
 from bigjax.run.checkpoint import Checkpoints, listing
+from bigjax.run.log import read_log
 
 SCRIPT = REPOSITORY / "tests" / "fault_script.py"
 Folder = Path | epath.Path

@@ -19,11 +19,14 @@ from jax import Array
 
 from bigjax import UsageError
 from bigjax.data import text
+from bigjax.evaluation import make_evaluate
 from bigjax.models import VAE, Discriminator, Generator
 from bigjax.sharding import MeshConfig, make_mesh
-from bigjax.step import init_state, make_evaluate, train_step
-from bigjax.tasks import Task, next_token
-from bigjax.tasks.images import adversarial, pixel_cross_entropy, reconstruct, variational
+from bigjax.step import init_state, train_step
+from bigjax.task import Task
+from bigjax.tasks import next_token
+from bigjax.tasks.gan import adversarial
+from bigjax.tasks.images import pixel_cross_entropy, reconstruct, variational
 
 KEY = jax.random.key(0)
 

@@ -19,9 +19,9 @@ import pytest
 from conftest import REPOSITORY
 
 from bigjax import UsageError
-from bigjax.metrics import read_log
 from bigjax.run import processes
 from bigjax.run.checkpoint import Checkpoints
+from bigjax.run.log import read_log
 from bigjax.run.processes import DistributedConfig
 
 SCRIPT = REPOSITORY / "tests" / "process_script.py"

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from bigjax import UsageError, sharding
+from bigjax.evaluation import make_evaluate
 from bigjax.experiment import RunConfig
 from bigjax.models import GPT
 from bigjax.sharding import MeshConfig, make_mesh
-from bigjax.step import make_evaluate
 from bigjax.train import Program
 
 

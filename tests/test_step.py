@@ -14,11 +14,13 @@ import pytest
 from conftest import blobs
 from jax import Array
 
+from bigjax.evaluation import make_evaluate
 from bigjax.look.diagnose import first_nonfinite, layer_rows
 from bigjax.models import MLP
 from bigjax.sharding import MeshConfig, make_mesh
-from bigjax.step import TrainState, gradients, init_state, make_evaluate, norms, to_float, train_step
-from bigjax.tasks import Task, classify, fields, regress
+from bigjax.step import TrainState, gradients, init_state, norms, to_float, train_step
+from bigjax.task import Task, fields
+from bigjax.tasks import classify, regress
 
 KEY = jax.random.key(0)
 

@@ -17,7 +17,8 @@ from jax import Array
 from bigjax import UsageError
 from bigjax.models import MLP
 from bigjax.step import init_state, train_step
-from bigjax.tasks import Task, classify, fields, forward, regress
+from bigjax.task import Task, fields, forward
+from bigjax.tasks import classify, regress
 
 KEY = jax.random.key(0)
 B, C = 6, 4

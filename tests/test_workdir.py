@@ -24,7 +24,8 @@ from bigjax import UsageError, train
 from bigjax.experiment import RunConfig
 from bigjax.models import CNN, MLP
 from bigjax.run import modules, workdir
-from bigjax.tasks import Task, classify
+from bigjax.task import Task
+from bigjax.tasks import classify
 
 FLAGS = {"steps": 2, "batch_size": 8, "log_every": 1, "eval_every": 2, "save_every": 1}
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bigjax.step import TrainState, to_float
-from bigjax.tasks import Batch, Key
+from bigjax.task import Batch, Key
 
 
 def watch_modules(see: Callable[[str, Any], None]) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bigjax.data import pipeline
 from bigjax.step import to_float
-from bigjax.tasks import Key, ModelState, Params
+from bigjax.task import Key, ModelState, Params
 
 Evaluator = Callable[[Params, ModelState, Key], dict[str, float]]
 

@@ -14,7 +14,7 @@ from bigjax.experiment import Pictures
 from bigjax.look.evaluators import generate_images, images_of
 from bigjax.models import autoencoder
 from bigjax.step import to_float
-from bigjax.tasks import Batch, Key, ModelState, Params
+from bigjax.task import Batch, Key, ModelState, Params
 
 BATCH = 500
 

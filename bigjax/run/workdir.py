@@ -20,8 +20,9 @@ from etils import epath
 from bigjax import UsageError
 from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.metrics import Metrics, per_class, read_log
+from bigjax.metrics import Metrics, per_class
 from bigjax.run import processes
+from bigjax.run.log import read_log
 from bigjax.run.modules import module_spec
 
 # Settings that may differ between a run and its resumption: they change no number.

@@ -1,0 +1,86 @@
+"""The log of a run, metrics.jsonl: one JSON object a line, no gap and no repeat after a resume."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from bigjax import SaveError, UsageError
+
+BUCKET_SECONDS = 1.0  # Google's limit for writing the same object again
+
+
+def read_log(path: epath.Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was torn by a kill is left out.
+
+    UsageError: another line is damaged.
+    """
+    lines = path.read_text().split("\n") if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if n < len(lines):
+                raise UsageError(f"{path}, line {n} is damaged: repair or remove that line") from None
+            return  # torn: the step it belongs to is run again
+
+
+class Log:
+    """Writes metrics.jsonl, and TensorBoard's event files if asked.
+
+    Lines after `step`, left by a killed run, are dropped. In a bucket, where nothing can be appended, the whole file is
+    written again, not oftener than a bucket allows.
+    """
+
+    def __init__(self, workdir: epath.Path, *, step: int, tensorboard: bool = False, active: bool = True):
+        self.path, self.active, self.board = workdir / "metrics.jsonl", active, None
+        self.bucket = "://" in str(workdir)
+        self.behind = self.bucket and active  # lines of `text` are not in the bucket yet
+        if not active:
+            return
+        self.text = "".join(json.dumps(r) + "\n" for r in read_log(self.path) if r["step"] <= step)
+        if self.bucket:
+            self.flush()
+        else:
+            part = workdir / "metrics.jsonl.part"
+            part.write_text(self.text)
+            part.replace(self.path)
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends one line; it is on disk when this returns (in a bucket, at the latest after `flush`)."""
+        if not self.active:
+            return
+        line = json.dumps({"step": step, "split": split, **values}) + "\n"
+        if self.bucket:
+            self.text, self.behind = self.text + line, True
+            if time.monotonic() - self.written > BUCKET_SECONDS:
+                self.flush()
+        else:
+            with self.path.open("a") as f:
+                f.write(line)
+        if self.board:
+            for k, v in values.items():
+                self.board.add_scalar(f"{split}/{k}", v, step)
+
+    def flush(self) -> None:
+        """In a bucket, writes what is not there yet: before a checkpoint says that it is."""
+        if not self.behind:
+            return
+        try:
+            self.path.write_text(self.text)
+        except Exception as e:  # whatever the network does to gcsfs
+            raise SaveError.by(e, f"{self.path} could not be written") from e
+        self.behind, self.written = False, time.monotonic()
+
+    def close(self) -> None:
+        with contextlib.suppress(SaveError):  # the end of a run has written it; else there is another error to tell
+            self.flush()
+        if self.board:
+            self.board.close()

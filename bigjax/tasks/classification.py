@@ -1,0 +1,70 @@
+"""Classes: cross-entropy, and what is counted of it.
+
+B batch, C classes, K of the likeliest.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from bigjax import UsageError
+from bigjax import metrics as measure
+from bigjax.metrics import Metrics
+from bigjax.task import Batch, Inputs, Task, fields, one_player
+
+
+def classify(
+    model: nn.Module,
+    *,
+    classes: int,
+    inputs: Inputs = fields("image"),  # noqa: B008 (a pure function)
+    label_smoothing: float = 0.0,
+    top_k: int = 5,
+    l1: float = 0.0,
+    l2: float = 0.0,
+) -> Task:
+    """Cross-entropy of `label` (B,) under the model's logits (B, C), in nats; one logit (B, 1) is two classes.
+
+    label_smoothing: the share of the target spread evenly over the classes (Szegedy et al. 2016, section 7), in
+        training only.
+    l1, l2: terms l1 Σ|w| + l2 Σw² of the training loss. A batch mixed by `augment_images(mixup=…)` is trained towards
+    both labels. Evaluation: loss, accuracy, top-k accuracy where there are more than k classes, confusion, calibration.
+    """
+
+    def class_logits(logits: Array) -> Array:
+        if logits.shape[-1] == 1:  # sigmoid(z) is the softmax of (0, z)
+            logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+        if (given := logits.shape[-1]) != classes:
+            raise UsageError(f"the model gives {given} logits for {classes} classes: give it {classes} outputs")
+        return logits
+
+    def accuracy(logits_BC: Array, batch: Batch) -> Metrics:
+        correct_B = (logits_BC.argmax(-1) == batch["label"]) * batch["mask"]
+        return {"accuracy": (correct_B.sum(), batch["mask"].sum())}
+
+    def judge(logits: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+        logits_BC = class_logits(logits)
+        target_BC = jax.nn.one_hot(batch["label"], classes)
+        if "mix" in batch:
+            share_B1 = batch["mix"][:, None]
+            target_BC = share_B1 * target_BC + (1 - share_B1) * jax.nn.one_hot(batch["label_mix"], classes)
+        target_BC = optax.smooth_labels(target_BC, label_smoothing)
+        loss_B = optax.softmax_cross_entropy(logits_BC, target_BC)
+        return loss_B, jnp.ones_like(loss_B), accuracy(logits_BC, batch)
+
+    def evaluate(logits: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+        logits_BC, mask_B, label_B = class_logits(logits), batch["mask"], batch["label"]
+        out = accuracy(logits_BC, batch)
+        if classes > top_k:
+            _, best_BK = jax.lax.top_k(logits_BC, top_k)
+            out[f"top{top_k}_accuracy"] = (((best_BK == label_B[:, None]).any(-1) * mask_B).sum(), mask_B.sum())
+        prediction_B = logits_BC.argmax(-1)
+        confidence_B = jax.nn.softmax(logits_BC).max(-1)
+        out["confusion"] = measure.confusion(prediction_B, label_B, mask_B, classes=classes)
+        out["calibration"] = measure.calibration(confidence_B, 1.0 * (prediction_B == label_B), mask_B)
+        loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)
+        return loss_B, jnp.ones_like(loss_B), out
+
+    return one_player(model, judge, inputs=inputs, evaluate=evaluate, summarize=measure.summarize_classes, l1=l1, l2=l2)
