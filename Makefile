@@ -8,7 +8,7 @@ help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 demo: $(INSTALLED) ## set up, train a CNN on 4,000 real MNIST images, show its result and its report
-	$(RUN) experiments/mnist_cnn.py
+	$(RUN) experiments/vision/mnist_cnn.py
 
 test: $(INSTALLED) ## set up, run the tests that take minutes, not hours
 	$(RUN) -m pytest -n 2 -m "not slow"

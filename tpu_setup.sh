@@ -207,7 +207,7 @@ while (($#)); do
   shift
 done
 [[ -n $verb ]] || fail "no verb: create, install, run, status, logs or delete; ./tpu_setup.sh help" 2
-[[ $verb != run || $# -gt 0 ]] || fail "run needs a command: ./tpu_setup.sh run python experiments/mnist_cnn.py" 2
+[[ $verb != run || $# -gt 0 ]] || fail "run needs a command: ./tpu_setup.sh run python experiments/vision/mnist_cnn.py" 2
 
 required=(PROJECT=my-project ZONE=us-central2-b TPU_NAME=my-tpu)
 [[ $verb != create && -z $until_done ]] || required+=(ACCELERATOR=v4-8)

@@ -25,6 +25,7 @@ from bigjax.run import guard, processes, restore
 from bigjax.run import workdir as folder
 from bigjax.run.checkpoint import Checkpoints, to_stderr
 from bigjax.run.guard import Watchdog
+from bigjax.run.log import Log
 from bigjax.step import TrainState, train_step
 from bigjax.task import Key, ModelState, Params
 
@@ -146,7 +147,7 @@ class Loop:
         with jax.set_mesh(self.program.mesh):
             self.step, self.state, self.window = self.start()
         self.first = self.step
-        self.log = metrics.Log(home, step=self.step, tensorboard=config.tensorboard, active=processes.first())
+        self.log = Log(home, step=self.step, tensorboard=config.tensorboard, active=processes.first())
         self.batches = self.program.batches(self.step)
         self.signalled, self.at = signalled, self.step  # the update that is under way
         self.watchdog = Watchdog(config.hang_seconds)

@@ -194,7 +194,7 @@ def _mnist1d() -> Part:
     "back."""
     import random
 
-    script = sys.path.pop(0)  # so that experiments/mnist1d.py, when it runs, does not pass for the package
+    script = sys.path.pop(0)  # so that experiments/series/mnist1d.py, when it runs, does not pass for the package
     try:
         data = _import("mnist1d.data", "mnist1d")
     finally:

@@ -2,7 +2,7 @@
 
 Measured: accuracy 31.3 ± 0.6 % (5 seeds) in 4 s on 2 CPU cores, commit 5077cf3.
 
-    python experiments/mnist1d.py --model linear     # or mlp, cnn, gru
+    python experiments/series/mnist1d.py --model linear     # or mlp, cnn, gru
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 Measured: accuracy 98.6 ± 0.2 % (3 seeds) in 84 s on 2 CPU cores, commit 5077cf3.
 
-    python experiments/mnist_lstm.py                                         # 4,000 embedded images
-    python experiments/mnist_lstm.py --data mnist --steps 20000              # all 60,000, through TFDS
+    python experiments/vision/mnist_lstm.py                                         # 4,000 embedded images
+    python experiments/vision/mnist_lstm.py --data mnist --steps 20000              # all 60,000, through TFDS
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 Measured: accuracy 98.0 ± 0.3 % (5 seeds) in 7 s on 2 CPU cores, commit 43d4b8e.
 
-    python experiments/mnist_mlp.py                                          # 4,000 embedded images
-    python experiments/mnist_mlp.py --optimizer sgd --schedule constant --learning-rate 0.01 --batch-size 32 \\
+    python experiments/vision/mnist_mlp.py                                          # 4,000 embedded images
+    python experiments/vision/mnist_mlp.py --optimizer sgd --schedule constant --learning-rate 0.01 --batch-size 32 \\
         --epochs 10 --no-augment --dropout 0 --weight-decay 0                # the classic recipe
 """
 

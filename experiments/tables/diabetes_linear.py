@@ -2,8 +2,8 @@
 
 Measured: distance to solution 2.38e-07 in 5 s on 2 CPU cores, commit 43d4b8e.
 
-    python experiments/diabetes_linear.py
-    python experiments/diabetes_linear.py --ridge 0.1
+    python experiments/tables/diabetes_linear.py
+    python experiments/tables/diabetes_linear.py --ridge 0.1
 """
 
 from dataclasses import dataclass

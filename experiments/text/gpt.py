@@ -2,8 +2,8 @@
 
 Measured: not yet.
 
-    python experiments/gpt.py --data tokens:DIR --batch-size 64              # see python -m bigjax prepare
-    python experiments/gpt.py plan --model gpt3_175b --batch-size 512 --topology v5p:8x8x8 --mesh.fsdp 64 \\
+    python experiments/text/gpt.py --data tokens:DIR --batch-size 64              # see python -m bigjax prepare
+    python experiments/text/gpt.py plan --model gpt3_175b --batch-size 512 --topology v5p:8x8x8 --mesh.fsdp 64 \\
         --mesh.tensor 8
 """
 

@@ -2,8 +2,8 @@
 
 Measured: accuracy 99.2 ± 0.1 % (5 seeds) in 71 s on 2 CPU cores, commit 43d4b8e.
 
-    python experiments/mnist_cnn.py                                          # 4,000 embedded images
-    python experiments/mnist_cnn.py --data mnist --steps 20000               # all 60,000, through TFDS
+    python experiments/vision/mnist_cnn.py                                          # 4,000 embedded images
+    python experiments/vision/mnist_cnn.py --data mnist --steps 20000               # all 60,000, through TFDS
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 Measured: binary cross entropy 0.0797 ± 0.000136 (3 seeds) in 49 s on 2 CPU cores, commit 5077cf3.
 
-    python experiments/mnist_autoencoder.py
-    python experiments/mnist_autoencoder.py --classic --epochs 20 --batch-size 32    # 784-64-32-64-64-784
+    python experiments/generate/mnist_autoencoder.py
+    python experiments/generate/mnist_autoencoder.py --classic --epochs 20 --batch-size 32    # 784-64-32-64-64-784
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 
 Measured: bits per byte 1.884 in 291 s on 2 CPU cores, commit b56f7ab.
 
-    python experiments/python_gpt.py
-    python experiments/python_gpt.py --minutes 20
-    python experiments/python_gpt.py --data lm1b --context 512 --minutes 600  # lm1b, through TFDS
+    python experiments/text/python_gpt.py
+    python experiments/text/python_gpt.py --minutes 20
+    python experiments/text/python_gpt.py --data lm1b --context 512 --minutes 600  # lm1b, through TFDS
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 
 Measured: macro f1 85.7 ± 0.7 % (3 seeds) in 229 s on 2 CPU cores, commit 95be343.
 
-    python experiments/text_lstm.py
-    python experiments/text_lstm.py --data reviews.jsonl                     # lines of {"text": ..., "label": ...}
-    python experiments/text_lstm.py --data imdb --length 400                 # imdb_reviews, through TFDS
+    python experiments/text/text_lstm.py
+    python experiments/text/text_lstm.py --data reviews.jsonl                     # lines of {"text": ..., "label": ...}
+    python experiments/text/text_lstm.py --data imdb --length 400                 # imdb_reviews, through TFDS
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 Measured: frechet ratio 1.971 in 217 s on 2 CPU cores, commit 34da450.
 
-    python experiments/mnist_gan.py
-    python experiments/mnist_gan.py --data cifar10 --steps 50000 --no-augment  # 32×32×3, through TFDS
+    python experiments/generate/mnist_gan.py
+    python experiments/generate/mnist_gan.py --data cifar10 --steps 50000 --no-augment  # 32×32×3, through TFDS
 """
 
 import dataclasses
