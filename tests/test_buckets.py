@@ -24,9 +24,9 @@ from test_faults import SLOW, lines, same, started, state, until
 from test_manifest import newest
 
 import bigjax
-from bigjax import Interrupted, UsageError, metrics, train
+from bigjax import Interrupted, UsageError, train
 from bigjax.optim import path_string
-from bigjax.run import manifest
+from bigjax.run import log, manifest
 from bigjax.run.checkpoint import Checkpoints, committed, listing, unchecked
 from bigjax.run.workdir import clear
 
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
 ) -> None:
     """And the step is saved again, after its lines of the log."""
     run, logged, save = copy(peaceful(family), bucket / "damaged" / family), [], Checkpoints.save
-    monkeypatch.setattr(metrics, "BUCKET_SECONDS", 1e9)
+    monkeypatch.setattr(log, "BUCKET_SECONDS", 1e9)
     monkeypatch.setattr(Checkpoints, "save", lambda *args, **kw: logged.append(lines(run)) or save(*args, **kw))
     flip(max(below(run / "checkpoints" / "60" / "state" / "ocdbt.process_0"), key=lambda p: p.stat().length))
     (run / "result.json").unlink()

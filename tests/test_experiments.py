@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from tfds_fixture import build_mnist
 
-SCRIPTS = sorted(p.name for p in (REPOSITORY / "experiments").glob("*.py"))
+SCRIPTS = {p.name: p for p in sorted((REPOSITORY / "experiments").glob("*/*.py"))}
 SMALL = {  # flags that make two steps quick; nothing that changes what runs
     "gpt.py": ["--model", "tiny"],
     "python_gpt.py": ["--layers", "1", "--width", "32", "--context", "64"],
@@ -21,7 +21,7 @@ SMALL = {  # flags that make two steps quick; nothing that changes what runs
 def run(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """A script in its own process, with warnings as errors."""
     env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment
-    command = [sys.executable, "-W", "error", str(REPOSITORY / "experiments" / arguments[0]), *arguments[1:]]
+    command = [sys.executable, "-W", "error", str(SCRIPTS[arguments[0]]), *arguments[1:]]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -76,7 +76,7 @@ def test_defaults_reach_their_number(script: str, least: float, tmp_path: Path) 
     The recorded mean over seeds is in experiments/results, a seed's deviation below 0.003.
     """
     env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    command = [sys.executable, str(REPOSITORY / "experiments" / script)]
+    command = [sys.executable, str(SCRIPTS[script])]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "runs" / script.removesuffix(".py") / "result.json").read_text())
