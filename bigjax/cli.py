@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,6 @@ from etils import epath
 
 from bigjax import Interrupted, SaveError, UsageError
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.run import processes
 
 VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",
@@ -27,6 +26,8 @@ VERBS = {
 
 def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments: Sequence[str] | None = None) -> None:
     """Runs a script's verb with its flags. A mistake of the user is one message on stderr and exit status 2."""
+    from bigjax.run import processes
+
     keep_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = Path(sys.modules[build.__module__].__file__).stem
@@ -39,6 +40,8 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         prog = f"{name}.py {verb}"
         about = f"{VERBS[verb]}.\nVerbs: {' | '.join(VERBS)}"
         config, flags = parse(Config, verb, prog=prog, description=about, args=arguments)
+        if verb == "evaluate":
+            config = as_trained(Config, config, name=name, arguments=arguments)
         config = settle(config, Config())
         if verb == "plan":
             plan(config, build, flags, home=epath.Path(config.workdir or f"runs/{name}_plan"))
@@ -71,6 +74,27 @@ def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig
     parts = [("config", Annotated[Config, flat], Config()), ("plan", Annotated[PlanFlags, flat], PlanFlags())]
     both = tyro.cli(dataclasses.make_dataclass("Plan", parts), **options)
     return both.config, both.plan
+
+
+def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, arguments: Sequence[str]) -> RunConfig:
+    """The configuration that the run in the working directory was trained with, and the flags given on top of it."""
+    from bigjax.run import workdir
+
+    home = epath.Path(given.workdir or f"runs/{name}")
+    record = workdir.read_config(home)["config"]
+    free = {k: getattr(given, k) for k in workdir.FREE}
+    return tyro.cli(Config, args=arguments, default=dataclasses.replace(restored(Config(), record), **free))
+
+
+def restored(default: Any, record: Mapping[str, Any]) -> Any:
+    """A dataclass like `default` with the values that JSON has for its fields."""
+    values = {}
+    for f in dataclasses.fields(default):
+        usual, value = getattr(default, f.name), record.get(f.name, ...)
+        if value is not ...:
+            group = dataclasses.is_dataclass(usual) and isinstance(value, Mapping)
+            values[f.name] = restored(usual, value) if group else tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(default, **values)
 
 
 def keep_memory() -> None:
@@ -113,23 +137,21 @@ def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags
 
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
     """One verb of the experiment called `name`."""
-    from bigjax import train
+    from bigjax import evaluation, train
     from bigjax.experiment import check
     from bigjax.look import report
-    from bigjax.run import workdir
+    from bigjax.run import processes
+    from bigjax.run.log import json_text
 
     check(config)
-    home = epath.Path(config.workdir or f"runs/{name}")
     if verb == "report":
         if processes.first():
-            print(report.write_report(home))
+            print(report.write_report(epath.Path(config.workdir or f"runs/{name}")))
         return
-    if verb == "evaluate":
-        workdir.read_config(home)
     experiment = dataclasses.replace(build(config), name=name)
     if verb == "train":
         train.fit(experiment, config)
         return
-    values = train.evaluate(experiment, config)
+    values = evaluation.evaluate(experiment, config)
     if processes.first():
-        print(json.dumps(values, indent=1))
+        print(json_text(values))

@@ -1,38 +1,114 @@
 """The evaluation that counts each example once, for any batch size and number of devices."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
+from etils import epath
 
-from bigjax import sharding
-from bigjax.data import pipeline
-from bigjax.metrics import Metrics, merge
-from bigjax.step import to_float
-from bigjax.task import Batch, ModelState, Params, Task
+from bigjax import UsageError, sharding
+from bigjax.experiment import Experiment, RunConfig, Split, check
+from bigjax.metrics import Metrics
+from bigjax.program import AHEAD, Program
+from bigjax.step import TrainState, check_metrics, to_float
+from bigjax.task import Batch, Fields, ModelState, Params, Task
 
 
-def make_evaluate(
+def evaluator(
     task: Task, *, batch_size: int, seed: int, mesh: jax.sharding.Mesh
-) -> Callable[[Params, ModelState, pipeline.Split], Metrics]:
-    """A function (params, model_state, split) -> merged metrics, on the host.
+) -> Callable[[Params, ModelState, Split], Metrics]:
+    """A function (params, model_state, split) -> merged metrics, on the host, exact: whole numbers, and float64.
 
     Each example of the split counts exactly once.
     """
+    from bigjax.data import pipeline
+
     key = jax.random.key(seed)
     rows = {"batch_size": batch_size, "rows": sharding.rows_here(mesh, batch_size)}
 
     @functools.partial(jax.jit, out_shardings=sharding.everywhere(mesh))
     def one(params: Params, model_state: ModelState, batch: Batch) -> Metrics:
-        return task.evaluate(params, model_state, to_float(batch), key)
+        metrics = task.evaluate(params, model_state, Fields(to_float(batch)), key)
+        check_metrics("task.evaluate", metrics)
+        return metrics
 
-    add = jax.jit(merge)
-
-    def evaluate(params: Params, model_state: ModelState, split: pipeline.Split) -> Metrics:
-        total = None
+    def parts(params: Params, model_state: ModelState, split: Split) -> Iterator[Metrics]:
+        flying: deque[Metrics] = deque()
         for batch in pipeline.eval_batches(split, **rows):
-            out = one(params, model_state, sharding.put_batch(batch, mesh))
-            total = out if total is None else add(total, out)
-        return jax.device_get(total)
+            task.check(batch)
+            flying.append(one(params, model_state, sharding.put_batch(batch, mesh, batch_size)))
+            if len(flying) > AHEAD:
+                yield flying.popleft()
+        yield from flying
+
+    def widened(part: Metrics) -> Metrics:
+        exact = lambda x: x.astype(np.float64 if np.issubdtype(x.dtype, np.floating) else np.int64)  # noqa: E731
+        return jax.tree.map(exact, jax.device_get(part))
+
+    def evaluate(params: Params, model_state: ModelState, split: Split) -> Metrics:
+        added = functools.partial(jax.tree.map, np.add)
+        return functools.reduce(added, map(widened, parts(params, model_state, split)))
 
     return evaluate
+
+
+def evaluation(
+    program: Program,
+    judge: Callable[..., Metrics],
+    state: TrainState,
+    splits: Mapping[str, Split | None],
+) -> tuple[dict[str, dict[str, float]], Metrics]:
+    """({split: numbers}, the counts of the split `eval`, the evaluators' numbers among its own)."""
+    experiment, out, counts = program.experiment, {}, {}
+    params, model_state = state.evaluated()
+    for name, split in splits.items():
+        if split is not None:
+            counts = judge(params, model_state, split)
+            out[name] = experiment.task.summarize(counts)
+    for ask in experiment.evaluators.values():
+        out["eval"] = out.get("eval", {}) | ask(params, model_state, program.key)
+    return out, counts if splits["eval"] is not None else {}
+
+
+def draw(program: Program, home: epath.Path, state: TrainState, step: int, keep: bool) -> None:
+    """The gallery, by all processes; one keeps it."""
+    from bigjax.look.report import save_gallery
+
+    for name, picture in program.experiment.gallery.items():
+        item = picture(*state.evaluated(), program.key)
+        if keep:
+            save_gallery(home, step, name=name, item=item)
+
+
+def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
+    """The test split's numbers under the newest checkpoint of the run's working directory.
+
+    Raises UsageError where `config` contradicts the run's own, or no checkpoint is there.
+    """
+    from bigjax.run import workdir as folder
+    from bigjax.run.checkpoint import Checkpoints, to_stderr
+
+    check(config)
+    home = epath.Path(config.workdir or f"runs/{experiment.name}")
+    record = folder.read_config(home)
+    if changes := folder.agree(record, experiment, config):
+        raise UsageError(f"{home} was trained with other settings: leave them out\n  " + "\n  ".join(changes))
+    if experiment.test is None:
+        raise UsageError(f"{experiment.name} has no test split: give the data as --eval-data, or test=...")
+    with contextlib.closing(Checkpoints(home / "checkpoints", read_only=True)) as checkpoints:
+        if not record["steps"] or (step := checkpoints.newest(tell=to_stderr)) is None:
+            raise UsageError(f"{home} holds no checkpoint yet: let it train until one is saved")
+        program = Program(experiment, config, experiment.train, steps=record["steps"])
+        shapes = program.state_shapes
+        needed = {
+            "model_state": shapes.model_state,
+            **({"ema": shapes.ema} if config.ema else {"params": shapes.params}),
+        }
+        with jax.set_mesh(program.mesh):
+            state = shapes.replace(**checkpoints.restore(step, {"state": needed})["state"])
+            judge = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
+            values, _ = evaluation(program, judge, state, {"eval": experiment.test})
+    return {"step": step, **{f"eval/{k}": v for k, v in values["eval"].items()}}

@@ -1,19 +1,69 @@
 """What one run is: its configuration and its parts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Protocol, get_args, get_type_hints
 
-import flax.linen as nn
 import numpy as np
 import optax
 
 from bigjax import UsageError, sharding
-from bigjax.data.sources import Split
-from bigjax.run.processes import DistributedConfig
 from bigjax.sharding import MeshConfig
 from bigjax.task import Batch, Key, ModelState, Params, Task
+
+
+class Reader(Protocol):
+    """Random access to examples; with an attribute `label` (N,) `hold_out` can say what each class gives."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]: ...
+
+
+Split = Mapping[str, np.ndarray] | Reader  # in memory, with equal leading axes; or to be read and decoded by index
+
+
+def size_of(split: Split) -> int:
+    """The number of examples."""
+    return len(next(iter(split.values()))) if isinstance(split, Mapping) else len(split)
+
+
+OnLog = Callable[[int, str, Mapping[str, float]], Any]
+
+
+# ---- flags
+
+
+@dataclass(frozen=True)
+class Within:
+    """What the numbers of a flag may be: `learning_rate: Annotated[float, Positive] = 1e-3`, also in tuples."""
+
+    least: float
+    most: float = math.inf
+    open: bool = False  # the least itself is not allowed
+
+    def refuses(self, value: float) -> str | None:
+        """What to give instead of `value`; None if it will do."""
+        if self.least < value < self.most or (value == self.least and not self.open):
+            return None
+        if self.most < math.inf:
+            return f"a number from {self.least:g} up to, but below, {self.most:g}"
+        return "a number above 0" if self.open else f"a number from {self.least:g} upwards"
+
+
+Positive, NonNegative, Fraction = Within(0, open=True), Within(0), Within(0, 1)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """This process among those that train together; unset where the launcher (Cloud TPU, SLURM, ...) says it."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None  # how many; 1: alone, whatever the launcher says
+    index: int | None = None  # of this one, from 0
+    timeout: int = 120  # seconds to wait at the start for the others
 
 
 @dataclass(frozen=True)
@@ -22,58 +72,56 @@ class RunConfig:
 
     workdir: str | None = None  # default: runs/NAME; may be gs://bucket/folder
     seed: int = 0
-    steps: int | None = None  # updates; of steps, epochs and minutes whichever ends first
-    epochs: float | None = None  # passes over the training split
-    minutes: float | None = None  # of training; turned into a number of steps once the speed is known
-    batch_size: int = 128  # examples an update, over all devices
-    accumulate: int = 1  # parts that the batch is computed in, one after the other
+    split_seed: int = 0  # of the rows held out where the data have no test set: the same for runs of every seed
+    steps: Annotated[int | None, Positive] = None  # updates; of steps, epochs and minutes whichever ends first
+    epochs: Annotated[float | None, Positive] = None  # passes over the training split
+    minutes: Annotated[float | None, Positive] = None  # of training; made a number of steps once the speed is known
+    batch_size: Annotated[int, Positive] = 128  # examples an update, over all devices
+    accumulate: Annotated[int, Positive] = 1  # parts that the batch is computed in, one after the other
     data: str = "mnist5k"  # a name, or a path to your own data
     eval_data: str | None = None  # a path; without it a tenth of your own data is held out
-    validation: float = 0.0  # share of the training split held out for choices
+    validation: Annotated[float, Fraction] = 0.0  # share of the training split held out for choices
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
-    ema: float = 0.0  # decay a step of the averaged parameters that evaluation uses; 0: off
+    ema: Annotated[float, Fraction] = 0.0  # decay an update of the averages that evaluation uses; 0: off
     nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does
-    hang_seconds: float = 1800.0  # an update that takes longer ends the run, with the stacks of all threads; 0: never
+    hang_seconds: Annotated[float, NonNegative] = 1800.0  # an update that takes longer ends the run; 0: never
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
-    log_every: int = 50
-    eval_every: int = 500
-    save_every: int = 500  # updates
-    save_minutes: float = 10.0  # and when the last save is so long ago; 0: only by updates
-    keep: int = 2  # checkpoints
-    best: str | None = (
-        None  # keep the best checkpoints too, by a number of the validation split: max:accuracy, min:loss
-    )
+    log_every: Annotated[int, Positive] = 50
+    eval_every: Annotated[int, Positive] = 500
+    save_every: Annotated[int, Positive] = 500  # updates
+    save_minutes: Annotated[float, NonNegative] = 10.0  # and when the last save is so long ago; 0: only by updates
+    keep: Annotated[int, Positive] = 2  # checkpoints
+    best: str | None = None  # keep the best too, by a number of the validation split: max:accuracy, min:loss
     resume: bool = True  # --no-resume: start over in this working directory, dropping what is there
+    accept_changes: bool = False  # go on although the code or the data are not those that the run began with
     init_from: str | None = None  # a working directory whose parameters to start from
     tensorboard: bool = False
-    profile: bool = False  # trace the first updates after compilation into workdir/profile, for TensorBoard or Perfetto
+    profile: bool = False  # trace the second log window into workdir/profile, for TensorBoard or Perfetto
     compilation_cache: bool = True  # in ~/.cache/bigjax
 
 
-ABOVE_ZERO = set(
-    "steps epochs minutes batch_size accumulate log_every eval_every save_every keep learning_rate latent heads layers "
-    "width context vocabulary length embedding code".split()
-)
-BELOW_ONE = {"validation", "ema", "dropout", "label_smoothing"}
+def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequence[Within]]]:
+    """(flag, number, what its annotation allows) of all the numbers in a configuration, groups and tuples among it."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for f in dataclasses.fields(config):
+        value, flag = getattr(config, f.name), prefix + f.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            named = any(getattr(note, "name", None) == "" for note in get_args(hints[f.name])[1:])  # a flat group's own
+            yield from numbers(value, prefix if named else f"{flag}.")
+        allowed = [note for note in get_args(hints[f.name])[1:] if isinstance(note, Within)]
+        for v in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(v, int | float) and not isinstance(v, bool):
+                yield flag, v, allowed
 
 
 def check(config: RunConfig) -> None:
-    """Raises UsageError for a value that makes no sense, naming its flag."""
-    for f in dataclasses.fields(config):
-        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        numbers = value if isinstance(value, tuple) else (value,)
-        for v in numbers:
-            if isinstance(v, bool) or not isinstance(v, int | float):
-                continue
-            if not np.isfinite(v):
-                raise UsageError(f"{flag} {v}: give a finite number")
-            if v <= 0 and (f.name in ABOVE_ZERO or isinstance(value, tuple)):
-                raise UsageError(f"{flag} {v}: give a number above 0")
-            if v < 0:
-                raise UsageError(f"{flag} {v}: give a number that is not negative")
-            if v >= 1 and f.name in BELOW_ONE:
-                raise UsageError(f"{flag} {v}: give a number from 0 up to, but below, 1")
+    """Raises UsageError for a value that its annotation doesn't allow, naming its flag."""
+    for flag, value, allowed in numbers(config):
+        if not np.isfinite(value):
+            raise UsageError(f"--{flag} {value}: give a finite number")
+        if instead := next(filter(None, (within.refuses(value) for within in allowed)), None):
+            raise UsageError(f"--{flag} {value}: give {instead}")
     if config.batch_size % config.accumulate:
         raise UsageError(f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}")
     if config.best and config.best.partition(":")[0] not in ("max", "min"):
@@ -110,36 +158,54 @@ class Pictures:
     columns: int = 10
 
 
+Transformations = optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
+
+
 @dataclass(frozen=True)
 class Experiment:
     """The parts of one run: real objects, made by a script's `build(config)`.
 
-    tx: number of updates of the run -> {player: optax transformation}; schedules need to know the end.
-    train, test: mappings of arrays with one leading axis, or readers by index (bigjax.data).
+    tx: an optax transformation, for each player a state of its own; or {player: transformation}; or a function of the
+        run's number of updates that gives either: schedules need to know the end.
+    train, test: mappings of arrays with one leading axis, or readers by index (bigjax.data); test None: no evaluation.
     augment: (batch, key) -> batch, on the device, inside the step.
     transform: (example, NumPy generator) -> example, on the host, for splits read by index: decoding, crops of varying
         size. The generator is random per (seed, epoch, row). The test split is read as it is.
-    evaluators: run on the host at evaluation steps, for what (sum, count) cannot hold; their numbers appear as
-        eval/NAME.
+    evaluators: for what (sum, count) cannot hold, at evaluation steps; their numbers appear as eval/NAME. They and the
+        gallery are called on every process, under the mesh, with the state as it is split (`sharding.to_host` gives
+        NumPy arrays of what they need).
     gallery: pictures or text for the report, made at evaluation steps.
+    on_log: called on process 0 with (step, split, values) of each line of the log; if it returns True the run ends
+        there, evaluated, saved, with a result.
     rules: which parts of the state are split over which mesh axes (bigjax.sharding).
     """
 
-    model: nn.Module | Mapping[str, nn.Module]
     task: Task
-    tx: Callable[[int], Mapping[str, optax.GradientTransformation]]
+    tx: Transformations | Callable[[int], Transformations]
     train: Split
-    test: Split
+    test: Split | None
     name: str = "experiment"
     class_names: Sequence[str] | None = None
     augment: Callable[[Batch, Key], Batch] | None = None
     transform: Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]] | None = None
     evaluators: Mapping[str, Callable[[Params, ModelState, Key], dict[str, float]]] = field(default_factory=dict)
     gallery: Mapping[str, Callable[[Params, ModelState, Key], Pictures | str]] = field(default_factory=dict)
+    on_log: OnLog | None = None
     published: Sequence[Published] = ()
     rules: sharding.Rules = sharding.RULES
     facts: Mapping[str, Any] = field(default_factory=dict)  # of the data (a hash, a version): recorded in result.json
 
-    def models(self) -> dict[str, nn.Module]:
-        """The modules by player."""
-        return {"model": self.model} if isinstance(self.model, nn.Module) else dict(self.model)
+    def transformations(self, steps: int) -> dict[str, optax.GradientTransformation]:
+        """By player, for a run of so many updates. UsageError: a player with a loss but no tx, or the other way."""
+        plain = isinstance(self.tx, optax.GradientTransformation | Mapping)
+        given = self.tx if plain else self.tx(steps)
+        if isinstance(given, optax.GradientTransformation):
+            return dict.fromkeys(self.task.losses, given)
+        if not isinstance(given, Mapping):
+            raise UsageError(f"tx gives a {type(given).__name__}: give an optax transformation, or a dict by player")
+        for player in self.task.losses.keys() - given.keys():
+            raise UsageError(f"player {player!r} has a loss but no tx: add it to tx ({', '.join(given) or 'empty'})")
+        for player in given.keys() - self.task.losses.keys():
+            there = ", ".join(self.task.losses)
+            raise UsageError(f"tx names the player {player!r}, which has no loss (there are {there}): take it out")
+        return dict(given)

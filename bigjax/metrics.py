@@ -3,6 +3,10 @@
 C classes, K calibration bins, B batch.
 """
 
+from functools import partial
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +15,7 @@ from jax import Array
 Metrics = dict[str, tuple[Array, Array]]
 
 CALIBRATION_BINS = 15
+LARGE = 1000  # classes above which no confusion matrix is kept
 
 
 def merge(a: Metrics, b: Metrics) -> Metrics:
@@ -24,35 +29,78 @@ def means(metrics: Metrics) -> dict[str, float]:
     return {k: float(s) / float(n) if n else float("nan") for k, (s, n) in host.items() if np.ndim(s) == 0}
 
 
-def confusion(prediction_B: Array, label_B: Array, mask_B: Array, *, classes: int) -> tuple[Array, Array]:
-    """Counts (C, C), row = the label, column = the prediction; rows of the batch with mask 0 are not counted."""
-    counts_CC = jnp.zeros((classes, classes)).at[label_B, prediction_B].add(mask_B)
-    return counts_CC, mask_B.sum()
+@flax.struct.dataclass
+class Bins:
+    """What each row counts for in a histogram: row b adds weight_B[b] (None: one, in integers) to the bin index[b].
+
+    index: one array (B,) for each axis of the histogram. A row whose bin is not there is not counted.
+    """
+
+    index: tuple[Array, ...]
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    weight_B: Array | None = None
 
 
-def calibration(confidence_B: Array, correct_B: Array, mask_B: Array) -> tuple[Array, Array]:
-    """What the expected calibration error needs: (2, K) sums of confidence and correctness a bin, and the K counts."""
+def rows_of(values: Any) -> int | None:
+    """How many rows a metric's values have; None if they are no rows."""
+    array = values.index[0] if isinstance(values, Bins) else values
+    return array.shape[0] if getattr(array, "ndim", 0) else None
+
+
+def total(values: Array | Bins, mask_B: Array) -> Array:
+    """The sum over the rows whose mask is not 0; whole numbers stay whole numbers."""
+    if not isinstance(values, Bins):
+        mask_B = mask_B if jnp.issubdtype(values.dtype, jnp.inexact) else mask_B.astype(jnp.int32)
+        return (values * mask_B.reshape(-1, *(1,) * (values.ndim - 1))).sum(0)
+    weight_B = mask_B.astype(jnp.int32) if values.weight_B is None else values.weight_B * mask_B
+    index = tuple(jnp.where(i < 0, n, i) for i, n in zip(values.index, values.shape))  # not counted from the end
+    return jnp.zeros(values.shape, weight_B.dtype).at[index].add(weight_B, mode="drop")
+
+
+def class_counts(prediction_B: Array, label_B: Array, *, classes: int) -> dict[str, tuple[Bins, Array]]:
+    """What `summarize_classes` needs: `confusion` (C, C), row = the label, column = the prediction.
+
+    Above LARGE classes three counts (C,) instead: `labelled`, `predicted`, `hits`.
+    """
+    one_B = jnp.ones_like(label_B)
+    if classes <= LARGE:
+        return {"confusion": (Bins((label_B, prediction_B), (classes, classes)), one_B)}
+    hit_B = jnp.where(prediction_B == label_B, label_B, -1)
+    parts = {"labelled": label_B, "predicted": prediction_B, "hits": hit_B}
+    return {name: (Bins((index_B,), (classes,)), one_B) for name, index_B in parts.items()}
+
+
+def calibration(confidence_B: Array, correct_B: Array) -> dict[str, tuple[Bins, Bins]]:
+    """What the expected calibration error needs: by bin of confidence, the sums of both and the examples."""
     bin_B = jnp.clip((confidence_B * CALIBRATION_BINS).astype(jnp.int32), 0, CALIBRATION_BINS - 1)
-    zeros_K = jnp.zeros(CALIBRATION_BINS)
-    sums_2K = jnp.stack([zeros_K.at[bin_B].add(v_B * mask_B) for v_B in (confidence_B, correct_B)])
-    return sums_2K, zeros_K.at[bin_B].add(mask_B)
+    parts, one_B = {"confidence": confidence_B, "correct": 1.0 * correct_B}, jnp.ones_like(confidence_B)
+    bins = partial(Bins, (bin_B,), (CALIBRATION_BINS,))
+    return {f"calibration_{name}": (bins(value_B), bins(one_B)) for name, value_B in parts.items()}
 
 
-def calibration_error(sums_2K: np.ndarray, counts_K: np.ndarray) -> float:
+def calibration_error(confidence_K: np.ndarray, correct_K: np.ndarray, counts_K: np.ndarray) -> float:
     """Expected calibration error in [0, 1]: mean |confidence - accuracy| over bins, weighted by their examples.
 
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3. Sums and counts by bin.
     """
-    return float(np.abs(sums_2K[0] - sums_2K[1]).sum() / max(counts_K.sum(), 1))
+    return float(np.abs(np.asarray(confidence_K) - correct_K).sum() / max(np.sum(counts_K), 1))
 
 
-def per_class(counts_CC: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of each class from confusion counts; 0 where there is nothing to divide by."""
-    counts_CC = np.asarray(counts_CC, np.float64)
-    hits_C, labelled_C, predicted_C = np.diag(counts_CC), counts_CC.sum(1), counts_CC.sum(0)
+def counts_by_class(metrics: Metrics) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(hits, labelled, predicted), each (C,), from merged `class_counts`; None if there are none."""
+    if "labelled" in metrics:
+        return tuple(np.asarray(metrics[k][0]) for k in ("hits", "labelled", "predicted"))
+    if "confusion" not in metrics:
+        return None
+    counts_CC = np.asarray(metrics["confusion"][0])
+    return np.diag(counts_CC), counts_CC.sum(1), counts_CC.sum(0)
+
+
+def per_class(hits_C: np.ndarray, labelled_C: np.ndarray, predicted_C: np.ndarray) -> dict[str, np.ndarray]:
+    """Precision, recall and F1 of each class from its counts; 0 where there is nothing to divide by."""
 
     def ratio(a_C: np.ndarray, b_C: np.ndarray) -> np.ndarray:
-        return np.divide(a_C, b_C, out=np.zeros_like(a_C), where=b_C > 0)
+        return np.divide(a_C, b_C, out=np.zeros(len(a_C)), where=b_C > 0)
 
     return {
         "precision": ratio(hits_C, predicted_C),
@@ -62,17 +110,17 @@ def per_class(counts_CC: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def summarize_classes(metrics: Metrics) -> dict[str, float]:
-    """Means, and from the confusion counts macro precision, recall, F1, the worst class's accuracy, calibration error.
+    """Means, and from the counts by class macro precision, recall, F1, the worst class's accuracy, calibration error.
 
     As scikit-learn does, a class that is neither in the labels nor predicted does not enter the macro means.
     """
     out = means(metrics)
-    counts_CC = np.asarray(jax.device_get(metrics["confusion"][0]))
-    seen_C = (counts_CC.sum(0) + counts_CC.sum(1)) > 0
-    labelled_C = counts_CC.sum(1) > 0
-    for name, values_C in (scores := per_class(counts_CC)).items():
+    counts = hits_C, labelled_C, predicted_C = counts_by_class(jax.device_get(metrics))
+    seen_C = labelled_C + predicted_C > 0
+    for name, values_C in (scores := per_class(*counts)).items():
         out[f"macro_{name}"] = float(values_C[seen_C].mean()) if seen_C.any() else float("nan")
-    out["worst_class_accuracy"] = float(scores["recall"][labelled_C].min()) if labelled_C.any() else float("nan")
-    sums_2K, counts_K = jax.device_get(metrics["calibration"])
-    out["calibration_error"] = calibration_error(sums_2K, counts_K)
+    recall_C = scores["recall"][labelled_C > 0]
+    out["worst_class_accuracy"] = float(recall_C.min()) if len(recall_C) else float("nan")
+    (confidence_K, counts_K), (correct_K, _) = (metrics[f"calibration_{k}"] for k in ("confidence", "correct"))
+    out["calibration_error"] = calibration_error(confidence_K, correct_K, counts_K)
     return out

@@ -1,21 +1,32 @@
 """What a run compiles: the state's birth, the update, and the batches by number that it is fed."""
 
-import itertools
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError, metrics, sharding
-from bigjax.data import pipeline
-from bigjax.data.prefetch import Prefetcher, prefetch
-from bigjax.experiment import Experiment, RunConfig
+from bigjax.experiment import Experiment, RunConfig, Split
 from bigjax.metrics import Metrics
-from bigjax.run import processes
 from bigjax.step import TrainState, init_state, train_step
-from bigjax.task import Batch, Key
+from bigjax.task import Batch, Fields, Key
+
+AHEAD = 2  # batches under way on the devices: they never wait, and no batches pile up
+
+
+class Controls(NamedTuple):
+    """What may change between two sessions of a run without another program.
+
+    dropped: updates dropped before that are accepted; more stop the state. log_every, steps: where log windows end.
+    """
+
+    dropped: Array | int
+    log_every: Array | int
+    steps: Array | int
 
 
 class Program:
@@ -25,90 +36,110 @@ class Program:
         self,
         experiment: Experiment,
         config: RunConfig,
-        train: pipeline.Split,
+        train: Split,
         *,
         steps: int,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        self.train, self.key = train, jax.random.key(config.seed)
+        from bigjax.data import pipeline
+
+        task, self.train, self.key = experiment.task, train, jax.random.key(config.seed)
+        self.experiment, self.config, self.steps = experiment, config, steps
         self.mesh = mesh or sharding.make_mesh(config.mesh, batch_size=config.batch_size)
-        for model in experiment.models().values():
+        for model in task.models.values():
             sharding.check_heads(model, self.mesh)
         self.rows = {"seed": config.seed, "batch_size": config.batch_size, "transform": experiment.transform}
         self.rows["rows"] = sharding.rows_here(self.mesh, config.batch_size)
-        tx = experiment.tx(steps)
+        tx = experiment.transformations(steps)
         example = next(pipeline.batches(train, seed=0, batch_size=1, transform=experiment.transform))
-        batch_shapes = sharding.batch_shapes(example, self.mesh, batch_size=config.batch_size)
+        self.batch_shapes = sharding.batch_shapes(example, self.mesh, batch_size=config.batch_size)
 
         def initialize(key: Key) -> TrainState:
-            two = jax.tree.map(lambda x: jnp.zeros((2, *x.shape[1:]), x.dtype), batch_shapes)  # only shapes matter here
-            return init_state(key, two, task=experiment.task, tx=tx, ema=config.ema)
+            two = {k: jnp.zeros((2, *x.shape[1:]), x.dtype) for k, x in self.batch_shapes.items()}  # only shapes matter
+            return init_state(key, two, task=task, tx=tx, ema=config.ema)
 
-        def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
+        def step(state: TrainState, batch: Batch, key: Key, controls: Controls) -> tuple[TrainState, Metrics]:
+            done = state.step + 1
             return train_step(
                 state,
                 batch,
                 key,
-                task=experiment.task,
+                task=task,
                 tx=tx,
                 augment=experiment.augment,
                 accumulate=config.accumulate,
                 ema=config.ema,
-                skip_nonfinite=config.nonfinite == "skip",
+                dropped=controls.dropped,
+                by_layer=(done % controls.log_every == 0) | (done == controls.steps),
             )
 
-        def update(state: TrainState, window: Metrics, batch: Batch, key: Key) -> tuple[TrainState, Metrics, Array]:
-            state, out = step(state, batch, key)
+        def update(
+            state: TrainState, window: Metrics, batch: Batch, key: Key, controls: Controls
+        ) -> tuple[TrainState, Metrics, Array]:
+            state, out = step(state, batch, key, controls)
             return state, metrics.merge(window, out), state.step + 0  # the last only tells that the step is done
 
+        numbers = Controls(*(jax.ShapeDtypeStruct((), jnp.int32) for _ in Controls._fields))
         with jax.set_mesh(self.mesh):
             self.state_shapes = sharding.place(jax.eval_shape(initialize, self.key), self.mesh, rules=experiment.rules)
-            window = jax.eval_shape(step, self.state_shapes, batch_shapes, self.key)[1]
-        self.batch_shapes = batch_shapes
+            window = jax.eval_shape(step, self.state_shapes, self.batch_shapes, self.key, numbers)[1]
         self.window_shapes = sharding.replicated(window, self.mesh)
         where = jax.tree.map(lambda s: s.sharding, (self.state_shapes, self.window_shapes))
         self.begin = lambda: initialize(self.key)
         self.initialize = jax.jit(initialize, out_shardings=where[0])
         self.update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(*where, None))
+        self.control_shapes = sharding.replicated(numbers, self.mesh)
         zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.window_shapes)  # noqa: E731
         self.fresh_window = jax.jit(zeros, out_shardings=where[1])
 
-    def batches(self, start: int) -> Prefetcher:
-        """Batches from number `start` on, placed on the devices ahead of time."""
-        host = pipeline.batches(self.train, start=start, **self.rows)
-        return prefetch(host, lambda batch: sharding.put_batch(batch, self.mesh))
+    def controls(self, *, dropped: int = 0) -> Controls:
+        """On the devices; with --nonfinite skip any number of dropped updates is accepted."""
+        if self.config.nonfinite == "skip":
+            dropped = 2**31 - 1
+        values = jax.tree.map(jnp.int32, Controls(dropped, self.config.log_every, self.steps))
+        return jax.jit(lambda x: x, out_shardings=sharding.everywhere(self.mesh))(values)
 
-    def chunk(
-        self,
-        state: TrainState,
-        window: Metrics,
-        batches: Iterator[Batch],
-        count: int,
-        *,
-        enough: Callable[[int], bool] = lambda done: False,
-    ) -> tuple[TrainState, Metrics]:
-        """`count` updates; the host runs two ahead, so that the device never waits and no batches pile up.
+    def lowered(self) -> Any:
+        """The update, lowered for the mesh."""
+        shapes = (self.state_shapes, self.window_shapes, self.batch_shapes, self.key, self.control_shapes)
+        with jax.set_mesh(self.mesh):
+            return self.update.lower(*shapes)
 
-        `enough` is told after each how many are under way, and may say that it is enough.
-        """
-        flying: list[Array] = []
-        for made, batch in enumerate(itertools.islice(batches, count), 1):
-            state, window, done = self.update(state, window, batch, self.key)
-            flying.append(done)
-            if len(flying) > 2:
-                flying.pop(0).block_until_ready()
-            if enough(made):
-                break
-        return state, window
+    def fingerprint(self) -> str:
+        """A hash of what an update and an evaluation compute, the same in every process; see `lowered`."""
+        from bigjax.data import pipeline
+
+        text = self.lowered().as_text()
+        if self.experiment.test is not None:
+            example = next(pipeline.eval_batches(self.experiment.test, batch_size=1))
+            batch = sharding.batch_shapes(example, self.mesh, batch_size=self.config.batch_size)
+            evaluate = jax.jit(lambda *args: self.experiment.task.evaluate(*args[:2], Fields(args[2]), self.key))
+            with jax.set_mesh(self.mesh):
+                text += evaluate.lower(*self.state_shapes.evaluated(), batch).as_text()
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def batches(self, start: int) -> Any:
+        """Batches from number `start` on, checked, and placed on the devices ahead of time; close it at the end."""
+        from bigjax.data import pipeline
+        from bigjax.data.prefetch import prefetch
+
+        def placed(batch: Batch) -> Batch:
+            self.experiment.task.check(batch)
+            return sharding.put_batch(batch, self.mesh, self.config.batch_size)
+
+        return prefetch(pipeline.batches(self.train, start=start, **self.rows), placed)
 
     def seconds_a_step(self) -> float:
         """Measured over three seconds after compilation, on a state that is thrown away."""
-        state, window, batches = self.initialize(self.key), self.fresh_window(), self.batches(0)
-        state, window = jax.block_until_ready(self.chunk(state, window, batches, 2))
-        seconds, count = processes.from_first(lambda: 0.0), 0
-        begin = time.perf_counter()
+        from bigjax.run import processes
+
+        state, window, batches, count = self.initialize(self.key), self.fresh_window(), self.batches(0), 0
+        state, window, _ = self.update(state, window, next(batches), self.key, self.controls())
+        begin, seconds = time.perf_counter(), 0.0
         while seconds < 3:  # by the clock of process 0, so that all make the same number of updates
-            state, window = jax.block_until_ready(self.chunk(state, window, batches, 5))
+            for _ in range(5):
+                state, window, done = self.update(state, window, next(batches), self.key, self.controls())
+            done.block_until_ready()
             count, seconds = count + 5, processes.from_first(lambda: time.perf_counter() - begin)
         batches.close()
         return seconds / count

@@ -1,4 +1,4 @@
-"""The one step: a pure update of every player, and the evaluation that counts each example once."""
+"""The one step: a pure update of every player."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from bigjax import UsageError
 from bigjax.metrics import Metrics
-from bigjax.task import Batch, Key, LossFn, ModelState, Params, Task, Tree
+from bigjax.task import Batch, Fields, Key, LossFn, ModelState, Params, Task, Tree
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that a run carries from one update to the next; after step n, n batches are behind it.
 
-    params, opt_state, model_state, ema: by player; ema is empty when off. skipped: updates dropped as non-finite.
-    There is no PRNG key: the key of a step is fold_in(key(seed), step).
+    params, opt_state, model_state, ema: by player; ema, empty when off, holds each player's averaged `params` and
+    `batch_stats`. skipped: updates dropped as non-finite. There is no PRNG key: that of a step is
+    fold_in(key(seed), step).
     """
 
     step: Array
@@ -26,22 +28,44 @@ class TrainState:
     params: Params
     opt_state: dict[str, Tree]
     model_state: ModelState
-    ema: Params
+    ema: dict[str, Tree]
+
+    def evaluated(self) -> tuple[Params, ModelState]:
+        """The parameters and model state that evaluation uses: the averages where they are kept."""
+        if not self.ema:
+            return self.params, self.model_state
+        rest = {
+            k: {**v, **{c: x for c, x in self.ema[k].items() if c != "params"}} for k, v in self.model_state.items()
+        }
+        return {k: v["params"] for k, v in self.ema.items()}, rest
 
 
 def init_state(
     key: Key, batch: Batch, *, task: Task, tx: Mapping[str, optax.GradientTransformation], ema: float
 ) -> TrainState:
     """The state before the first update; pure, so that it can be born sharded under jit."""
-    params, model_state = task.init(key, to_float(batch))
+    params, model_state = task.init(key, Fields(to_float(batch)))
+    for player in task.losses:
+        if player not in params:
+            there = ", ".join(map(repr, params)) or "none"
+            raise UsageError(f"there is a loss for {player!r}, but task.init gives it no parameters: it has {there}")
+    model_state = {player: model_state.get(player, {}) for player in params}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         params=params,
         opt_state={player: tx[player].init(params[player]) for player in task.losses},
         model_state=model_state,
-        ema=jax.tree.map(jnp.copy, params) if ema else {},
+        ema=jax.tree.map(jnp.copy, averages_of(params, model_state)) if ema else {},
     )
+
+
+def averages_of(params: Params, model_state: ModelState) -> dict[str, Tree]:
+    """What is averaged, by player: parameters, and with them the statistics of BatchNorm that belong to them."""
+    return {
+        player: {"params": own, **{k: v for k, v in model_state.get(player, {}).items() if k == "batch_stats"}}
+        for player, own in params.items()
+    }
 
 
 def to_float(batch: Batch) -> Batch:
@@ -50,17 +74,61 @@ def to_float(batch: Batch) -> Batch:
     return batch if image is None or image.dtype != jnp.uint8 else {**batch, "image": image.astype(jnp.float32) / 255}
 
 
-def norms(name: str, trees: Mapping[str, Tree]) -> Metrics:
-    """The global L2 norm of {player: tree}, and of each player's layers (the first level of its tree)."""
-    squares = {
+def squares(trees: Mapping[str, Tree]) -> dict[str, Array]:
+    """The squared L2 norm of each player's layers, the first level of its tree."""
+    return {
         f"{player}/{layer}": sum(jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(sub))
         for player, tree in trees.items()
         for layer, sub in (tree.items() if isinstance(tree, Mapping) else [("all", tree)])
         if jax.tree.leaves(sub)
     }
-    one = jnp.ones(())
-    total = {name: (jnp.sqrt(sum(squares.values(), jnp.zeros(()))), one)}
-    return total | {f"{name}/{k}": (jnp.sqrt(v), one) for k, v in squares.items()}
+
+
+def norms(trees: Mapping[str, Mapping[str, Tree]], by_layer: Array | bool) -> Metrics:
+    """Of {name: {player: tree}} the L2 norms, each layer's and of all; where not by_layer they are not computed."""
+
+    def measured() -> dict[str, Array]:
+        out = {}
+        for name, tree in trees.items():
+            parts = squares(tree)
+            out |= {f"{name}/{k}": jnp.sqrt(v) for k, v in parts.items()}
+            out[name] = jnp.sqrt(sum(parts.values(), jnp.zeros(())))
+        return out
+
+    def left_out() -> dict[str, Array]:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(measured))
+
+    count = jnp.asarray(by_layer, jnp.float32)
+    return {k: (v, count) for k, v in jax.lax.cond(by_layer, measured, left_out).items()}
+
+
+def is_pair(value: Any) -> bool:
+    """Whether a value is (sum, count)."""
+    return isinstance(value, tuple) and len(value) == 2 and all(hasattr(v, "dtype") for v in value)
+
+
+def checked(player: str, given: Any) -> Any:
+    """What a loss gave, if it has the form that `Task` asks for."""
+    form = f"the loss of {player!r} must give ((sum, count), (its own model state, metrics))"
+    if not (isinstance(given, tuple) and len(given) == 2):
+        raise UsageError(f"{form}, not a {type(given).__name__}: see bigjax.task.Task")
+    pair, rest = given
+    if not is_pair(pair) or any(v.ndim for v in pair):
+        said = getattr(pair, "shape", type(pair).__name__)
+        raise UsageError(f"{form}: its first part is no (sum, count) of two numbers, but {said}")
+    if not (isinstance(rest, tuple) and len(rest) == 2 and isinstance(rest[1], Mapping)):
+        raise UsageError(f"{form}: its second part is no pair of a model state and a dict of metrics")
+    check_metrics(f"the loss of {player!r}", rest[1])
+    return given
+
+
+def check_metrics(who: str, metrics: Mapping[str, Any]) -> None:
+    """Raises UsageError for a metric that is no (sum, count)."""
+    for name, value in metrics.items():
+        if not is_pair(value):
+            raise UsageError(
+                f"{who} gives the metric {name!r} as something else than (sum, count): give both as arrays"
+            )
 
 
 def gradients(
@@ -73,7 +141,8 @@ def gradients(
     """
 
     def total(own: Tree, state: Tree, part: Batch) -> tuple[Array, tuple[Array, Tree, Metrics]]:
-        (value, count), (new, out) = loss({**params, player: own}, {**model_state, player: state}, part, key)
+        given = loss({**params, player: own}, {**model_state, player: state}, Fields(part), key)
+        (value, count), (new, out) = checked(player, given)
         return value, (count, new, out)
 
     differentiate = jax.value_and_grad(total, has_aux=True)
@@ -104,35 +173,47 @@ def train_step(
     augment: Callable[[Batch, Key], Batch] | None = None,
     accumulate: int = 1,
     ema: float = 0.0,
-    skip_nonfinite: bool = False,
+    dropped: Array | int = 0,
+    by_layer: Array | bool = True,
 ) -> tuple[TrainState, Metrics]:
     """One update of every player, in the order of `task.losses`. Pure; it needs no mesh.
 
     key: key(seed), the same for every step; the step folds in its own number. A loss, gradient or update that is not
-    finite drops the whole update, and `state.skipped` counts it; unless skip_nonfinite, all later updates are dropped
-    too, so that the state stays as it was before the batch number step − skipped.
+    finite drops the whole update, and `state.skipped` counts it. Where more than `dropped` were, all later updates are
+    dropped too, so that the state stays as it was before the batch number step − (skipped − dropped).
+    ema: decay of the averages, which begin as running means: min(ema, n / (n + 1)) after n updates.
+    by_layer: whether the norms of each layer are among the metrics of this update.
     """
     key = jax.random.fold_in(key, state.step)
     batch = to_float(batch)
     if augment:
-        batch = augment(batch, jax.random.fold_in(key, 0))
+        batch = augment(Fields(batch), jax.random.fold_in(key, 0))
     params, opt_state, model_state = dict(state.params), dict(state.opt_state), dict(state.model_state)
-    out, grads, updates, fine = {}, {}, {}, jnp.array(True)
+    out, grads, updates, fine = {}, {}, {}, state.skipped <= dropped
     for i, (player, loss) in enumerate(task.losses.items(), 1):
         grads[player], model_state[player], mine, value = gradients(
             loss, player, params, model_state, batch, jax.random.fold_in(key, i), accumulate=accumulate
         )
-        updates[player], opt_state[player] = tx[player].update(grads[player], opt_state[player], params[player])
+        own = optax.with_extra_args_support(tx[player])
+        updates[player], opt_state[player] = own.update(grads[player], opt_state[player], params[player], value=value)
         params[player] = optax.apply_updates(params[player], updates[player])
+        if twice := out.keys() & mine.keys():
+            raise UsageError(f"two players give a metric called {min(twice)!r}: name each after its player")
         out |= mine
         fine &= jnp.isfinite(value)
-    out |= norms("grad_norm", grads) | norms("param_norm", params) | norms("update_norm", updates)
-    fine &= jnp.isfinite(out["grad_norm"][0]) & jnp.isfinite(out["update_norm"][0])
-    if not skip_nonfinite:
-        fine &= state.skipped == 0
-    average = state.ema and jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
-    new = state.replace(params=params, opt_state=opt_state, model_state=model_state, ema=average)
+    one = jnp.ones(())
+    out = norms({"grad_norm": grads, "param_norm": params, "update_norm": updates}, by_layer) | out
+    for name, tree in (("grad_norm", grads), ("update_norm", updates)):
+        out[name] = (optax.tree.norm(tree), one)
+        fine &= jnp.isfinite(out[name][0])
+    new_ema = state.ema
+    if state.ema:
+        seen = (state.step - state.skipped).astype(jnp.float32)
+        decay = jnp.minimum(ema, seen / (seen + 1))
+        now = averages_of(params, model_state)
+        new_ema = jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.ema, now)
+    new = state.replace(params=params, opt_state=opt_state, model_state=model_state, ema=new_ema)
     new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state)
     out = jax.tree.map(lambda v: jnp.where(fine, v, jnp.zeros_like(v)), out)
-    out["skipped"] = (1 - fine.astype(jnp.float32), jnp.ones(()))
+    out["skipped"] = (1 - fine.astype(jnp.float32), one)
     return new.replace(step=state.step + 1, skipped=state.skipped + 1 - fine.astype(jnp.int32)), out

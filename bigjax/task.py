@@ -4,17 +4,19 @@ B batch, C classes.  `Params` and `ModelState` are dicts keyed by player; a loss
 subtree only and returns only its own player's part of the model state.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bigjax import UsageError
 from bigjax import metrics as measure
-from bigjax.metrics import Metrics
+from bigjax.metrics import Bins, Metrics, rows_of
 
 Tree = Any
 Key = Array
@@ -28,19 +30,44 @@ LossFn = Callable[[Params, ModelState, Batch, Key], tuple[tuple[Array, Array], t
 class Task:
     """Players, their losses, their metrics.
 
+    models: player -> module; what the tables show and `bigjax.load` gives back.
     init: (key, batch) -> (params, model_state), both keyed by player.
-    losses: player -> loss, applied in this order. A loss returns ((sum, count), (its own model state, metrics)); the
-        step differentiates the sum and divides by the count of the whole batch, so masks, microbatches and devices
-        cannot change what is minimised; a penalty enters as count × penalty.
+    losses: player -> loss, applied in this order; a player without one is frozen. A loss returns ((sum, count), (its
+        own model state, metrics)); the step differentiates the sum and divides by the count of the whole batch, so
+        masks, microbatches and devices cannot change what is minimised; a penalty enters as count × penalty.
     evaluate: (params, model_state, batch, key) -> metrics; rows with mask 0 count for nothing; noise is keyed by
         `index`.
     summarize: merged metrics -> the numbers people read.
+    check: told of every batch, on the host, before it is used; raises UsageError for one that cannot be learned from.
     """
 
+    models: Mapping[str, nn.Module]
     init: Callable[[Key, Batch], tuple[Params, ModelState]]
     losses: Mapping[str, LossFn]
     evaluate: Callable[[Params, ModelState, Batch, Key], Metrics]
     summarize: Callable[[Metrics], dict[str, float]] = measure.means
+    check: Callable[[Mapping[str, Any]], None] = lambda batch: None
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Fields(dict):
+    """A batch as losses see it: a field that it has not is one line for the user."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        there = ", ".join(self.keys() - {"index", "mask"})
+        raise UsageError(f"the data have no field {name!r}, which the task reads: there are {there or 'none'}")
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        return [(jax.tree_util.DictKey(k), self[k]) for k in sorted(self)], tuple(sorted(self))
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> "Fields":
+        return cls(zip(names, values))
+
+
+def variables(params: Params, model_state: ModelState, player: str = "model") -> dict[str, Tree]:
+    """What a player's module is applied to: {"params": ..., and the rest of its variables}."""
+    return {"params": params[player], **model_state.get(player, {})}
 
 
 def row_keys(key: Key, index_B: Array) -> Array:
@@ -74,17 +101,23 @@ def dropout_by_row(index_B: Array) -> Any:
     return nn.intercept_methods(intercept)
 
 
+def mode(function: Callable[..., Any], train: bool) -> dict[str, bool]:
+    """{"train": train} for a module's method that takes it, {} for one that does not."""
+    parameters = inspect.signature(function).parameters.values()
+    takes = any(p.name == "train" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return {"train": train} if takes else {}
+
+
 def initialize(model: nn.Module, key: Key, *inputs: Array) -> tuple[Tree, Tree]:
     """(params, model state) of one player; what is only sown while initializing is left out."""
-    variables = dict(model.init(key, *inputs))
-    variables.pop("intermediates", None)
-    return variables.pop("params"), variables
+    state = dict(model.init(key, *inputs, **mode(type(model).__call__, False)))
+    state.pop("intermediates", None)
+    return state.pop("params", {}), state
 
 
 def forward(
     model: nn.Module,
-    params: Tree,
-    model_state: Tree,
+    state: Mapping[str, Tree],
     inputs: tuple[Any, ...],
     *,
     key: Key,
@@ -92,14 +125,15 @@ def forward(
     train: bool,
     method: Callable[..., Any] | None = None,
 ) -> tuple[Any, Tree]:
-    """(outputs, model state after the pass), with dropout keyed by example."""
+    """(outputs, model state after the pass), with dropout keyed by example; state: the player's `variables`."""
+    changes = [k for k in state if k != "params"] if train else []
     with dropout_by_row(index_B):
         return model.apply(
-            {"params": params, **model_state},
+            state,
             *inputs,
-            train=train,
+            **mode(method or type(model).__call__, train),
             rngs={"dropout": key} if train else {},
-            mutable=list(model_state) if train else [],
+            mutable=changes,
             method=method,
         )
 
@@ -114,7 +148,8 @@ def weight_penalty(params: Tree, *, l1: float, l2: float) -> Array | float:
     return total
 
 
-Judge = Callable[[Any, Batch], tuple[Array, Array, Metrics]]
+# of each row: its loss (B,), its count (B,), and for each metric (value (B, ...) or Bins, count (B,))
+PerExample = Callable[[Any, Batch], tuple[Array, Array, Mapping[str, tuple[Array | Bins, Array]]]]
 Inputs = Callable[[Batch], tuple[Array, ...]]
 
 
@@ -123,20 +158,41 @@ def fields(*names: str) -> Inputs:
     return lambda batch: tuple(batch[name] for name in names)
 
 
+def counted(rows: tuple[Any, Any, Mapping[str, Any]], batch: Batch) -> Metrics:
+    """The rows that a task's `per_example` gives, summed without the padding; the loss is among them as `loss`."""
+    if not (isinstance(rows, tuple) and len(rows) == 3 and isinstance(rows[2], Mapping)):
+        raise UsageError(
+            "per_example gives something else than (loss of each row, count of each row, metrics): return these three"
+        )
+    mask_B, out = batch["mask"], {}
+    for name, pair in {"loss": rows[:2], **rows[2]}.items():
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(rows_of(v) == len(mask_B) for v in pair)):
+            shapes = [getattr(v, "shape", v) for v in pair] if isinstance(pair, tuple) else type(pair).__name__
+            raise UsageError(
+                f"per_example's {name!r} is not (value of each row, count of each row), {len(mask_B)} rows both, but "
+                f"{shapes}: leave the sum over the batch to bigjax, which knows the rows of padding"
+            )
+        out[name] = (measure.total(pair[0], mask_B), measure.total(pair[1], mask_B))
+    return out
+
+
 def one_player(
     model: nn.Module,
-    judge: Judge,
+    per_example: PerExample,
     *,
     inputs: Inputs,
     apply: Callable[..., tuple[Any, Tree]] = forward,
-    evaluate: Judge | None = None,
+    evaluate: PerExample | None = None,
     summarize: Callable[[Metrics], dict[str, float]] = measure.means,
+    check: Callable[[Mapping[str, Any]], None] = lambda batch: None,
     l1: float = 0.0,
     l2: float = 0.0,
 ) -> Task:
     """A task with the one player "model".
 
-    judge: (outputs, batch) -> (loss of each row (B,), its count (B,), other metrics): the loss is Σ losses / Σ counts.
+    per_example: (outputs, batch) -> (loss of each row (B,), its count (B,), {metric: (value of each row, count of each
+        row)}). Rows of padding are left out here, once: the loss is Σ losses / Σ counts, and so is each metric.
+    evaluate: the same for the evaluation, where it differs.
     apply: as `forward`, which it is unless the pass needs other noise than dropout.
     """
 
@@ -144,20 +200,16 @@ def one_player(
         params, state = initialize(model, key, *inputs(batch))
         return {"model": params}, {"model": state}
 
-    def judged(judge: Judge, out: Any, batch: Batch) -> Metrics:
-        loss_B, count_B, out = judge(out, batch)
-        return {"loss": ((loss_B * batch["mask"]).sum(), (count_B * batch["mask"]).sum()), **out}
-
     def loss(params: Params, model_state: ModelState, batch: Batch, key: Key) -> Any:
-        mine, index_B = (params["model"], model_state["model"]), batch["index"]
-        out, state = apply(model, *mine, inputs(batch), key=key, index_B=index_B, train=True)
-        metrics = judged(judge, out, batch)
+        own = variables(params, model_state)
+        out, state = apply(model, own, inputs(batch), key=key, index_B=batch["index"], train=True)
+        metrics = counted(per_example(out, batch), batch)
         total, count = metrics["loss"]
         return (total + count * weight_penalty(params["model"], l1=l1, l2=l2), count), (state, metrics)
 
     def evaluation(params: Params, model_state: ModelState, batch: Batch, key: Key) -> Metrics:
-        mine, index_B = (params["model"], model_state["model"]), batch["index"]
-        out, _ = apply(model, *mine, inputs(batch), key=key, index_B=index_B, train=False)
-        return judged(evaluate or judge, out, batch)
+        own = variables(params, model_state)
+        out, _ = apply(model, own, inputs(batch), key=key, index_B=batch["index"], train=False)
+        return counted((evaluate or per_example)(out, batch), batch)
 
-    return Task(init=init, losses={"model": loss}, evaluate=evaluation, summarize=summarize)
+    return Task({"model": model}, init, {"model": loss}, evaluation, summarize, check)

@@ -22,7 +22,7 @@ from bigjax import UsageError
 from bigjax.run import processes
 from bigjax.run.checkpoint import Checkpoints
 from bigjax.run.log import read_log
-from bigjax.run.processes import DistributedConfig
+from bigjax.experiment import DistributedConfig
 
 SCRIPT = REPOSITORY / "tests" / "process_script.py"
 LAUNCHER = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_SERVICE_HOST", "JAX_COORDINATOR", "XLA_FLAGS")

@@ -1,5 +1,6 @@
 """Looking inside a model as it runs: its layers and their shapes, and where a number stopped being finite."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,3 +81,16 @@ def first_nonfinite(task: Any, augment: Any, state: TrainState, batch: Batch, ke
         if bad(total):
             return f"the loss of {player!r} is not, though every module's output is"
     return "a gradient or an update is not, though the losses are"
+
+
+def blame(program: Any, state: TrainState, *, dropped: int) -> str:
+    """Which update was the first that is not finite, and what in it: the state has stood still since.
+
+    Its batch is given back by its number. dropped: updates that had been dropped before, and were accepted.
+    """
+    bad = int(state.step) - (int(state.skipped) - dropped)
+    with contextlib.closing(program.batches(bad)) as batches:
+        batch = next(batches)
+    task, augment = program.experiment.task, program.experiment.augment
+    where = first_nonfinite(task, augment, state, batch, jax.random.fold_in(program.key, bad))
+    return f"update {bad + 1} (batch {bad}) is not finite: {where}"

@@ -14,23 +14,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from bigjax import Interrupted, UsageError
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """This process among those that train together; unset where the launcher (Cloud TPU, SLURM, ...) says it."""
-
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None  # how many; 1: alone, whatever the launcher says
-    index: int | None = None  # of this one, from 0
-    timeout: int = 120  # seconds to wait at the start for the others
+from bigjax.experiment import DistributedConfig
 
 
 def several() -> bool:

@@ -1,5 +1,6 @@
 """What other work takes from a run: its model, or the parameters to start from."""
 
+import contextlib
 from typing import Any
 
 import flax.linen as nn
@@ -12,17 +13,21 @@ from bigjax.optim import path_string
 from bigjax.run.checkpoint import Checkpoints, to_stderr
 from bigjax.run.modules import module_from
 from bigjax.run.workdir import read_config
+from bigjax.step import averages_of
 
 
-def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    workdir: epath.PathLike, *, player: str | None = None, model: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """(module, variables) of a finished or interrupted run, from its newest checkpoint, on the first device.
 
-    `player` chooses among several (a GAN's "generator"). If the run kept averaged parameters (--ema), you get those.
+    `player` chooses among several (a GAN's "generator"). If the run kept averages (--ema), you get those. `model` is
+    for a module that config.json can't rebuild: with functions or arrays as fields, or defined in a notebook.
 
         model, variables = bigjax.load("runs/mnist_cnn")
         logits_BC = model.apply(variables, images_BHWC)
 
-    Raises UsageError if there is no run, no checkpoint or no such player.
+    Raises UsageError if there is no run, no checkpoint, no such player, or only you can say what the module was.
     """
     models = read_config(workdir)["models"]
     if player is None and len(models) == 1:
@@ -31,18 +36,22 @@ def load(workdir: epath.PathLike, *, player: str | None = None) -> tuple[nn.Modu
         raise UsageError(
             f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})"
         )
-    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
-    step = checkpoints.newest(tell=to_stderr)
-    if step is None:
-        raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
-    state = checkpoints.shapes(step)["state"]
-    chosen = {k: {player: state[k][player]} for k in ("params", "model_state", "ema") if player in (state.get(k) or {})}
-    if "ema" in chosen:
-        del chosen["params"]
-    saved = checkpoints.restore(step, {"state": chosen})["state"]
-    checkpoints.close()
-    weights = saved.get("ema") or saved["params"]
-    return module_from(models[player]), {"params": weights[player], **saved.get("model_state", {}).get(player, {})}
+    module = module_from(models[player]) if model is None else model
+    with contextlib.closing(Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)) as checkpoints:
+        if (step := checkpoints.newest(tell=to_stderr)) is None:
+            raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
+        state = checkpoints.shapes(step)["state"]
+        averaged = player in (state.get("ema") or {})
+        parts = ("ema", "model_state") if averaged else ("params", "model_state")
+        chosen = {k: {player: state[k][player]} for k in parts if player in (state.get(k) or {})}
+        saved = checkpoints.restore(step, {"state": chosen})["state"]
+    kept = saved.get("model_state", {}).get(player, {})
+    if not averaged:
+        return module, {"params": saved["params"][player], **kept}
+    average = saved["ema"][player]
+    if "batch_stats" not in average and set(average) != {"params"}:  # release 0.1 averaged parameters alone
+        average = {"params": average}
+    return module, {**kept, **average}
 
 
 def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
@@ -90,7 +99,7 @@ def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
         ],
         "not in this model": [k for k in there if k not in here],
     }
-    ema = jax.tree.map(jax.numpy.copy, params) if state.ema else state.ema
+    ema = jax.tree.map(jax.numpy.copy, averages_of(params, state.model_state)) if state.ema else state.ema
     said = "\n  ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
     return state.replace(params=params, ema=ema), said
 

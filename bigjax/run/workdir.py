@@ -14,13 +14,13 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from bigjax import UsageError
 from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.metrics import Metrics, per_class
+from bigjax.metrics import Metrics, counts_by_class, per_class
+from bigjax.program import Program
 from bigjax.run import processes
 from bigjax.run.log import read_log
 from bigjax.run.modules import module_spec
@@ -28,7 +28,7 @@ from bigjax.run.modules import module_spec
 # Settings that may differ between a run and its resumption: they change no number.
 FREE = {
     "workdir", "mesh", "distributed", "keep", "save_every", "save_minutes", "hang_seconds", "nonfinite", "resume",
-    "tensorboard", "profile", "compilation_cache",
+    "tensorboard", "profile", "compilation_cache", "accept_changes",
 }  # fmt: skip
 OURS = (
     "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile", "source.patch",
@@ -62,13 +62,18 @@ def devices() -> dict[str, Any]:
     return {"platform": first.platform, "kind": first.device_kind, **count}
 
 
+def settings(config: RunConfig) -> dict[str, Any]:
+    """A configuration as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
     """What config.json holds."""
     return {
         "experiment": experiment.name,
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "config": settings(config),
         "steps": None,  # settled when training starts
-        "models": {k: module_spec(m) for k, m in experiment.models().items()},
+        "models": {k: module_spec(m) for k, m in experiment.task.models.items()},
         "versions": versions(),
         "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
         "devices": devices(),
@@ -76,17 +81,30 @@ def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The settings that differ, as `learning_rate: 0.001 -> 0.01`; those of FREE are left out."""
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """The settings that differ, as `learning_rate: 0.001 -> 0.01`; those of FREE are left out.
+
+    A flag that a release or an edit of the script has added counts as its default there; one that has gone is left out.
+    """
     lines = []
-    for k in sorted(old.keys() & new.keys()):  # a flag that came or went with a release must not orphan a run
-        a, b = old[k], new[k]
+    for k in sorted(new):
+        a, b, usual = old.get(k, defaults.get(k)), new[k], defaults.get(k)
         if (not prefix and k in FREE) or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += difference(a, b, f"{prefix}{k}.")
+            lines += difference(a, b, usual if isinstance(usual, dict) else {}, f"{prefix}{k}.")
         else:
             lines.append(f"{prefix}{k}: {a} -> {b}")
+    return lines
+
+
+def agree(record: Mapping[str, Any], experiment: Experiment, config: RunConfig) -> list[str]:
+    """How these settings differ from those that config.json records."""
+    lines = difference(record["config"], settings(config), settings(type(config)()))
+    if record["experiment"] != experiment.name:
+        lines.insert(0, f"experiment: {record['experiment']} -> {experiment.name}")
     return lines
 
 
@@ -135,19 +153,18 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
-def open_workdir(
-    workdir: epath.Path,
-    description: Mapping[str, Any],
-    *,
-    resume: bool,
-    tree: Callable[[], list[str]] = list,
-) -> dict[str, Any] | None:
-    """Makes the working directory ready for the run described; its result if the run is finished already.
-
-    tree: how the state differs from what is saved there, asked if the settings differ.
+def open_workdir(workdir: epath.Path, experiment: Experiment, config: RunConfig) -> dict[str, Any] | None:
+    """Makes the working directory ready for the run; its result if it is finished already. All processes call this.
 
     Raises UsageError for a file, a folder that cannot be written, one that holds other things or another run.
     """
+    description = describe(experiment, config)
+    return processes.from_first(lambda: _open(workdir, description, experiment, config))
+
+
+def _open(
+    workdir: epath.Path, description: Mapping[str, Any], experiment: Experiment, config: RunConfig
+) -> dict[str, Any] | None:
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir {workdir} is a file: name a folder")
     try:
@@ -157,10 +174,10 @@ def open_workdir(
         probe.unlink()
     except OSError as e:
         raise UsageError(f"--workdir {workdir} cannot be written ({e.strerror or e}): choose another") from None
-    config = workdir / "config.json"
-    if not resume and config.exists():  # without it nothing there is known to be a run's
+    path = workdir / "config.json"
+    if not config.resume and path.exists():  # without it nothing there is known to be a run's
         clear(workdir)
-    if not config.exists():
+    if not path.exists():
         there = workdir.iterdir() if workdir.is_dir() else ()  # in a bucket an empty folder is none
         if other := sorted(p.name for p in there if p.name not in UNBEGUN):
             raise UsageError(
@@ -168,20 +185,28 @@ def open_workdir(
                 "name an empty or new folder"
             )
         (workdir / "source.patch").write_text(git("diff", "HEAD") or "")
-        write_json(config, description)
+        write_json(path, description)
         return None
-    old = read_config(workdir)
-    changes = difference(old["config"], description["config"])
-    if old["experiment"] != description["experiment"]:
-        changes.insert(0, f"experiment: {old['experiment']} -> {description['experiment']}")
-    if changes:
+    if changes := agree(read_config(workdir), experiment, config):
         raise UsageError(
             f"--workdir {workdir} belongs to a run with other settings: use another --workdir, or --no-resume to "
             "start over there; to begin a new run with its parameters, add --init-from\n  "
-            + "\n  ".join(changes + tree())
+            + "\n  ".join(changes + changes_of_state(workdir, experiment, config))
         )
     result = workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else None
+
+
+def changes_of_state(workdir: epath.Path, experiment: Experiment, config: RunConfig) -> list[str]:
+    """How the newest state saved differs from what these settings give; nothing among several processes."""
+    from bigjax.run.checkpoint import Checkpoints
+
+    if processes.several():  # opening checkpoints waits for all of them
+        return []
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    step = checkpoints.latest()
+    here = Program(experiment, config, experiment.train, steps=1).state_shapes
+    return checkpoints.changes(step, {"state": here}) if step is not None else []
 
 
 def once(workdir: epath.Path, key: str, compute: Callable[[], Any]) -> Any:
@@ -229,16 +254,16 @@ def make_result(
         "published": [p.compare(numbers) for p in experiment.published],
         "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "examples_per_second": round(examples / seconds["train"], 1) if seconds["train"] else None,
-        "mfu": None,
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "devices": devices(),
         "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
         "versions": versions(),
         **experiment.facts,
     }
+    if (by_class := counts_by_class(counts)) is not None:
+        names = experiment.class_names or [str(i) for i in range(len(by_class[0]))]
+        scores = {k: v.tolist() for k, v in per_class(*by_class).items()}
+        result |= {"class_names": list(names), "per_class": scores}
     if "confusion" in counts:
-        counts_CC = np.asarray(counts["confusion"][0])
-        names = experiment.class_names or [str(i) for i in range(len(counts_CC))]
-        scores = {k: v.tolist() for k, v in per_class(counts_CC).items()}
-        result |= {"confusion": counts_CC.astype(int).tolist(), "class_names": list(names), "per_class": scores}
+        result["confusion"] = counts["confusion"][0].tolist()
     return result

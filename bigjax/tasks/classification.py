@@ -3,15 +3,18 @@
 B batch, C classes, K of the likeliest.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from bigjax import UsageError
 from bigjax import metrics as measure
-from bigjax.metrics import Metrics
 from bigjax.task import Batch, Inputs, Task, fields, one_player
 
 
@@ -30,7 +33,8 @@ def classify(
     label_smoothing: the share of the target spread evenly over the classes (Szegedy et al. 2016, section 7), in
         training only.
     l1, l2: terms l1 Σ|w| + l2 Σw² of the training loss. A batch mixed by `augment_images(mixup=…)` is trained towards
-    both labels. Evaluation: loss, accuracy, top-k accuracy where there are more than k classes, confusion, calibration.
+    both labels. Evaluation: loss, accuracy, top-k accuracy where there are more than k classes, counts by class,
+    calibration. UsageError: logits for another number of classes, a label that is none of them.
     """
 
     def class_logits(logits: Array) -> Array:
@@ -40,11 +44,10 @@ def classify(
             raise UsageError(f"the model gives {given} logits for {classes} classes: give it {classes} outputs")
         return logits
 
-    def accuracy(logits_BC: Array, batch: Batch) -> Metrics:
-        correct_B = (logits_BC.argmax(-1) == batch["label"]) * batch["mask"]
-        return {"accuracy": (correct_B.sum(), batch["mask"].sum())}
+    def accuracy(logits_BC: Array, label_B: Array) -> dict[str, tuple[Array, Array]]:
+        return {"accuracy": (logits_BC.argmax(-1) == label_B, jnp.ones_like(label_B))}
 
-    def judge(logits: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+    def per_example(logits: Array, batch: Batch) -> tuple[Array, Array, dict]:
         logits_BC = class_logits(logits)
         target_BC = jax.nn.one_hot(batch["label"], classes)
         if "mix" in batch:
@@ -52,19 +55,31 @@ def classify(
             target_BC = share_B1 * target_BC + (1 - share_B1) * jax.nn.one_hot(batch["label_mix"], classes)
         target_BC = optax.smooth_labels(target_BC, label_smoothing)
         loss_B = optax.softmax_cross_entropy(logits_BC, target_BC)
-        return loss_B, jnp.ones_like(loss_B), accuracy(logits_BC, batch)
+        return loss_B, jnp.ones_like(loss_B), accuracy(logits_BC, batch["label"])
 
-    def evaluate(logits: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
-        logits_BC, mask_B, label_B = class_logits(logits), batch["mask"], batch["label"]
-        out = accuracy(logits_BC, batch)
+    def evaluate(logits: Array, batch: Batch) -> tuple[Array, Array, dict]:
+        logits_BC, label_B = class_logits(logits), batch["label"]
+        prediction_B, confidence_B = logits_BC.argmax(-1), jax.nn.softmax(logits_BC).max(-1)
+        out = accuracy(logits_BC, label_B) | measure.class_counts(prediction_B, label_B, classes=classes)
+        out |= measure.calibration(confidence_B, prediction_B == label_B)
         if classes > top_k:
             _, best_BK = jax.lax.top_k(logits_BC, top_k)
-            out[f"top{top_k}_accuracy"] = (((best_BK == label_B[:, None]).any(-1) * mask_B).sum(), mask_B.sum())
-        prediction_B = logits_BC.argmax(-1)
-        confidence_B = jax.nn.softmax(logits_BC).max(-1)
-        out["confusion"] = measure.confusion(prediction_B, label_B, mask_B, classes=classes)
-        out["calibration"] = measure.calibration(confidence_B, 1.0 * (prediction_B == label_B), mask_B)
+            out[f"top{top_k}_accuracy"] = ((best_BK == label_B[:, None]).any(-1), jnp.ones_like(label_B))
         loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)
         return loss_B, jnp.ones_like(loss_B), out
 
-    return one_player(model, judge, inputs=inputs, evaluate=evaluate, summarize=measure.summarize_classes, l1=l1, l2=l2)
+    def check(batch: Mapping[str, Any]) -> None:
+        label_B = np.asarray(batch.get("label", ()))
+        if label_B.size and not (np.issubdtype(label_B.dtype, np.integer) and label_B.ndim == 1):
+            raise UsageError(
+                f"label is {label_B.dtype}{list(label_B.shape[1:])} an example: classes are whole numbers, 0 to "
+                f"{classes - 1}, one an example"
+            )
+        if (wrong := label_B[(label_B < 0) | (label_B >= classes)]).size:
+            raise UsageError(
+                f"label {wrong[0]} is none of the {classes} classes (0 to {classes - 1}): correct the data, or give "
+                "classify their true number of classes"
+            )
+
+    options = {"summarize": measure.summarize_classes, "check": check, "l1": l1, "l2": l2}
+    return one_player(model, per_example, inputs=inputs, evaluate=evaluate, **options)

@@ -3,7 +3,8 @@
 B batch, H height, W width, C channels, Z numbers of a code or a latent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +30,7 @@ def pixel_cross_entropy(logits_BHWC: Array, image_BHWC: Array) -> Array:
 def reconstruct(model: nn.Module) -> Task:
     """Binary cross-entropy a pixel of `image` (B, H, W, C) under logits of the same shape (an autoencoder's)."""
 
-    def judge(logits_BHWC: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+    def per_example(logits_BHWC: Array, batch: Batch) -> tuple[Array, Array, dict]:
         loss_B = pixel_cross_entropy(logits_BHWC, batch["image"]) / logits_BHWC[0].size
         return loss_B, jnp.ones_like(loss_B), {}
 
@@ -37,7 +38,7 @@ def reconstruct(model: nn.Module) -> Task:
         out = measure.means(metrics)
         return {"binary_cross_entropy": out["loss"], **out}
 
-    return one_player(model, judge, inputs=fields("image"), summarize=summarize)
+    return one_player(model, per_example, inputs=fields("image"), summarize=summarize)
 
 
 def variational(model: nn.Module, *, beta: float = 1.0) -> Task:
@@ -54,7 +55,7 @@ def variational(model: nn.Module, *, beta: float = 1.0) -> Task:
         return module.decode(z_BZ, train=train), mean_BZ, log_variance_BZ
 
     def apply(
-        model: nn.Module, params: Tree, state: Tree, inputs: tuple, *, key: Key, index_B: Array, train: bool
+        model: nn.Module, state: Mapping[str, Tree], inputs: tuple, *, key: Key, index_B: Array, train: bool
     ) -> tuple[Any, Tree]:
         keys_B = row_keys(jax.random.fold_in(key, 1), index_B)
 
@@ -62,26 +63,24 @@ def variational(model: nn.Module, *, beta: float = 1.0) -> Task:
             return jax.vmap(lambda key: jax.random.normal(key, like_BZ.shape[1:]))(keys_B)
 
         inputs = (*inputs, noise_BZ)
-        return forward(model, params, state, inputs, key=key, index_B=index_B, train=train, method=sampled)
+        return forward(model, state, inputs, key=key, index_B=index_B, train=train, method=sampled)
 
-    def terms(out: tuple[Array, ...], batch: Batch) -> tuple[Array, Array, Metrics]:
+    def terms(out: tuple[Array, ...], batch: Batch) -> dict[str, tuple[Array, Array]]:
         logits_BHWC, mean_BZ, log_variance_BZ = out
         reconstruction_B = pixel_cross_entropy(logits_BHWC, batch["image"])
         divergence_B = 0.5 * (jnp.square(mean_BZ) + jnp.exp(log_variance_BZ) - 1 - log_variance_BZ).sum(-1)
-        count = batch["mask"].sum()
-        parts = {"reconstruction": reconstruction_B, "divergence": divergence_B}
-        return reconstruction_B, divergence_B, {k: ((v * batch["mask"]).sum(), count) for k, v in parts.items()}
+        one_B = jnp.ones_like(divergence_B)
+        return {"reconstruction": (reconstruction_B, one_B), "divergence": (divergence_B, one_B)}
 
-    def judge(out: tuple[Array, ...], batch: Batch) -> tuple[Array, Array, Metrics]:
-        reconstruction_B, divergence_B, metrics = terms(out, batch)
-        return reconstruction_B + beta * divergence_B, jnp.ones_like(divergence_B), metrics
+    def negative_elbo(out: tuple[Array, ...], batch: Batch, beta: float) -> tuple[Array, Array, dict]:
+        parts = terms(out, batch)
+        (reconstruction_B, one_B), (divergence_B, _) = parts.values()
+        return reconstruction_B + beta * divergence_B, one_B, parts
 
-    def evaluate(out: tuple[Array, ...], batch: Batch) -> tuple[Array, Array, Metrics]:
-        reconstruction_B, divergence_B, metrics = terms(out, batch)
-        return reconstruction_B + divergence_B, jnp.ones_like(divergence_B), metrics
+    per_example, evaluate = partial(negative_elbo, beta=beta), partial(negative_elbo, beta=1.0)
 
     def summarize(metrics: Metrics) -> dict[str, float]:
         out = measure.means(metrics)
         return {"negative_elbo": out["loss"], **out}
 
-    return one_player(model, judge, inputs=fields("image"), apply=apply, evaluate=evaluate, summarize=summarize)
+    return one_player(model, per_example, inputs=fields("image"), apply=apply, evaluate=evaluate, summarize=summarize)

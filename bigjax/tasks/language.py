@@ -22,17 +22,16 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None) -> Task:
     With bytes_a_token (1 for byte models) the evaluation gives bits_per_byte too.
     """
 
-    def judge(logits_BLV: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+    def per_example(logits_BLV: Array, batch: Batch) -> tuple[Array, Array, dict]:
         target_BL = batch["tokens"][:, 1:]
         place_1L = jnp.arange(1, target_BL.shape[1] + 1)[None]
         length_B1 = batch.get("length", jnp.full(len(target_BL), target_BL.shape[1] + 1))[:, None]
         start_B1 = batch.get("start", jnp.ones(len(target_BL), jnp.int32))[:, None]
         weight_BL = 1.0 * ((place_1L >= start_B1) & (place_1L < length_B1))
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, target_BL)
-        right_BL = (logits_BLV.argmax(-1) == target_BL) * weight_BL * batch["mask"][:, None]
+        right_BL = (logits_BLV.argmax(-1) == target_BL) * weight_BL
         count_B = weight_BL.sum(-1)
-        accuracy = (right_BL.sum(), (count_B * batch["mask"]).sum())
-        return (loss_BL * weight_BL).sum(-1), count_B, {"accuracy": accuracy}
+        return (loss_BL * weight_BL).sum(-1), count_B, {"accuracy": (right_BL.sum(-1), count_B)}
 
     def summarize(metrics: Metrics) -> dict[str, float]:
         out = measure.means(metrics)
@@ -40,4 +39,4 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None) -> Task:
             out["bits_per_byte"] = out["loss"] / math.log(2) / bytes_a_token
         return out
 
-    return one_player(model, judge, inputs=lambda batch: (batch["tokens"][:, :-1],), summarize=summarize)
+    return one_player(model, per_example, inputs=lambda batch: (batch["tokens"][:, :-1],), summarize=summarize)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.metrics import Metrics
 from bigjax.task import Batch, Inputs, Task, fields, one_player
 
 
@@ -21,7 +20,7 @@ def regress(
 ) -> Task:
     """Mean squared error of `target` (B,) or (B, D) under the model's output of the same number of values a row."""
 
-    def judge(out: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+    def per_example(out: Array, batch: Batch) -> tuple[Array, Array, dict]:
         target_BD = batch["target"].reshape(len(batch["target"]), -1)
         out_BD = out.reshape(len(target_BD), -1)
         if (given := out_BD.shape[1]) != (wanted := target_BD.shape[1]):  # one of them could be broadcast
@@ -29,4 +28,4 @@ def regress(
         loss_B = jnp.square(out_BD - target_BD).mean(-1)
         return loss_B, jnp.ones_like(loss_B), {}
 
-    return one_player(model, judge, inputs=inputs, l1=l1, l2=l2)
+    return one_player(model, per_example, inputs=inputs, l1=l1, l2=l2)

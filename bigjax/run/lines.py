@@ -1,0 +1,84 @@
+"""What a run tells while it goes on, and how long each part of it took."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from bigjax import metrics
+from bigjax.experiment import OnLog
+from bigjax.metrics import Metrics
+from bigjax.program import Program
+from bigjax.run import processes
+
+
+class Clock:
+    """Seconds by name, since it was made."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.seconds = dict.fromkeys(("compile", "train", "eval", "data_wait", "checkpoint"), 0.0)
+
+    @contextlib.contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+    def all(self) -> dict[str, float]:
+        return {"total": time.perf_counter() - self.begin, **self.seconds}
+
+
+class Lines:
+    """What a run tells: each line goes to the log and to the hooks; a window's, once its updates are behind.
+
+    ends: whether a hook has said that the run ends.
+    """
+
+    def __init__(self, log: Any, display: Any, clock: Clock, hooks: list[OnLog], program: Program):
+        self.log, self.display, self.clock, self.hooks, self.program = log, display, clock, hooks, program
+        self.ends, self.unread, self.mark = False, None, None
+
+    def begin(self, step: int, waited: float) -> None:
+        """What is done counts neither for the speed nor for the wait for data: it compiled."""
+        self.mark, self.waited = (self.clock.seconds["train"], step), waited
+
+    def tell(self, step: int, split: str, values: dict[str, float]) -> None:
+        self.log.write(step, split, values)
+        if self.hooks:
+            self.ends |= processes.from_first(lambda: any([hook(step, split, values) is True for hook in self.hooks]))
+
+    def set_aside(self, step: int, window: Metrics, waited: float) -> None:
+        """The sums of a window that has ended, to be read while the device works on."""
+        seconds, since = self.clock.seconds["train"] - self.mark[0], step - self.mark[1]
+        speed = since * self.program.config.batch_size / seconds if seconds else float("nan")
+        self.clock.seconds["data_wait"] = waited - self.waited
+        self.unread, self.mark = (step, window, speed), (self.clock.seconds["train"], step)
+
+    def read(self) -> bool:
+        """Writes and shows the window set aside, if there is one; whether updates of it were dropped."""
+        if self.unread is None:
+            return False
+        (step, window, speed), self.unread = self.unread, None
+        values, seconds = metrics.means(window), self.clock.seconds
+        if (dropped := values["skipped"]) and self.program.config.nonfinite == "skip":
+            since = "of the updates since the last line were not finite and dropped"
+            self.display.line(f"step {step}: {dropped:.1%} {since}")
+        elif dropped:
+            return True  # and the run stops here, without this line
+        self.tell(step, "train", values | ({"examples_per_second": speed} if np.isfinite(speed) else {}))
+        share = seconds["data_wait"] / max(seconds["train"], 1e-9)
+        shown = {"metrics": values, "examples_per_second": speed, "data_wait_fraction": share}
+        self.display.update(step, self.program.steps, **shown)
+        return bool(dropped)
+
+    def tell_evaluation(self, step: int, values: Mapping[str, dict[str, float]]) -> None:
+        """A line for each split."""
+        for split, numbers in values.items():
+            self.tell(step, split, numbers)
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:4])
+            self.display.line(f"step {step} {split}: {shown}")
