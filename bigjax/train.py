@@ -73,6 +73,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Ru
     Raises UsageError for whatever the user can put right, a loss that is no longer finite among it.
     """
     check(config)
+    guard.quiet()
     cache_compilations(config.compilation_cache)
     sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # its errors come before anything is written
     train, held = experiment.train, None
