@@ -55,6 +55,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     from bigjax.run.lines import Clock
 
     check(config)
+    guard.quiet()
     cache_compilations(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
     train, splits = experiment.train, {"eval": experiment.test}

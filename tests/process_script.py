@@ -4,6 +4,7 @@ python tests/process_script.py --model gpt --workdir FOLDER
 """
 
 import os
+import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 from conftest import blobs  # its settings are every test's
 
-from bigjax import cli
+from bigjax import cli, sharding
 from bigjax.experiment import Experiment, Pictures, RunConfig
 from bigjax.models import CNN, GPT
 from bigjax.tasks import classify, next_token
@@ -43,10 +44,10 @@ def build(config: Config) -> Experiment:
         task, data = classify(model, classes=3), blobs
 
     def norm(params: Any, model_state: Any, key: Any) -> dict[str, float]:
-        """Needs whole arrays on the host."""
+        """Asks for whole arrays on the host."""
         if "HOLD" in os.environ:  # stands still, to be killed here
             time.sleep(600)
-        bits = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))
+        bits = b"".join(x.tobytes() for x in jax.tree.leaves(sharding.to_host(params)))
         return {"norm": float(optax.tree.norm(params)), "crc": float(zlib.crc32(bits))}
 
     return Experiment(
@@ -60,5 +61,18 @@ def build(config: Config) -> Experiment:
     )
 
 
+def note_opened(folder: str) -> None:
+    """Writes the name of every file of a checkpoint that this process opens into FOLDER/INDEX.opened."""
+    log = open(f"{folder}/{sys.argv[sys.argv.index('--distributed.index') + 1]}.opened", "w", buffering=1)
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and "ocdbt.process_" in str(arguments[0]):
+            log.write(f"{arguments[0]}\n")
+
+    sys.addaudithook(note)
+
+
 if __name__ == "__main__":
+    if "OPENED" in os.environ:
+        note_opened(os.environ["OPENED"])
     cli.main(Config, build)

@@ -141,7 +141,8 @@ def test_best_is_kept_beside_the_last(tmp_path, best, kept):
 FAILING = """
 import os, shutil, sys
 import jax.numpy as jnp
-from bigjax import SaveError, UsageError, manifest
+from bigjax import SaveError, UsageError
+from bigjax.run import manifest
 from bigjax.run.checkpoint import Checkpoints
 checkpoints = Checkpoints("c")
 checkpoints.save(1, {"x": jnp.zeros(1)})

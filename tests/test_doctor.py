@@ -174,7 +174,7 @@ def gs(*, seconds: float = 30, first: str = "") -> str:
     """The doctor's line of gs://bucket/runs."""
     pytest.importorskip("gcsfs")
     script = f"""{first}
-from bigjax import doctor
+from bigjax.tools import doctor
 doctor.STORAGE_SECONDS = {seconds}
 doctor.libraries = doctor.data = doctor.devices = lambda: []
 doctor.compilation_cache = lambda remedy: []

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,3 +82,27 @@ def test_a_full_disk_is_one_line() -> None:
     for other in (FileNotFoundError(errno.ENOENT, "no", "runs/x/a"), PermissionError(errno.EACCES, "no", "elsewhere")):
         with pytest.raises(type(other)), guard.storage(epath.Path("runs/x")):
             raise other
+
+
+IMPORTS = """
+import importlib, logging, pkgutil, sys
+import absl.logging, jax, orbax.checkpoint  # these may
+hook, filters = sys.unraisablehook, {name: list(logging.getLogger(name).filters) for name in ("", "absl")}
+import bigjax
+for module in pkgutil.walk_packages(bigjax.__path__, "bigjax."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+assert sys.unraisablehook is hook
+assert all(logging.getLogger(name).filters == before for name, before in filters.items())
+from bigjax.run import guard
+guard.quiet()
+mine = sys.unraisablehook
+guard.quiet()
+assert hook is not mine is sys.unraisablehook and len(logging.getLogger("absl").filters) == len(filters["absl"]) + 1
+"""
+
+
+def test_only_a_program_that_starts_quiets_what_others_print() -> None:
+    """Imports leave the interpreter as it is; asked twice it is quiet once."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

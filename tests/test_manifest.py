@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError, train
+from bigjax.run import manifest
 from bigjax.run.checkpoint import Checkpoints
 
 
@@ -123,6 +124,26 @@ def test_manifests_go_with_their_checkpoints(tmp_path: Path) -> None:
     checkpoints.close()
     kept = {p.stem for p in (tmp_path / "c" / "manifests").iterdir()}
     assert "3" in kept and "0" not in kept and "1" not in kept
+
+
+def test_of_what_other_processes_wrote_their_checksums_count(tmp_path: Path) -> None:
+    """And not what process 0 would read; of more processes in a killed save before, nothing is left."""
+    theirs = tmp_path / "7.tmp" / "state" / "ocdbt.process_1" / "d"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    (tmp_path / "7.tmp" / "state" / "_METADATA").write_bytes(b"ours")
+    where = tmp_path / "7.tmp"
+    for index in (1, 2):
+        manifest.write_part(tmp_path, 7, index, state=where / "state")
+    theirs.write_bytes(b"turned")
+    manifest.write(tmp_path, 7, where=where, processes=2)
+    where.rename(tmp_path / "7")
+    assert manifest.damage(tmp_path, 7) == "its file state/ocdbt.process_1/d is not what was saved (crc32)"
+    (tmp_path / "7" / "state" / "ocdbt.process_1" / "d").write_bytes(b"theirs")
+    assert manifest.damage(tmp_path, 7) == "" and len(manifest.read(tmp_path, 7)) == 2
+    assert sorted(p.name for p in (tmp_path / "manifests").iterdir()) == ["7.2.part", "7.json"]
+    manifest.forget(tmp_path, [8])
+    assert not any((tmp_path / "manifests").iterdir())
 
 
 def test_a_run_resumes_from_the_checkpoint_before_and_saves_that_step_again(fit_tiny, tmp_path: Path, capsys) -> None:

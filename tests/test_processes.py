@@ -19,8 +19,8 @@ import pytest
 from conftest import REPOSITORY
 
 from bigjax import UsageError
-from bigjax.run import processes
-from bigjax.run.checkpoint import Checkpoints
+from bigjax.run import manifest, processes
+from bigjax.run.checkpoint import Checkpoints, listing
 from bigjax.run.log import read_log
 from bigjax.experiment import DistributedConfig
 
@@ -136,6 +136,22 @@ def test_two_processes_give_the_numbers_of_one(case: str, tmp_path: Path, alone:
     if model == "cnn":
         assert np.sum(result["confusion"]) == 13  # each of the test split's examples once
     assert sorted(p.name for p in (tmp_path / "run" / "gallery").iterdir()) == ["00000004-zeros.npz"]
+
+
+def test_each_process_takes_the_checksums_of_its_own_files(tmp_path: Path) -> None:
+    """As Python's audit of opened files tells."""
+    flags = ["--workdir", str(tmp_path / "run"), "--mesh.data", "1", "--mesh.fsdp", "8"]
+    port = free_port()
+    with started(*([*flags, *place(i, port)] for i in (0, 1)), devices=4, OPENED=str(tmp_path)) as running:
+        assert [said(p)[0] for p in running] == [0, 0]
+    opened = [set(re.findall(r"ocdbt.process_\d", (tmp_path / f"{i}.opened").read_text())) for i in (0, 1)]
+    assert opened == [{"ocdbt.process_0"}, {"ocdbt.process_1"}]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in (checkpoints / "manifests").iterdir()) == ["2.json", "4.json"]
+    assert listing(tmp_path / "run", verify=True)[1]
+    file = next((checkpoints / "4" / "state" / "ocdbt.process_1" / "d").iterdir())
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert f"its file {file.relative_to(checkpoints / '4')}" in manifest.damage(checkpoints, 4)
 
 
 @pytest.mark.slow

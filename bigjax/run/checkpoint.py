@@ -5,7 +5,6 @@ It knows no task and no model.
 
 import contextlib
 import datetime
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,18 +21,6 @@ from bigjax.run import manifest, processes
 
 Tree = Any
 
-# What fails in a save reaches the user as one line, a SaveError: not also as orbax logs it with a traceback,
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-
-
-def hook(unraisable: Any, shown: Callable[[Any], None] = sys.unraisablehook) -> None:
-    """nor as tensorstore prints what it can't tell orbax any more, a hundred times."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        shown(unraisable)
-
-
-sys.unraisablehook = hook
-
 
 def raw(x: jax.Array) -> jax.Array:
     """What is written for an array: for PRNG keys their numbers."""
@@ -43,6 +30,28 @@ def raw(x: jax.Array) -> jax.Array:
 def to_stderr(line: str) -> None:
     """Tells the user, beside what a command prints."""
     print(line, file=sys.stderr, flush=True)
+
+
+class Handler(ocp.PyTreeCheckpointHandler):
+    """As orbax's; calls `written(folder)` in the background when all that this process writes there is written."""
+
+    def __init__(self, written: Callable[[epath.Path], None]):
+        super().__init__()
+        self.written = written
+
+    async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Any]:
+        futures = await super().async_save(directory, *args, **kwargs)
+        return [ocp.future.ChainedFuture(futures or [], cb=lambda: self.written(directory))]
+
+
+@ocp.args.register_with_handler(Handler, for_save=True)
+class Save(ocp.args.PyTreeSave):
+    """Orbax wants arguments of its own for each handler."""
+
+
+@ocp.args.register_with_handler(Handler, for_restore=True)
+class Restore(ocp.args.PyTreeRestore):
+    """The same."""
 
 
 class Checkpoints:
@@ -67,7 +76,7 @@ class Checkpoints:
             clean(self.folder)
         self.manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+            item_handlers={"state": Handler(self.written)},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept,
                 # A reader must leave the save of a run under way alone; and in a bucket orbax takes every folder
@@ -87,16 +96,24 @@ class Checkpoints:
         with self.failing_clearly():
             self.wait()
             self.saving = step
-            args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
+            args = ocp.args.Composite(state=Save(tree))
             self.manager.save(step, args=args, metrics=metrics, force=True)
 
+    def unnamed(self) -> epath.Path:
+        """The folder of the save under way: in a bucket it has its name from the beginning."""
+        found = [p for p in self.folder.iterdir() if p.name.startswith(f"{self.saving}.")]
+        return (found or [self.folder / str(self.saving)])[0]
+
+    def written(self, state: epath.Path) -> None:
+        """Called in the background when this process has written all of its part: takes its checksums."""
+        if not processes.first():
+            manifest.write_part(self.folder, self.saving, jax.process_index(), state=state)
+
     def complete(self) -> None:
-        """Called in the background when all of a save is written, before it gets its name: takes its checksums."""
-        if processes.first() and self.saving is not None:
-            unnamed = [p for p in self.folder.iterdir() if p.name.startswith(f"{self.saving}.")]
-            manifest.write(self.folder, self.saving, where=(unnamed or [self.folder / str(self.saving)])[0])
-            kept = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
-            manifest.forget(self.folder, [self.saving, *kept])
+        """Called in process 0's background when all have, before the save gets its name: takes all other checksums."""
+        manifest.write(self.folder, self.saving, where=self.unnamed(), processes=jax.process_count())
+        kept = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
+        manifest.forget(self.folder, [self.saving, *kept])
 
     def newest(self, *, tell: Callable[[str], None]) -> int | None:
         """The newest step whose checkpoint is what was saved; None if nothing was saved.
@@ -164,7 +181,7 @@ class Checkpoints:
                 f"the checkpoint of step {step} is of another model or optimizer: use the settings and code it was "
                 "saved with, or another --workdir\n  " + "\n  ".join(changes)
             )
-        arguments = ocp.args.PyTreeRestore(
+        arguments = Restore(
             item=abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,28 @@ from bigjax import SaveError
 from bigjax.run import processes
 
 HUNG = 4  # exit status
+
+
+def quiet() -> None:
+    """Where a program starts: what fails in a save reaches the user as one line, a SaveError, and in no other form.
+
+    Not also as orbax logs it with a traceback, nor as tensorstore prints what it can't tell orbax any more, a hundred
+    times.
+    """
+    logger, shown = logging.getLogger("absl"), sys.unraisablehook
+    if _not_twice in logger.filters:
+        return
+    logger.addFilter(_not_twice)
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _not_twice(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,15 +14,28 @@ from bigjax import SaveError, UsageError
 BUCKET_SECONDS = 1.0  # Google's limit for writing the same object again
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """JSON as the standard has it: NaN and infinity, for which it has no word, are null. options: of json.dumps."""
+
+    def finite(v: Any) -> Any:
+        if isinstance(v, Mapping):
+            return {k: finite(part) for k, part in v.items()}
+        if isinstance(v, list | tuple):
+            return [finite(part) for part in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 def read_log(path: epath.Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was torn by a kill is left out.
+    """The records of a metrics.jsonl, null as NaN; a last line that was torn by a kill is left out.
 
     UsageError: another line is damaged.
     """
     lines = path.read_text().split("\n") if path.exists() else []
     for n, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
+            yield {k: math.nan if v is None else v for k, v in json.loads(line).items()}
         except json.JSONDecodeError:
             if n < len(lines):
                 raise UsageError(f"{path}, line {n} is damaged: repair or remove that line") from None
@@ -41,7 +55,7 @@ class Log:
         self.behind = self.bucket and active  # lines of `text` are not in the bucket yet
         if not active:
             return
-        self.text = "".join(json.dumps(r) + "\n" for r in read_log(self.path) if r["step"] <= step)
+        self.text = "".join(json_text(r) + "\n" for r in read_log(self.path) if r["step"] <= step)
         if self.bucket:
             self.flush()
         else:
@@ -57,7 +71,7 @@ class Log:
         """Appends one line; it is on disk when this returns (in a bucket, at the latest after `flush`)."""
         if not self.active:
             return
-        line = json.dumps({"step": step, "split": split, **values}) + "\n"
+        line = json_text({"step": step, "split": split, **values}) + "\n"
         if self.bucket:
             self.text, self.behind = self.text + line, True
             if time.monotonic() - self.written > BUCKET_SECONDS:

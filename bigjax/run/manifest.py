@@ -1,11 +1,13 @@
 """Whether a checkpoint is what was saved: a checksum of every file, taken when the save was complete.
 
-For the checkpoint folder C/STEP the manifest is C/manifests/STEP.json: {"files": {path: [bytes, crc32]}}.
+For the checkpoint folder C/STEP the manifest is C/manifests/STEP.json: {"files": {path: [bytes, crc32]}}. Of several
+processes each takes those of the files that it wrote, C/manifests/STEP.INDEX.part, of which process 0 makes the whole.
 """
 
 import json
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import fsspec
@@ -17,36 +19,55 @@ LAST = "_CHECKPOINT_METADATA"  # the time of the commit is written into it at th
 PIECE = 2**22  # bytes read at a time
 
 
-def files(folder: epath.Path, *, known: Mapping[str, list[int]] = MappingProxyType({})) -> dict[str, list[int]]:
-    """[size, crc32] of every file below a folder, by its path there, but for those already known."""
+THREADS = 8  # crc32 lets others work meanwhile, as does a bucket's answer
+
+
+def files(
+    folder: epath.Path, *, below: str = "", known: Mapping[str, list[int]] = MappingProxyType({})
+) -> dict[str, list[int]]:
+    """[size, crc32] of every file in a folder (only of a part `below` it), by its path there, but for those known."""
     system, root = fsspec.core.url_to_fs(str(folder))  # lists them in one request, of which a bucket makes you wait
-    found = {}
-    for path in system.find(root):
-        name = path.removeprefix(f"{root}/")
-        if name not in known:
-            size = crc = 0
-            with system.open(path, "rb") as f:
-                while piece := f.read(PIECE):
-                    size, crc = size + len(piece), zlib.crc32(piece, crc)
-            found[name] = [size, crc]
-    return found
+    names = [path.removeprefix(f"{root}/") for path in system.find(f"{root}/{below}".rstrip("/"))]
+
+    def sums(name: str) -> list[int]:
+        size = crc = 0
+        with system.open(f"{root}/{name}", "rb") as f:
+            while piece := f.read(PIECE):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+        return [size, crc]
+
+    unknown = [name for name in names if name not in known]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(unknown, pool.map(sums, unknown), strict=True))
 
 
-def write(checkpoints: epath.Path, step: int, *, where: epath.Path | None = None) -> None:
-    """Writes the manifest of a complete checkpoint, atomically.
+def write_part(checkpoints: epath.Path, step: int, index: int, *, state: epath.Path) -> None:
+    """Writes the checksums of what process `index` has written into the folder of a state."""
+    path = checkpoints / "manifests" / f"{step}.{index}.part"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = files(state, below=f"ocdbt.process_{index}")  # as orbax calls what each process writes
+    write_whole(path, json.dumps({f"state/{name}": sums for name, sums in found.items()}).encode())
+
+
+def write(checkpoints: epath.Path, step: int, *, where: epath.Path | None = None, processes: int = 1) -> None:
+    """Writes the manifest of a complete checkpoint, atomically; what other processes wrote is as their parts say.
 
     where: the folder, if it is still to be renamed. Its file LAST changes once more then, and is left to a second call.
     """
     path = checkpoints / "manifests" / f"{step}.json"
+    parts = [path.with_name(f"{step}.{index}.part") for index in range(1, processes)]
     if where is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = {name: sums for name, sums in files(where).items() if name != LAST}
+        found = {name: sums for part in parts for name, sums in json.loads(part.read_text()).items()}
+        found |= files(where, known={**found, LAST: []})
     elif path.exists() and (checkpoints / str(step)).exists():
         found = json.loads(path.read_text())["files"]
         found |= files(checkpoints / str(step), known=found)
     else:
         return
     write_whole(path, json.dumps({"files": found}).encode())
+    for part in parts if where is not None else ():
+        part.unlink()
 
 
 def read(checkpoints: epath.Path, step: int) -> dict[str, list[int]] | None:
@@ -81,10 +102,11 @@ def ended(checkpoints: epath.Path, *, after: int) -> list[int]:
 
 
 def forget(checkpoints: epath.Path, kept: list[int]) -> None:
-    """Deletes the manifests of checkpoints that are no more."""
+    """Deletes the manifests of checkpoints that are no more, and the parts that a killed save left."""
     folder = checkpoints / "manifests"
     for path in folder.iterdir() if folder.exists() else ():
-        if path.stem.isdigit() and int(path.stem) not in kept:
+        step = path.name.partition(".")[0]
+        if step.isdigit() and int(step) not in kept:
             path.unlink()
 
 
