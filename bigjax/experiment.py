@@ -22,6 +22,7 @@ class RunConfig:
 
     workdir: str | None = None  # default: runs/NAME; may be gs://bucket/folder
     seed: int = 0
+    split_seed: int = 0  # of what is held out of your own data, and for validation: not the run's seed
     steps: int | None = None  # updates; of steps, epochs and minutes whichever ends first
     epochs: float | None = None  # passes over the training split
     minutes: float | None = None  # of training; turned into a number of steps once the speed is known

@@ -10,7 +10,7 @@ from jax import Array
 
 from bigjax import UsageError, metrics, sharding
 from bigjax.data import pipeline
-from bigjax.data.prefetch import Prefetcher, prefetch
+from bigjax.data.prefetch import Prefetcher
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics
 from bigjax.run import processes
@@ -76,7 +76,7 @@ class Program:
     def batches(self, start: int) -> Prefetcher:
         """Batches from number `start` on, placed on the devices ahead of time."""
         host = pipeline.batches(self.train, start=start, **self.rows)
-        return prefetch(host, lambda batch: sharding.put_batch(batch, self.mesh))
+        return Prefetcher(host, lambda batch: sharding.put_batch(batch, self.mesh))
 
     def chunk(
         self,

@@ -77,7 +77,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False) -> Ru
     sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # its errors come before anything is written
     train, held = experiment.train, None
     if config.validation:
-        train, held = pipeline.hold_out(train, fraction=config.validation, seed=config.seed)
+        train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
     pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
     home = epath.Path(config.workdir or f"runs/{experiment.name}")
     description = folder.describe(experiment, config)
