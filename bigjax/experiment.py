@@ -72,7 +72,7 @@ class RunConfig:
 
     workdir: str | None = None  # default: runs/NAME; may be gs://bucket/folder
     seed: int = 0
-    split_seed: int = 0  # of the rows held out where the data have no test set: the same for runs of every seed
+    split_seed: int = 0  # of what is held out of your own data, and for validation: not the run's seed
     steps: Annotated[int | None, Positive] = None  # updates; of steps, epochs and minutes whichever ends first
     epochs: Annotated[float | None, Positive] = None  # passes over the training split
     minutes: Annotated[float | None, Positive] = None  # of training; made a number of steps once the speed is known

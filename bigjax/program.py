@@ -121,13 +121,13 @@ class Program:
     def batches(self, start: int) -> Any:
         """Batches from number `start` on, checked, and placed on the devices ahead of time; close it at the end."""
         from bigjax.data import pipeline
-        from bigjax.data.prefetch import prefetch
+        from bigjax.data.prefetch import Prefetcher
 
         def placed(batch: Batch) -> Batch:
             self.experiment.task.check(batch)
             return sharding.put_batch(batch, self.mesh, self.config.batch_size)
 
-        return prefetch(pipeline.batches(self.train, start=start, **self.rows), placed)
+        return Prefetcher(pipeline.batches(self.train, start=start, **self.rows), placed)
 
     def seconds_a_step(self) -> float:
         """Measured over three seconds after compilation, on a state that is thrown away."""

@@ -60,7 +60,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
     train, splits = experiment.train, {"eval": experiment.test}
     if config.validation:
-        train, held = pipeline.hold_out(train, fraction=config.validation, seed=config.split_seed)
+        train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
         splits = {"validation": held, **splits}
     next(pipeline.batches(train, seed=config.seed, batch_size=config.batch_size))
     for split in (train, *splits.values()):

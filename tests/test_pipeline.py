@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bigjax import UsageError
 from bigjax.data.pipeline import Batch, batch_rows, batches, eval_batches, hold_out, size_of
-from bigjax.data.prefetch import prefetch
+from bigjax.data.prefetch import Prefetcher
 
 N = 50
 MEMORY = {"x": np.arange(N, dtype=np.float32)[:, None], "label": (np.arange(N) % 5).astype(np.int32)}
@@ -151,7 +151,7 @@ def threads() -> set[str]:
 
 
 def test_prefetch_keeps_order_applies_put_and_ends() -> None:
-    with prefetch(iter(range(20)), lambda i: i * i) as items:
+    with Prefetcher(iter(range(20)), lambda i: i * i) as items:
         assert list(items) == [i * i for i in range(20)]
     assert not threads()
 
@@ -163,7 +163,7 @@ def test_prefetch_works_ahead_no_further_than_depth_and_in_another_thread() -> N
         made.append(threading.current_thread().name)
         return i
 
-    with prefetch(itertools.count(), put, depth=3) as items:
+    with Prefetcher(itertools.count(), put, depth=3) as items:
         assert next(items) == 0
         deadline = time.time() + 10
         while len(made) < 5 and time.time() < deadline:
@@ -178,10 +178,10 @@ def test_prefetch_measures_the_wait() -> None:
             time.sleep(0.05)
             yield i
 
-    with prefetch(slow(), lambda i: i) as items:
+    with Prefetcher(slow(), lambda i: i) as items:
         list(items)
         assert 0.1 < items.wait_seconds < 2
-    with prefetch(iter(range(3)), lambda i: i, depth=3) as items:
+    with Prefetcher(iter(range(3)), lambda i: i, depth=3) as items:
         time.sleep(0.1)
         list(items)
         assert items.wait_seconds < 0.05
@@ -196,7 +196,7 @@ def test_prefetch_closes_a_blocked_producer_and_its_iterator() -> None:
         finally:
             closed.append(True)
 
-    items = prefetch(endless(), lambda i: i, depth=1)
+    items = Prefetcher(endless(), lambda i: i, depth=1)
     assert next(items) == 0
     time.sleep(0.05)  # now it waits for room
     before = time.time()
@@ -214,7 +214,7 @@ def test_prefetch_raises_what_failed(error: BaseException) -> None:
             raise error
         return i
 
-    items = prefetch(itertools.count(), put)
+    items = Prefetcher(itertools.count(), put)
     with pytest.raises(UsageError if isinstance(error, UsageError) else RuntimeError, match="boom") as caught:
         list(items)
     assert caught.value.__cause__ is error
@@ -223,7 +223,7 @@ def test_prefetch_raises_what_failed(error: BaseException) -> None:
 
 
 def test_prefetch_of_a_reader_leaves_no_thread() -> None:
-    with prefetch(batches(Reader(), seed=0, batch_size=8), lambda b: b) as items:
+    with Prefetcher(batches(Reader(), seed=0, batch_size=8), lambda b: b) as items:
         next(items)
     deadline = time.time() + 10
     while any("grain" in t.name for t in threading.enumerate()) and time.time() < deadline:

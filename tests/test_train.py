@@ -152,7 +152,7 @@ def test_step_n_is_n_batches(straight):
 def test_the_loop_is_train_step_over_the_batches_by_number(straight):
     """Checkpoint 3 is `train_step` over batches 0, 1, 2 and nothing else, up to how XLA groups additions."""
     experiment, config = rich(), flags(straight.folder, **RICH)
-    rest, _ = pipeline.hold_out(experiment.train, fraction=0.2, seed=0)
+    rest, _ = pipeline.hold_out(experiment.train, fraction=0.2, split_seed=0)
     batches = pipeline.batches(rest, seed=0, batch_size=8)
     state, key = train.Program(experiment, config, rest, steps=6).initialize(jax.random.key(0)), jax.random.key(0)
     step = jax.jit(
@@ -256,7 +256,7 @@ def test_evaluation_uses_the_averaged_parameters(straight):
 
 
 def test_validation_is_held_out_of_training(straight):
-    rest, held = pipeline.hold_out(rich().train, fraction=0.2, seed=0)
+    rest, held = pipeline.hold_out(rich().train, fraction=0.2, split_seed=0)
     (program,) = straight.programs
     assert pipeline.size_of(program.train) == 48 and pipeline.size_of(held) == 12
     np.testing.assert_array_equal(program.train["image"], rest["image"])

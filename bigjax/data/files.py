@@ -9,33 +9,19 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from etils import epath
-from fsspec.config import conf
 
 from bigjax import UsageError
-from bigjax.data.pipeline import Split
+from bigjax.data.pipeline import Dataset, Named
 
 THREADS = 16
 
-# gcsfs remembers the listings of folders, and forever: what TensorStore or another process writes there would be missed
-conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
-
-@dataclass(frozen=True)
-class Part:
-    """What one name or path gives; `test` None if it is in one piece."""
-
-    train: Split
-    test: Split | None
-    classes: int | None = None
-    class_names: tuple[str, ...] | None = None
-
-
-def _npz(path: epath.Path) -> Part:
+def _npz(path: epath.Path) -> Dataset:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -50,7 +36,7 @@ def _npz(path: epath.Path) -> Part:
     return _checked(path, arrays, "arrays")
 
 
-def _checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Part:
+def _checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Dataset:
     """Images or features with labels or targets, in the forms that models take."""
     given, wanted = ([n for n in pair if n in arrays] for pair in (("image", "x"), ("label", "target")))
     if len(given) != 1 or len(wanted) != 1:
@@ -84,7 +70,7 @@ def _checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Part
                 "uint8 in 0 to 255"
             )
     if wanted == "target":
-        return Part({given: inputs, wanted: _floats(path, wanted, labels)}, None)
+        return Dataset({given: inputs, wanted: _floats(path, wanted, labels)})
     names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(
@@ -98,9 +84,8 @@ def _checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Part
             f"{path}: label {labels[row]} of example {row} is out of range: labels count classes from 0, below "
             f"{classes} here"
         )
-    return Part(
-        {given: inputs, wanted: labels.astype(np.int32)}, None, len(names) if names else int(labels.max()) + 1, names
-    )
+    fields = {given: inputs, wanted: labels.astype(np.int32)}
+    return Dataset(fields, classes=len(names) if names else int(labels.max()) + 1, class_names=names)
 
 
 def _floats(path: epath.Path, field: str, values: np.ndarray) -> np.ndarray:
@@ -117,7 +102,7 @@ def _floats(path: epath.Path, field: str, values: np.ndarray) -> np.ndarray:
     return values
 
 
-def folder_of_images(path: epath.Path) -> Part:
+def folder_of_images(path: epath.Path) -> Dataset:
     names = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     files: list[tuple[epath.Path, int]] = []
     for label, name in enumerate(names):
@@ -140,12 +125,9 @@ def folder_of_images(path: epath.Path) -> Part:
             )
     channels = max(image.shape[2] for image in images)  # grey images among coloured ones become coloured
     image_NHWC = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
-    return Part(
-        {"image": image_NHWC, "label": np.array([label for _, label in files], np.int32)},
-        None,
-        len(names),
-        tuple(names),
-    )
+    fields = {"image": image_NHWC, "label": np.array([label for _, label in files], np.int32)}
+    inside = np.array([f"{names[label]}/{file.name}" for file, label in files])
+    return Dataset(Named(fields, inside), classes=len(names), class_names=tuple(names))
 
 
 def _image(path: epath.Path) -> np.ndarray:
@@ -161,7 +143,7 @@ def _image(path: epath.Path) -> np.ndarray:
         raise UsageError(f"{path} is not a readable image ({type(e).__name__}: {e}): repair or remove it") from e
 
 
-def _jsonl(path: epath.Path) -> Part:
+def _jsonl(path: epath.Path) -> Dataset:
     rows = []
     for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -178,7 +160,7 @@ def _jsonl(path: epath.Path) -> Part:
     return _rows(path, rows)
 
 
-def _csv(path: epath.Path) -> Part:
+def _csv(path: epath.Path) -> Dataset:
     csv.field_size_limit(2**30)
     reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
     try:
@@ -193,7 +175,7 @@ def _csv(path: epath.Path) -> Part:
     return _rows(path, rows)
 
 
-def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> Part:
+def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> Dataset:
     """Rows with their line numbers: text and label, source and target, or numbers."""
     if not rows:
         raise UsageError(f"{path} has no examples: give it at least one line of data")
@@ -208,12 +190,13 @@ def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> Part:
             if column in ("text", "source", "target") and texts and not isinstance(row[column], str):
                 raise UsageError(f"{path}, line {number}: {column} is {row[column]!r}, not a string")
     if texts == ("source", "target"):
-        return Part({name: np.array([row[name] for _, row in rows], object) for name in texts}, None)
+        return Dataset({name: np.array([row[name] for _, row in rows], object) for name in texts})
     arrays: dict[str, np.ndarray] = {}
     if "label" in columns:
         arrays["label"], names = _classes(path, rows)
     if texts:
-        return Part({"text": np.array([row["text"] for _, row in rows], object), **arrays}, None, len(names), names)
+        fields = {"text": np.array([row["text"] for _, row in rows], object), **arrays}
+        return Dataset(fields, classes=len(names), class_names=names)
     numbers = [c for c in columns if c not in ("label", "target")]
     table = np.array(
         [[_number(path, n, c, row[c]) for c in [*numbers, *({"target"} & set(columns))]] for n, row in rows], np.float32
@@ -221,13 +204,13 @@ def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> Part:
     arrays["x"] = table[:, : len(numbers)]
     if "target" in columns:
         arrays["target"] = table[:, -1]
-    part = _checked(path, arrays, "columns") if numbers and len(arrays) == 2 else None
-    if part is None:
+    if not numbers or len(arrays) != 2:
         raise UsageError(
             f"{path} has the columns {few(columns)}: name one of them label (classes) or target (numbers), beside "
             "the inputs"
         )
-    return Part(part.train, None, len(names), names) if "label" in columns else part
+    data = _checked(path, arrays, "columns")
+    return replace(data, classes=len(names), class_names=names) if "label" in columns else data
 
 
 def _classes(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -272,18 +255,8 @@ def _number(path: epath.Path, line: int, column: str, value: str) -> float:
         ) from e
 
 
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Atomically: the file is there whole or not at all."""
-    if "://" in str(path):  # a bucket shows objects only when they are whole
-        path.write_bytes(content)
-        return
-    part = path.parent / (path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def few(names: Sequence[str]) -> str:
     return ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "") if names else "none"
 
 
-FILES: dict[str, Callable[[epath.Path], Part]] = {".npz": _npz, ".csv": _csv, ".jsonl": _jsonl}
+FILES: dict[str, Callable[[epath.Path], Dataset]] = {".npz": _npz, ".csv": _csv, ".jsonl": _jsonl}

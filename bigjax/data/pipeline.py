@@ -9,11 +9,13 @@ A split is a mapping of arrays with equal leading axes (in memory), or a random-
 same order.
 """
 
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,8 +30,7 @@ Transform = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.
 
 
 class Reader(Protocol):
-    """Random access to examples. An attribute `label` (N,), where there is one, lets `hold_out` stratify without "
-    "reading them all."""
+    """Random access to examples. With an attribute `names` (N,), of files for instance, `hold_out` goes by those."""
 
     def __len__(self) -> int: ...
 
@@ -39,9 +40,45 @@ class Reader(Protocol):
 Split = Mapping[str, np.ndarray] | Reader
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """What a source gives.
+
+    train, test: splits; of text for a language model its bytes or tokens. `test` is None while it is in one piece.
+    classes: None where labels are not classes. class_names: None where they have no names.
+    facts: what else is known of it, such as a hash.
+    note: a line on what was held out of it.
+    """
+
+    train: Split | Sequence[int]
+    test: Split | Sequence[int] | None = None
+    classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    name: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+class Named(dict[str, np.ndarray]):
+    """Arrays in memory, and the `names` (N,) of their rows."""
+
+    def __init__(self, fields: Mapping[str, np.ndarray], names: np.ndarray) -> None:
+        super().__init__(fields)
+        self.names = names
+
+
 def size_of(split: Split) -> int:
-    """The number of examples."""
-    return len(next(iter(split.values()))) if isinstance(split, Mapping) else len(split)
+    """The number of examples, at least one. UsageError: no fields, or fields of unequal length."""
+    fields = split if isinstance(split, Mapping) else {"examples": split}
+    if bad := [name for name, value in fields.items() if not getattr(value, "shape", True)]:
+        raise UsageError(f"{bad[0]} is a single {fields[bad[0]].dtype}: give an array with one row an example")
+    sizes = {name: len(value) for name, value in fields.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UsageError(f"the fields have unequal lengths ({told}): give each of them one row an example")
+    if not sizes or 0 in sizes.values():
+        raise UsageError(f"the data has no {'examples' if sizes else 'fields'}: give arrays with one row an example")
+    return next(iter(sizes.values()))
 
 
 @lru_cache(maxsize=3)  # a batch can straddle two epochs, and reading ahead is in the next one
@@ -113,8 +150,8 @@ def eval_batches(split: Split, *, batch_size: int, rows: np.ndarray | None = Non
     What is missing in the last batch is row 0 again, with `mask` 0 and `index` −1.
     """
     size = size_of(split)
-    if size < 1 or batch_size < 1:
-        raise UsageError(f"cannot evaluate {size} examples in batches of {batch_size}: both must be at least 1")
+    if batch_size < 1:
+        raise UsageError(f"cannot evaluate in batches of {batch_size}: pass --batch-size with a number from 1")
     mine = np.arange(batch_size) if rows is None else rows
 
     def chosen(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,8 +224,9 @@ class View:
 
     def __init__(self, reader: Reader, rows: np.ndarray) -> None:
         self.reader, self.rows = reader, rows
-        if getattr(reader, "label", None) is not None:
-            self.label = reader.label[rows]
+        for name in ("label", "names"):
+            if getattr(reader, name, None) is not None:
+                setattr(self, name, getattr(reader, name)[rows])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -199,25 +237,61 @@ class View:
 
 def take(split: Split, rows: np.ndarray) -> Split:
     """The given rows of a split: copied arrays, or an index view of a reader."""
-    return {k: v[rows] for k, v in split.items()} if isinstance(split, Mapping) else View(split, rows)
+    if not isinstance(split, Mapping):
+        return View(split, rows)
+    fields = {k: v[rows] for k, v in split.items()}
+    return Named(fields, split.names[rows]) if isinstance(split, Named) else fields
 
 
-def hold_out(split: Split, *, fraction: float, seed: int) -> tuple[Split, Split]:
-    """(rest, held): `fraction` of the examples held out, chosen by `seed`, both in the order of `split`.
+def hold_out(split: Split, *, fraction: float, split_seed: int, purpose: str = "validation") -> tuple[Split, Split]:
+    """(rest, held): about `fraction` of the examples held out, both in the order of `split`.
 
-    Where there are integer labels every class gives its share, to within one example. Readers are stratified if they
-    have an attribute `label`. `index` of each part's batches counts that part's rows.
+    Each row is held out or not by a hash, keyed by `split_seed` and `purpose`, of its name where rows have names, or
+    else of its own fields but `label` and `target`, or else (of readers) of its number. So rows that are added or
+    reordered, and labels that are corrected, move no other row, and rows that are alike stay on one side; the
+    classes' shares are random (`shares`). At least one row is held out and one is left. UsageError: impossible.
+    `index` of each part's batches counts that part's rows.
     """
     size = size_of(split)
-    held = round(size * fraction)
-    if not 1 <= held < size:
+    key, person = str(split_seed).encode(), purpose.encode()
+    if getattr(split, "names", None) is not None:
+        told = (str(name).encode() for name in split.names)
+    else:
+        told = _contents(split) if isinstance(split, Mapping) else (str(row).encode() for row in range(size))
+    digest_N8 = b"".join(hashlib.blake2b(row, digest_size=8, key=key, person=person).digest() for row in told)
+    place_N = np.frombuffer(digest_N8, ">u8") / 2.0**64  # in [0, 1)
+    held_N = place_N < min(max(fraction, place_N.min()), place_N.max())
+    held_N |= place_N == place_N.min()
+    if not 0 < fraction < 1 or held_N.all():
         raise UsageError(
-            f"cannot hold out {fraction:g} of {size} examples: give more data, or a separate file for evaluation"
+            f"cannot hold out {fraction:g} of {size} examples that differ: give a share between 0 and 1 and more data, "
+            "or a separate file as --eval-data"
         )
-    order = _generator(seed, 2**63).permutation(size)  # a stream that no epoch has
-    label = split.get("label") if isinstance(split, Mapping) else getattr(split, "label", None)
-    if label is not None and np.issubdtype(label.dtype, np.integer) and label.ndim == 1:
-        order = order[np.argsort(label[order], kind="stable")]
-    chosen = np.zeros(size, bool)
-    chosen[order[((np.arange(held) + 0.5) * size / held).astype(np.int64)]] = True  # evenly along the classes
-    return take(split, np.flatnonzero(~chosen)), take(split, np.flatnonzero(chosen))
+    return take(split, np.flatnonzero(~held_N)), take(split, np.flatnonzero(held_N))
+
+
+def _contents(split: Mapping[str, np.ndarray]) -> Iterator[bytes]:
+    """What the rows hold, as bytes, but for `label` and `target` (unless there is nothing else)."""
+    names = sorted(split.keys() - {"label", "target"}) or sorted(split)
+    for row in range(size_of(split)):
+        values = (split[name][row] for name in names)
+        parts = [v.encode() if isinstance(v, str) else np.asarray(v).tobytes() for v in values]
+        yield b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+
+
+def shares(rest: Split, held: Split, *, fraction: float, class_names: Sequence[str] | None = None) -> str:
+    """What `hold_out` gave, in one line: the total, and the classes that gave over a row more or less than their share.
+
+    Of more than ten those that are furthest off.
+    """
+    said = f"{size_of(held)} of {size_of(rest) + size_of(held)} examples"
+    labels = [s.get("label") if isinstance(s, Mapping) else getattr(s, "label", None) for s in (rest, held)]
+    if any(label is None or label.ndim != 1 or not np.issubdtype(label.dtype, np.integer) for label in labels):
+        return said
+    classes = 1 + int(max(label.max() for label in labels))
+    rest_C, held_C = (np.bincount(label, minlength=classes) for label in labels)
+    off_C = np.abs(held_C - fraction * (rest_C + held_C))
+    furthest = sorted(c for c in np.argsort(-off_C, kind="stable")[:10] if off_C[c] > 1)
+    name = class_names or range(classes)
+    told = ", ".join(f"{name[c]} {held_C[c]} of {rest_C[c] + held_C[c]}" for c in furthest)
+    return f"{said}, not evenly by class: {told}" if told else said

@@ -6,11 +6,9 @@ Tokenizers made here have [PAD] as 0 and [UNK] as 1.
 
 import hashlib
 import lzma
-import platform
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.data.pipeline import Split, size_of
+from bigjax.data.pipeline import Dataset, Split, size_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,33 +25,14 @@ if TYPE_CHECKING:
 TOPICS = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "re", "unittest", "xml")
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Bytes to train on and bytes held out, split by file. Results can be compared only where `sha256` is the same."""
+def python_corpus() -> Dataset:
+    """The running Python's standard library as bytes: 266 files, 6.8 MB, 9 % held out, by file.
 
-    train: bytes
-    test: bytes
-    train_files: tuple[str, ...]
-    test_files: tuple[str, ...]
-    sha256: str
-    python: str
-
-
-@dataclass(frozen=True)
-class Topics:
-    """Splits with `text` (N,) strings and `label` (N,) int32, an index into `class_names`."""
-
-    train: Mapping[str, np.ndarray]
-    test: Mapping[str, np.ndarray]
-    class_names: tuple[str, ...]
-
-
-def python_corpus() -> Corpus:
-    """The running Python's standard library: 266 files, 6.8 MB, 9 % held out. `UsageError` names a missing module."""
-    train_files, test_files = _modules(held_out=False), _modules(held_out=True)
-    train, test = (b"".join(_read(files)) for files in (train_files, test_files))
+    Results can be compared only where the fact `corpus_sha256` is the same. `UsageError` names a missing module.
+    """
+    train, test = (b"".join(_read(_modules(held_out=held_out))) for held_out in (False, True))
     digest = hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(test).digest()).hexdigest()
-    return Corpus(train, test, train_files, test_files, digest, platform.python_version())
+    return Dataset(train, test, name="python", facts={"corpus_sha256": digest})
 
 
 def _modules(*, held_out: bool) -> tuple[str, ...]:
@@ -75,7 +54,7 @@ def _read(modules: Iterable[str]) -> list[bytes]:
     return files
 
 
-def python_topics(*, length: int = 1600, train_size: int = 1000, test_size: int = 50) -> Topics:
+def python_topics(*, length: int = 1600, train_size: int = 1000, test_size: int = 50) -> Dataset:
     """Which of ten packages is a piece of source from? At most `length` characters, from the start of a line.
 
     Every class has `train_size` pieces of its training files and `test_size` of its held-out files (those of
@@ -89,7 +68,7 @@ def python_topics(*, length: int = 1600, train_size: int = 1000, test_size: int 
         files = [_read(m for m in modules if m.split(".")[0] == topic) for topic in TOPICS]
         text = np.array([piece for topic in files for piece in _pieces(topic, length, size)], object)
         splits.append({"text": text, "label": np.repeat(np.arange(len(TOPICS), dtype=np.int32), size)})
-    return Topics(*splits, TOPICS)
+    return Dataset(*splits, len(TOPICS), TOPICS)
 
 
 def _pieces(files: Iterable[bytes], length: int, count: int) -> list[str]:

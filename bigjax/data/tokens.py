@@ -8,12 +8,12 @@ header. Beside ours lies `tokens.json`, and the `tokenizer.json` that it speaks 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from etils import epath
 
 from bigjax import UsageError
+from bigjax.data.pipeline import Dataset
 from bigjax.data.text import window_count, window_fields
 
 HEADER = 1024  # bytes: 256 int32, of which three are used: magic, version, number of tokens
@@ -89,21 +89,12 @@ class Windows:
         }
 
 
-@dataclass(frozen=True)
-class TokenData:
-    """What a folder of token files gives. `tokenizer` is the path of a tokenizer.json; None: bytes, or not known."""
+def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) -> Dataset:
+    """The token files of `tokens:DIR` as splits of `Tokens`; DIR may be gs://..., whose files are read into memory.
 
-    train: Tokens
-    test: Tokens
-    vocabulary: int
-    before: int = 0  # the token in front of the first: the end of a line or document, where that is known
-    tokenizer: str | None = None
-    bytes_a_token: float | None = None  # of the test split, for bits per byte
-    sha256: str | None = None  # of the text
-
-
-def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) -> TokenData:
-    """The token files of `tokens:DIR`; DIR may be gs://..., whose files are read into memory.
+    Facts: `vocabulary`; `before`, the token in front of the first (the end of a line or document, where that is known);
+    `tokenizer`, the path of a tokenizer.json (None: bytes, or not known); `bytes_a_token` of the test split, for bits
+    per byte, and `corpus_sha256` of the text (None: not known).
 
     What `tokens.json` says holds. Without it: `dtype` ("uint16", the default, or "uint32") of files without llm.c's
     header, and a vocabulary of GPT-2's 50,257 (uint16) or Llama 3's 128,256 (uint32) unless `vocabulary`, of the
@@ -133,16 +124,14 @@ def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) 
                 f"{folder / files[0]} holds {len(tokens)} tokens, but tokens.json says "
                 f"{about['splits'][split]['tokens']}: prepare the folder again"
             )
-    if not about:
-        return TokenData(**splits, vocabulary=splits["train"].vocabulary)
-    return TokenData(
-        **splits,
-        vocabulary=splits["train"].vocabulary,
-        before=about["before"],
-        tokenizer=str(folder / "tokenizer.json") if about["tokenizer"] != "bytes" else None,
-        bytes_a_token=about["splits"]["test"]["bytes"] / about["splits"]["test"]["tokens"],
-        sha256=about["sha256"],
-    )
+    facts = {
+        "vocabulary": splits["train"].vocabulary,
+        "before": about["before"] if about else 0,
+        "tokenizer": str(folder / "tokenizer.json") if about and about["tokenizer"] != "bytes" else None,
+        "bytes_a_token": about["splits"]["test"]["bytes"] / about["splits"]["test"]["tokens"] if about else None,
+        "corpus_sha256": about["sha256"] if about else None,
+    }
+    return Dataset(**splits, name=name, facts=facts)
 
 
 def _about(path: epath.Path) -> dict | None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import fsspec
 from etils import epath
 
-from bigjax.data.files import write_whole
+from bigjax.run.atomic import write_whole
 
 LAST = "_CHECKPOINT_METADATA"  # the time of the commit is written into it at the very end
 PIECE = 2**22  # bytes read at a time

@@ -17,11 +17,11 @@ import jax
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.data.files import write_whole
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics, counts_by_class, per_class
 from bigjax.program import Program
 from bigjax.run import processes
+from bigjax.run.atomic import write_whole
 from bigjax.run.log import read_log
 from bigjax.run.modules import module_spec
 

@@ -87,13 +87,13 @@ def libraries() -> Iterator[str]:
 
 def data() -> Iterator[str]:
     """Of each set that a script offers as --data."""
-    from bigjax.data import sources, text
+    from bigjax.data import embedded, text, tfds
     from bigjax.data.pipeline import size_of
 
     checkouts = (Path(__file__).parents[1], Path())
     scripts = {p.stem: p.read_text() for home in checkouts for p in sorted(home.glob("experiments/*.py"))}
-    readers = sources.EMBEDDED | {"python": text.python_corpus}
-    for name in (*readers, *sources.TFDS):
+    readers = embedded.SETS | {"python": text.python_corpus}
+    for name in (*readers, *tfds.NAMES):
         users = [s for s, code in scripts.items() if re.search(rf"^    data: str = .*\b{name}\b", code, flags=re.M)]
         used = f" ({', '.join(users)})"
         try:
@@ -103,10 +103,10 @@ def data() -> Iterator[str]:
                 part, unit = readers[name](), "bytes" if name == "python" else "examples"
                 found = f"{size_of(part.train):,} {unit} to train on, {size_of(part.test):,} to test on{used}"
                 yield line("ok", f"data {name}", found)
-            elif sources.tfds_builder(sources.TFDS[name], sources.tfds_folder()).info.splits:
+            elif tfds.builder(tfds.NAMES[name], tfds.folder()).info.splits:
                 yield line("ok", f"data {name}", f"prepared{used}")
             else:
-                yield line("warning", f"data {name}", f"not prepared{used}", sources.prepare_command(name))
+                yield line("warning", f"data {name}", f"not prepared{used}", tfds.prepare_command(name))
         except UsageError as e:
             yield line("warning", f"data {name}", f"{e}{used}")
 

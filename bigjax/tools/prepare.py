@@ -14,9 +14,8 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.data import text
-from bigjax.data.files import write_whole
-from bigjax.data.sources import TFDS, tfds_builder
+from bigjax.data import text, tfds
+from bigjax.run.atomic import write_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,7 +36,7 @@ def prepare(name: str, to: str, *, tokenizer: str | None = None, vocabulary: int
         raise UsageError(f"{name} is neither text nor a TFDS set: give a .txt, a .jsonl, python, or the set's name")
     if tokenizer:
         raise UsageError(f"--tokenizer is for text, and {name} is a TFDS set: leave it out")
-    return build_tfds(TFDS.get(name, name.removeprefix("tfds:")), to)
+    return build_tfds(tfds.NAMES.get(name, name.removeprefix("tfds:")), to)
 
 
 def build_tfds(name: str, to: str) -> str:
@@ -45,7 +44,7 @@ def build_tfds(name: str, to: str) -> str:
     remote = "://" in to
     with tempfile.TemporaryDirectory() as scratch:  # array_record writes to local disks only
         folder = scratch if remote else str(epath.Path(to).expanduser())
-        builder = tfds_builder(name, folder, file_format="array_record")
+        builder = tfds.builder(name, folder, file_format="array_record")
         if builder.info.splits:
             raise UsageError(f"{folder} has the TFDS set {name} already: delete it there, or name another --to")
         _download_and_prepare(builder, name, to)

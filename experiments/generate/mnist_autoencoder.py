@@ -39,7 +39,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
     image = tuple(int(n) for n in data.train["image"].shape[1:])
     if c.classic:
         model = Autoencoder(image=image, dropout=0.5, dtype=c.dtype)

@@ -72,7 +72,7 @@ def judge_of(c: Config) -> Judge:
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
     image = tuple(int(n) for n in data.train["image"].shape[1:])
     classes = data.classes if c.conditional else 0
     generator = Generator(

@@ -36,7 +36,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
     model = VAE(
         image=tuple(int(n) for n in data.train["image"].shape[1:]),
         code=c.code,

@@ -52,7 +52,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
     model = {
         "linear": MLP(features=(), outputs=data.classes),
         "mlp": MLP(features=(100, 100), outputs=data.classes),

@@ -42,7 +42,7 @@ def closed_form(x_ND: np.ndarray, target_N: np.ndarray, *, ridge: float) -> tupl
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
     x_ND = np.asarray(data.train["x"], np.float64)
     mean_D, std_D = x_ND.mean(0), x_ND.std(0)
     level, spread = float(data.train["target"].mean()), float(data.train["target"].std())

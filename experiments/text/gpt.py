@@ -74,8 +74,8 @@ def build(c: Config) -> Experiment:
     else:
         data = tokens.load(c.data, vocabulary=model.vocabulary)
         train = tokens.Windows(data.train, length=length, stride=length, once=False)
-        test = tokens.Windows(data.test, length=length, before=data.before)
-        bytes_a_token = data.bytes_a_token
+        test = tokens.Windows(data.test, length=length, before=data.facts["before"])
+        bytes_a_token = data.facts["bytes_a_token"]
     return Experiment(
         model=model,
         task=next_token(model, bytes_a_token=bytes_a_token),

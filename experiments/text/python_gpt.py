@@ -58,7 +58,7 @@ def load(c: Config) -> tuple[Split, bytes, Published, dict[str, str | float]]:
     train = text.byte_windows(corpus.train, length=c.context, stride=c.context // 2, once=False)
     xz = text.xz_bits_per_byte(corpus.test)
     aim = Published("eval/bits_per_byte", xz, "xz -9 on the same bytes, in this run", better="lower")
-    return train, corpus.test, aim, {"corpus_sha256": corpus.sha256, "xz_bits_per_byte": xz}
+    return train, corpus.test, aim, {**corpus.facts, "xz_bits_per_byte": xz}
 
 
 def build(c: Config) -> Experiment:

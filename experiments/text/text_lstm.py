@@ -46,7 +46,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
     texts = list(data.train["text"])
     if c.tokenizer_file:
         tokenizer = text.load_tokenizer(c.tokenizer_file)

@@ -41,7 +41,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, seed=c.seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
     mean, std = sources.image_statistics(data.train)
     model = CNN(
         features=c.features,
