@@ -49,7 +49,7 @@ def init_state(
         if player not in params:
             there = ", ".join(map(repr, params)) or "none"
             raise UsageError(f"there is a loss for {player!r}, but task.init gives it no parameters: it has {there}")
-    model_state = {player: model_state.get(player, {}) for player in params}
+    model_state = dict.fromkeys(task.losses, {}) | dict(model_state)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
@@ -127,7 +127,7 @@ def check_metrics(who: str, metrics: Mapping[str, Any]) -> None:
     for name, value in metrics.items():
         if not is_pair(value):
             raise UsageError(
-                f"{who} gives the metric {name!r} as something else than (sum, count): give both as arrays"
+                f"{who} gives the metric {name!r} as something else than (sum, count) in arrays: give both"
             )
 
 

@@ -54,7 +54,6 @@ def tiny_experiment(**changes: Any) -> Experiment:
     model = changes.pop("model", MLP(features=(8,), outputs=3, dropout=0.1))
     parts = {
         "name": "tiny",
-        "model": model,
         "task": classify(model, classes=3, top_k=2),
         "tx": lambda steps: {"model": optax.adam(1e-2)},
         "train": blobs(60, seed=0),

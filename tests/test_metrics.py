@@ -1,20 +1,15 @@
 """Metrics against scikit-learn and NumPy: B batch, C classes, K calibration bins."""
 
-import json
 import warnings
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import sklearn.metrics
-from etils import epath
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bigjax import UsageError
 from bigjax import metrics as measure
 
 B, C = 12, 5
@@ -31,12 +26,10 @@ shares_B = st.lists(st.sampled_from([0.0, 1.0, *((np.arange(1001) + 0.5) / 1001)
 def measured(
     label_B: np.ndarray, prediction_B: np.ndarray, confidence_B: np.ndarray, mask_B: np.ndarray
 ) -> measure.Metrics:
-    correct_B = 1.0 * (label_B == prediction_B)
-    return {
-        "accuracy": ((correct_B * mask_B).sum(), mask_B.sum()),
-        "confusion": measure.confusion(prediction_B, label_B, mask_B, classes=C),
-        "calibration": measure.calibration(confidence_B, correct_B, mask_B),
-    }
+    correct_B = label_B == prediction_B
+    rows = {"accuracy": (correct_B, jnp.ones(B))} | measure.class_counts(prediction_B, label_B, classes=C)
+    rows |= measure.calibration(confidence_B, correct_B)
+    return {name: tuple(measure.total(part, mask_B) for part in pair) for name, pair in rows.items()}
 
 
 @few
@@ -50,7 +43,7 @@ def test_classes_agree_with_scikit_learn(label_B: np.ndarray, prediction_B: np.n
     np.testing.assert_array_equal(counts_CC, sklearn.metrics.confusion_matrix(label, prediction, labels=range(C)))
     each = sklearn.metrics.precision_recall_fscore_support(label, prediction, labels=range(C), zero_division=0)
     macro = sklearn.metrics.precision_recall_fscore_support(label, prediction, average="macro", zero_division=0)
-    ours, summary = measure.per_class(counts_CC), measure.summarize_classes(out)
+    ours, summary = measure.per_class(*measure.counts_by_class(out)), measure.summarize_classes(out)
     for i, name in enumerate(("precision", "recall", "f1")):
         chex.assert_shape(ours[name], (C,))
         np.testing.assert_allclose(ours[name], each[i], rtol=1e-6)
@@ -64,9 +57,10 @@ def test_classes_agree_with_scikit_learn(label_B: np.ndarray, prediction_B: np.n
 def test_calibration_error_agrees_with_its_definition(
     confidence_B: np.ndarray, label_B: np.ndarray, prediction_B: np.ndarray, mask_B: np.ndarray
 ) -> None:
-    sums_2K, counts_K = measured(label_B, prediction_B, confidence_B, mask_B)["calibration"]
+    out = measured(label_B, prediction_B, confidence_B, mask_B)
+    (confidence_K, counts_K), (correct_K, _) = (out[f"calibration_{k}"] for k in ("confidence", "correct"))
     bins = 15
-    chex.assert_shape([sums_2K, counts_K], [(2, bins), (bins,)])
+    chex.assert_shape([confidence_K, correct_K, counts_K], (bins,))
     expected, total = 0.0, mask_B.sum()
     for k in range(bins):
         last = k == bins - 1
@@ -74,9 +68,7 @@ def test_calibration_error_agrees_with_its_definition(
         if inside.any():
             gap = abs((label_B == prediction_B)[inside].mean() - confidence_B[inside].mean())
             expected += gap * inside.sum() / total
-    np.testing.assert_allclose(
-        measure.calibration_error(np.asarray(sums_2K), np.asarray(counts_K)), expected, atol=1e-6
-    )
+    np.testing.assert_allclose(measure.calibration_error(confidence_K, correct_K, counts_K), expected, atol=1e-6)
 
 
 @few
@@ -142,67 +134,3 @@ def test_nothing_counted_gives_nan_without_a_warning() -> None:
         warnings.simplefilter("error")
         out = measure.summarize_classes(measured(zeros_B, zeros_B, np.zeros(B, np.float32), np.zeros(B, np.float32)))
     assert np.isnan([out["accuracy"], out["macro_f1"], out["worst_class_accuracy"]]).all()
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> epath.Path:
-    return epath.Path(tmp_path)
-
-
-def test_a_damaged_line_is_named(home: epath.Path) -> None:
-    (home / "metrics.jsonl").write_text('{"step": 2}\n{"st\n{"step": 6}\n')
-    with pytest.raises(UsageError, match="metrics.jsonl, line 2 is damaged: repair or remove that line"):
-        list(measure.read_log(home / "metrics.jsonl"))
-
-
-@pytest.mark.parametrize("torn", ["", "{", '{"step": 6, "split": "tr', '{"step": 6, "split": "train", "loss": 0.2}'])
-def test_a_torn_last_line_is_left_out_and_repaired(home: epath.Path, torn: str) -> None:
-    """A whole record that lacks only its line end counts as written."""
-    path = home / "metrics.jsonl"
-    path.write_text('{"step": 2, "split": "train", "loss": 0.5}\n{"step": 4, "split": "train", "loss": 0.25}\n' + torn)
-    steps = [2, 4, 6] if torn.endswith("}") else [2, 4]
-    assert [r["step"] for r in measure.read_log(path)] == steps
-    log = measure.Log(home, step=6)
-    log.write(8, "train", {"loss": 0.1})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*steps, 8]
-    assert path.read_text().endswith("\n")
-
-
-def test_no_log_has_no_records(home: epath.Path) -> None:
-    assert list(measure.read_log(home / "metrics.jsonl")) == []
-
-
-def test_log_resumed_has_no_gap_and_no_repeat(home: epath.Path) -> None:
-    path = home / "metrics.jsonl"
-    first = measure.Log(home, step=0)
-    for step in (2, 4, 6, 8):
-        first.write(step, "train", {"loss": 1 / step, "odd": float("nan")})
-        assert len(path.read_text().splitlines()) == step // 2  # on disk at once
-    first.write(6, "eval", {"loss": 0.7})
-    second = measure.Log(home, step=6)  # a checkpoint of step 6 was resumed: its own lines stay
-    kept = [(r["step"], r["split"]) for r in measure.read_log(path)]
-    assert kept == [(2, "train"), (4, "train"), (6, "train"), (6, "eval")]
-    second.write(8, "train", {"loss": 1 / 8})
-    records = list(measure.read_log(path))
-    assert [(r["step"], r["split"]) for r in records] == [*kept, (8, "train")]
-    assert records[1]["loss"] == 1 / 4 and records[2]["loss"] == 1 / 6  # to the last bit
-    assert [p.name for p in home.iterdir()] == ["metrics.jsonl"]
-
-
-def test_a_log_that_starts_over_is_empty_and_an_inactive_one_touches_nothing(home: epath.Path) -> None:
-    measure.Log(home, step=0).write(2, "train", {"loss": 1.0})
-    before = (home / "metrics.jsonl").read_text()
-    idle = measure.Log(home, step=0, active=False)
-    idle.write(2, "train", {"loss": 1.0})
-    idle.close()
-    assert (home / "metrics.jsonl").read_text() == before
-    measure.Log(home, step=0)
-    assert (home / "metrics.jsonl").read_text() == ""
-
-
-def test_event_files_hold_the_values(home: epath.Path) -> None:
-    log = measure.Log(home, step=0, tensorboard=True)
-    log.write(2, "eval", {"accuracy": 0.5})
-    log.close()
-    (events,) = (home / "tensorboard").iterdir()
-    assert b"eval/accuracy" in events.read_bytes()

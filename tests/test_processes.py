@@ -19,10 +19,10 @@ import pytest
 from conftest import REPOSITORY
 
 from bigjax import UsageError
+from bigjax.experiment import DistributedConfig
 from bigjax.run import manifest, processes
 from bigjax.run.checkpoint import Checkpoints, listing
 from bigjax.run.log import read_log
-from bigjax.experiment import DistributedConfig
 
 SCRIPT = REPOSITORY / "tests" / "process_script.py"
 LAUNCHER = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_SERVICE_HOST", "JAX_COORDINATOR", "XLA_FLAGS")

@@ -14,11 +14,12 @@ import pytest
 from conftest import blobs
 from jax import Array
 
-from bigjax.evaluation import make_evaluate
+from bigjax import UsageError
+from bigjax.evaluation import evaluator
 from bigjax.look.diagnose import first_nonfinite, layer_rows
 from bigjax.models import MLP
 from bigjax.sharding import MeshConfig, make_mesh
-from bigjax.step import TrainState, gradients, init_state, norms, to_float, train_step
+from bigjax.step import TrainState, averages_of, gradients, init_state, norms, to_float, train_step
 from bigjax.task import Task, fields
 from bigjax.tasks import classify, regress
 
@@ -99,7 +100,7 @@ def test_norms_are_numpys_in_all_and_per_layer() -> None:
     random = np.random.default_rng(0)
     a, b, c = (random.normal(size=s).astype(np.float32) for s in ((3, 2), (2,), (4,)))
     trees = {"one": {"first": {"kernel": a, "bias": b}, "empty": {}}, "two": {"first": {"scale": c}}}
-    out = {k: float(s / n) for k, (s, n) in norms("grad_norm", jax.tree.map(jnp.asarray, trees)).items()}
+    out = {k: float(s / n) for k, (s, n) in norms({"grad_norm": jax.tree.map(jnp.asarray, trees)}, True).items()}
     expected = {
         "grad_norm": np.sqrt(sum(np.square(v).sum() for v in (a, b, c))),
         "grad_norm/one/first": np.sqrt(np.square(a).sum() + np.square(b).sum()),
@@ -160,7 +161,7 @@ def two_players(*names: str) -> Task:
         state = {p: {"calls": jnp.array(10.0 * i), "seen": jnp.zeros(())} for i, p in enumerate("ab", 1)}
         return {k: {"w": w} for k, w in params.items()}, state
 
-    return Task(init=init, losses={n: both[n] for n in names}, evaluate=lambda *_: {})
+    return Task({}, init=init, losses={n: both[n] for n in names}, evaluate=lambda *_: {})
 
 
 PAIR = rows([1, 0, 1], x=np.array([[1, 2], [9, 9], [-1, 0.5]], np.float32))
@@ -216,17 +217,37 @@ def test_a_players_loss_leaves_every_bit_of_the_others_alone(player: str) -> Non
 # --- averages, keys, pixels
 
 
-def test_ema_by_hand() -> None:
-    task, batch = small_regression()
-    tx, decay = {"model": optax.sgd(0.3)}, 0.8
+def test_averages_begin_as_running_means_and_then_decay() -> None:
+    """Of the parameters and of BatchNorm's statistics alike; the initial values are not in them."""
+    model = MLP(features=(3,), outputs=1, batch_norm=True)
+    task, (_, batch) = regress(model), small_regression()
+    tx, decay = {"model": optax.sgd(0.3)}, 0.6
     state, step = start(task, batch, tx, ema=decay), stepper(task, tx, ema=decay)
-    chex.assert_trees_all_equal(state.ema, state.params)
-    expected = state.params
-    for _ in range(3):
+    chex.assert_trees_all_equal(state.ema, averages_of(state.params, state.model_state))
+    assert state.ema["model"].keys() == {"params", "batch_stats"}
+    expected, seen = None, []
+    for n in range(5):
         state, _ = step(state, batch, KEY)
-        expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, expected, state.params)
-    chex.assert_trees_all_close(state.ema, expected, rtol=1e-6)
+        seen.append(averages_of(state.params, state.model_state))
+        d = min(decay, n / (n + 1))
+        expected = jax.tree.map(lambda e, p, d=d: d * e + (1 - d) * p, expected or seen[0], seen[-1])
+        if n == 1:  # the mean of the two
+            chex.assert_trees_all_close(state.ema, jax.tree.map(lambda a, b: (a + b) / 2, *seen), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state.ema, expected, rtol=1e-5, atol=1e-6)
+    params, model_state = state.evaluated()
+    average = {"params": params["model"], "batch_stats": model_state["model"]["batch_stats"]}
+    chex.assert_trees_all_equal(average, state.ema["model"])
     assert start(task, batch, tx).ema == {}
+    plain = start(task, batch, tx)
+    chex.assert_trees_all_equal(plain.evaluated(), (plain.params, plain.model_state))
+
+
+def test_only_statistics_are_averaged_with_the_parameters() -> None:
+    """Other model state, a replay memory say, is not kept twice."""
+    task, tx = two_players("a", "b"), {p: optax.sgd(0.1) for p in "ab"}
+    state, _ = stepper(task, tx, ema=0.5)(start(task, PAIR, tx, ema=0.5), PAIR, KEY)
+    assert all(own.keys() == {"params"} for own in state.ema.values())
+    chex.assert_trees_all_equal(state.evaluated()[1], state.model_state)
 
 
 def dropped_run() -> tuple[Task, dict[str, Array], dict[str, Any]]:
@@ -308,7 +329,10 @@ def test_a_nonfinite_update_is_dropped_whole_and_counted(policy: str) -> None:
     x_BD = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
     good = rows(x=x_BD, label=np.array([0, 1, 2, 0, 1, 2], np.int32))
     bad = good | {"x": good["x"].at[2, 1].set(jnp.nan)}
-    state, step = start(task, good, tx, ema=0.5), stepper(task, tx, ema=0.5, skip_nonfinite=policy == "skip")
+    state, step = (
+        start(task, good, tx, ema=0.5),
+        stepper(task, tx, ema=0.5, dropped=2**31 - 1 if policy == "skip" else 0),
+    )
     one, out = step(state, good, KEY)
     assert out["skipped"] == (0, 1)
     two, out = step(one, bad, KEY)
@@ -340,7 +364,7 @@ def test_a_loss_or_gradient_alone_that_is_not_finite_is_dropped(kind: str) -> No
         return (value, jnp.ones(())), (state["model"], {})
 
     init = lambda *_: ({"model": {"w": jnp.zeros(2)}}, {"model": {}})  # noqa: E731
-    task = Task(init=init, losses={"model": loss}, evaluate=lambda *_: {})
+    task = Task({}, init=init, losses={"model": loss}, evaluate=lambda *_: {})
     signs = optax.stateless(lambda grads, _: jax.tree.map(lambda g: jnp.sign(g) + 1, grads))
     tx = {"model": optax.sgd(1.0) if kind == "loss" else signs}
     state, out = stepper(task, tx)(start(task, PAIR, tx), PAIR, KEY)
@@ -366,14 +390,121 @@ def test_a_later_players_nan_drops_the_earlier_players_update_too() -> None:
         (total, count), rest = calm["b"](*args)
         return (total * jnp.nan, count), rest
 
-    task = Task(init=task.init, losses=calm | {"b": broken}, evaluate=task.evaluate)
+    task = Task({}, init=task.init, losses=calm | {"b": broken}, evaluate=task.evaluate)
     old = start(task, PAIR, tx)
     new, _ = stepper(task, tx)(old, PAIR, KEY)
     chex.assert_trees_all_equal(new.replace(step=old.step, skipped=old.skipped), old)
     assert int(new.skipped) == 1
 
 
+def test_drops_before_are_accepted_and_one_more_stops() -> None:
+    """A run that skipped and is resumed to stop: dropped=1 goes on from one, and stands still after another."""
+    task, tx = two_players("a", "b"), {p: optax.sgd(0.1) for p in "ab"}
+    bad, step = PAIR | {"x": PAIR["x"] * jnp.nan}, stepper(task, tx)
+    state = start(task, PAIR, tx).replace(skipped=jnp.int32(1), step=jnp.int32(5))
+    good, _ = step(state, PAIR, KEY, dropped=1)
+    assert int(good.skipped) == 1 and (good.params["a"]["w"] != state.params["a"]["w"]).all()
+    stopped, _ = step(good, bad, KEY, dropped=1)
+    after, _ = step(stopped, PAIR, KEY, dropped=1)
+    chex.assert_trees_all_equal(after.params, good.params)
+    assert int(after.step) - (int(after.skipped) - 1) == 6  # the number of the bad batch
+
+
+def test_norms_by_layer_are_measured_only_when_asked() -> None:
+    task, tx = two_players("a", "b"), {p: optax.sgd(0.1) for p in "ab"}
+    first, step = start(task, PAIR, tx), stepper(task, tx)
+    (_, with_), (_, without) = (step(first, PAIR, KEY, by_layer=jnp.array(b)) for b in (True, False))
+    assert with_.keys() == without.keys()
+    for name, (total, count) in without.items():
+        layers = "/" in name or name == "param_norm"
+        assert (float(total), float(count)) == (0, 0) if layers else (total, count) == with_[name]
+        assert with_[name][1] == 1 or not layers
+
+
+# --- what a task gives that is not what it should be
+
+
+def task_with(loss: Any, **changes: Any) -> Task:
+    init = lambda *_: ({"model": {"w": jnp.ones(2)}}, {"model": {}})  # noqa: E731
+    return Task(**({"models": {}, "init": init, "losses": {"model": loss}, "evaluate": lambda *_: {}} | changes))
+
+
+ONE = jnp.ones(())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda w: w.sum(), r"the loss of 'model' must give \(\(sum, count\)"),
+        (lambda w: (w.sum(), ({}, {})), r"first part is no \(sum, count\) of two numbers, but \(\)"),
+        (lambda w: ((w, ONE), ({}, {})), r"first part is no \(sum, count\)"),
+        (lambda w: ((w.sum(), ONE), {}), "second part is no pair of a model state and a dict"),
+        (
+            lambda w: ((w.sum(), ONE), ({}, {"error": w.sum()})),
+            r"gives the metric 'error' as something else than \(sum, count\)",
+        ),
+    ],
+)
+def test_a_loss_of_another_form_is_named(given: Any, said: str) -> None:
+    task = task_with(lambda params, state, batch, key: given(params["model"]["w"]))
+    tx = {"model": optax.sgd(0.1)}
+    with pytest.raises(UsageError, match=said) as error:
+        train_step(start(task, PAIR, tx), PAIR, KEY, task=task, tx=tx)
+    assert "\n" not in str(error.value)
+
+
+def test_two_players_with_one_metric_are_named() -> None:
+    task = two_players("a", "b")
+
+    def same(loss: Any) -> Any:
+        def renamed(*args: Any) -> Any:
+            total, (state, out) = loss(*args)
+            return total, (state, {"loss": next(iter(out.values()))})
+
+        return renamed
+
+    task = task_with(None, init=task.init, losses={k: same(v) for k, v in task.losses.items()})
+    tx = {p: optax.sgd(0.1) for p in "ab"}
+    with pytest.raises(UsageError, match="two players give a metric called 'loss'"):
+        train_step(start(task, PAIR, tx), PAIR, KEY, task=task, tx=tx)
+
+
+def test_a_field_that_the_data_have_not_is_named_with_those_there_are() -> None:
+    task, tx = classify(MLP(features=(3,), outputs=3), classes=3), {"model": optax.sgd(0.1)}
+    with pytest.raises(UsageError, match="no field 'image', which the task reads: there are x"):
+        start(task, PAIR, tx)
+    with pytest.raises(UsageError, match="a loss for 'critic', but task.init gives it no parameters: it has 'model'"):
+        start(task_with(None, losses={"critic": None}), PAIR, tx)
+
+
+def test_an_optimizer_may_ask_for_the_loss() -> None:
+    """As optax.contrib.reduce_on_plateau does."""
+    task, batch = small_regression()
+    tx = {"model": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, factor=0.5))}
+    state, step = start(task, batch, tx), stepper(task, tx)
+    for _ in range(3):
+        state, _ = step(state, batch, KEY)
+    chex.assert_tree_all_finite(state.params)
+
+
 # --- evaluation
+
+
+@pytest.mark.parametrize("metric", [jnp.ones(()), (jnp.ones(()),), 1.0])
+def test_a_metric_of_the_evaluation_that_is_no_pair_is_named(metric: Any) -> None:
+    task = task_with(None, evaluate=lambda *_: {"score": metric})
+    judge = evaluator(task, batch_size=4, seed=0, mesh=make_mesh(MeshConfig(), batch_size=4))
+    with pytest.raises(UsageError, match="task.evaluate gives the metric 'score' as something else"):
+        judge({}, {}, blobs(4, seed=0))
+
+
+def test_counts_beyond_float32_are_exact() -> None:
+    """2²⁴ + 1 is no float32: whole numbers are counted as such, and merged on the host."""
+    big = 2**24
+    task = task_with(None, evaluate=lambda p, s, batch, key: {"n": (jnp.int32(big) + 1, batch["mask"].sum() * big)})
+    judge = evaluator(task, batch_size=1, seed=0, mesh=make_mesh(MeshConfig(), batch_size=1))
+    total, count = judge({}, {}, blobs(3, seed=0))["n"]
+    assert total == 3 * big + 3 and count == 3 * big
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 33])
@@ -383,9 +514,9 @@ def test_evaluation_counts_each_example_exactly_once(batch_size: int) -> None:
     def count(params: Any, state: Any, batch: dict[str, Array], key: Array) -> Any:
         return {"each": (jnp.zeros(size).at[batch["index"]].add(batch["mask"]), batch["mask"].sum())}
 
-    task = Task(init=None, losses={}, evaluate=count)  # type: ignore[arg-type]
+    task = Task({}, init=None, losses={}, evaluate=count)  # type: ignore[arg-type]
     mesh = make_mesh(MeshConfig(), batch_size=batch_size)
-    each, total = make_evaluate(task, batch_size=batch_size, seed=0, mesh=mesh)({}, {}, blobs(size, seed=0))["each"]
+    each, total = evaluator(task, batch_size=batch_size, seed=0, mesh=mesh)({}, {}, blobs(size, seed=0))["each"]
     np.testing.assert_array_equal(each, np.ones(size))
     assert total == size
 
@@ -395,7 +526,7 @@ def test_evaluation_is_numpys_whatever_the_batch_size(batch_size: int) -> None:
     """Of uint8 images, under a linear model."""
     task, split = classify(MLP(features=(), outputs=3), classes=3, top_k=2), blobs(20, seed=1)
     params, state = task.init(KEY, to_float(rows(**split)))
-    evaluate = make_evaluate(task, batch_size=batch_size, seed=0, mesh=make_mesh(MeshConfig(), batch_size=batch_size))
+    evaluate = evaluator(task, batch_size=batch_size, seed=0, mesh=make_mesh(MeshConfig(), batch_size=batch_size))
     out = task.summarize(evaluate(params, state, split))
     layer = params["model"]["logits"]
     z_BC = np.float64(split["image"]).reshape(20, -1) / 255 @ np.float64(layer["kernel"]) + np.float64(layer["bias"])

@@ -15,9 +15,10 @@ from conftest import blobs
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.metrics import Bins
 from bigjax.models import MLP
 from bigjax.step import init_state, train_step
-from bigjax.task import Task, fields, forward
+from bigjax.task import Task, fields, forward, one_player
 from bigjax.tasks import classify, regress
 
 KEY = jax.random.key(0)
@@ -209,7 +210,7 @@ def dropped(
     index_B = jnp.array(index, jnp.int32)
     model, x = Drop(how, rate), jnp.ones((len(index), *shape))
     params = model.init(key, x).get("params", {})
-    out, state = forward(model, params, {}, (x,), key=key, index_B=index_B, train=True)
+    out, state = forward(model, {"params": params}, (x,), key=key, index_B=index_B, train=True)
     assert not state
     chex.assert_equal_shape([out, x])
     return np.asarray(out)
@@ -237,7 +238,7 @@ def test_dropout_differs_between_steps_and_layers() -> None:
         def __call__(self, x: Array, *, train: bool = False) -> Array:
             return jnp.stack([nn.Dropout(0.5)(x, deterministic=not train) for _ in range(2)])
 
-    two, _ = forward(Two(), {}, {}, (jnp.ones((3, D)),), key=KEY, index_B=jnp.arange(3), train=True)
+    two, _ = forward(Two(), {}, (jnp.ones((3, D)),), key=KEY, index_B=jnp.arange(3), train=True)
     assert (two[0] != two[1]).any(axis=1).all()
 
 
@@ -255,7 +256,7 @@ def test_dropout_at_its_ends_and_when_off() -> None:
     np.testing.assert_array_equal(dropped([0, 1], rate=0.0), 1)
     np.testing.assert_array_equal(dropped([0, 1], rate=1.0), 0)
     model, x = Drop("keyword", 1.0), jnp.ones((2, 3))
-    grad = jax.grad(lambda x: forward(model, {}, {}, (x,), key=KEY, index_B=jnp.arange(2), train=True)[0].sum())(x)
+    grad = jax.grad(lambda x: forward(model, {}, (x,), key=KEY, index_B=jnp.arange(2), train=True)[0].sum())(x)
     np.testing.assert_array_equal(grad, 0)  # not NaN
     np.testing.assert_array_equal(model.apply({}, x, train=False), 1)
 
@@ -291,3 +292,117 @@ def test_one_batch_can_be_learned_by_heart(task: Callable[[], Task], data: Calla
         state, out = step(state, batch, KEY)
         losses.append(float(out["loss"][0] / out["loss"][1]))
     assert losses[0] > 0.3 and losses[-1] < 0.02, losses[::30]
+
+
+# ---- a user's own task and module
+
+
+class NoMode(nn.Module):
+    """A module without a `train` argument, and one that insists on it."""
+
+    insists: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Dense(2)(x)
+
+
+class Insists(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        return nn.Dropout(0.5)(nn.Dense(2)(x), deterministic=not train)
+
+
+@pytest.mark.parametrize("module", [NoMode(), Insists()])
+def test_a_module_is_told_of_training_if_it_asks(module: nn.Module) -> None:
+    task = regress(module)
+    batch = rows(x=np.ones((B, 3), np.float32), target=np.ones((B, 2), np.float32))
+    params, state = task.init(KEY, batch)
+    assert np.isfinite(mean_loss(task, batch, params))
+    assert np.isfinite(task.evaluate(params, state, batch, KEY)["loss"][0])
+
+
+def error_task(metric: Any) -> Task:
+    def per_example(out: Array, batch: dict[str, Array]) -> Any:
+        loss_B = jnp.square(out - batch["target"]).mean(-1)
+        return loss_B, jnp.ones_like(loss_B), {"error": metric(out, batch)}
+
+    return one_player(Same(), per_example, inputs=fields("x"))
+
+
+def test_a_tasks_own_metrics_do_not_count_padding() -> None:
+    """Rows in, masked once, in the core: there is no way to count a row of padding."""
+    batch = rows(
+        x=np.arange(B * 2, dtype=np.float32).reshape(B, 2),
+        target=np.zeros((B, 2), np.float32),
+        mask=np.array([1, 1, 0, 1, 0, 0], np.float32),
+    )
+    task = error_task(lambda out, batch: (jnp.abs(out).sum(-1), jnp.ones(B)))
+    out = task.evaluate(EMPTY, EMPTY, batch, KEY)
+    total, count = out["error"]
+    assert (float(total), float(count)) == (0 + 1 + 2 + 3 + 6 + 7, 3)
+    wide = error_task(lambda out, batch: (out, jnp.ones(B)))  # a vector a row
+    np.testing.assert_array_equal(wide.evaluate(EMPTY, EMPTY, batch, KEY)["error"][0], [0 + 2 + 6, 1 + 3 + 7])
+    count = error_task(lambda out, batch: (Bins((jnp.arange(B) % 2,), (3,)), jnp.ones(B)))
+    histogram = count.evaluate(EMPTY, EMPTY, batch, KEY)["error"][0]
+    np.testing.assert_array_equal(histogram, [1, 2, 0])
+    assert jnp.issubdtype(histogram.dtype, jnp.integer)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda out, batch: jnp.abs(out).sum(),
+        lambda out, batch: (jnp.abs(out).sum(), jnp.ones(())),
+        lambda out, batch: (jnp.abs(out).sum(-1), 1.0),
+        lambda out, batch: (jnp.ones(B + 1), jnp.ones(B)),
+    ],
+)
+def test_a_metric_that_is_no_rows_is_named(metric: Any) -> None:
+    batch = rows(x=np.ones((B, 2), np.float32), target=np.zeros((B, 2), np.float32))
+    for run in (mean_loss, lambda task, batch: task.evaluate(EMPTY, EMPTY, batch, KEY)):
+        with pytest.raises(UsageError, match=r"'error' is not \(value of each row, count of each row\), 6 rows both"):
+            run(error_task(metric), batch)
+
+
+def test_a_loss_that_is_no_rows_is_named() -> None:
+    batch = rows(x=np.ones((B, 2), np.float32))
+    summed = one_player(Same(), lambda out, batch: (out.sum(), jnp.float32(B), {}), inputs=fields("x"))
+    with pytest.raises(UsageError, match="'loss' is not"):
+        mean_loss(summed, batch)
+    with pytest.raises(UsageError, match="return these three"):
+        mean_loss(one_player(Same(), lambda out, batch: out.sum(-1), inputs=fields("x")), batch)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (np.array([0, 1, 4], np.int32), "label 4 is none of the 4 classes"),
+        (np.array([0, -1, 2], np.int64), "label -1 is none of the 4 classes"),
+        (np.array([0.0, 1.0]), "label is float64.*whole numbers, 0 to 3"),
+        (np.zeros((3, 2), np.int32), "label is int32.2."),
+    ],
+)
+def test_labels_outside_the_classes_are_refused(label: np.ndarray, said: str) -> None:
+    task = features(classes=C)
+    with pytest.raises(UsageError, match=said):
+        task.check({"label": label})
+    task.check({"label": np.array([0, 3], np.uint8)})
+
+
+def test_many_classes_are_counted_without_a_matrix() -> None:
+    """As scikit-learn counts them from the matrix, in whole numbers."""
+    many, random = 1500, np.random.default_rng(0)
+    label_B = random.integers(0, 40, 64).astype(np.int32) * 37
+    logits_BC = random.normal(size=(64, many)).astype(np.float32)
+    logits_BC[np.arange(32), label_B[:32]] += 20
+    batch = rows(x=logits_BC, label=label_B, mask=(np.arange(64) % 5 > 0).astype(np.float32))
+    task = features(classes=many)
+    out = task.evaluate(EMPTY, EMPTY, batch, KEY)
+    assert "confusion" not in out and max(x.size for x in jax.tree.leaves(out)) == many
+    assert all(jnp.issubdtype(out[k][0].dtype, jnp.integer) for k in ("hits", "labelled", "predicted"))
+    import sklearn.metrics
+
+    real, guess = np.asarray(batch["mask"]) > 0, logits_BC.argmax(-1)
+    macro = sklearn.metrics.f1_score(label_B[real], guess[real], average="macro", zero_division=0)
+    np.testing.assert_allclose(task.summarize(out)["macro_f1"], macro, rtol=1e-6)

@@ -109,6 +109,9 @@ class Watchdog:
         finally:
             self.deadline = float("inf")
 
+    def close(self) -> None:
+        self.closed.set()
+
     def beat(self) -> None:
         self.deadline = time.monotonic() + self.seconds
 
