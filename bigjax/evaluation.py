@@ -57,7 +57,7 @@ def evaluator(
 
 def evaluation(
     program: Program,
-    judge: Callable[..., Metrics],
+    measure: Callable[..., Metrics],
     state: TrainState,
     splits: Mapping[str, Split | None],
 ) -> tuple[dict[str, dict[str, float]], Metrics]:
@@ -66,7 +66,7 @@ def evaluation(
     params, model_state = state.evaluated()
     for name, split in splits.items():
         if split is not None:
-            counts = judge(params, model_state, split)
+            counts = measure(params, model_state, split)
             out[name] = experiment.task.summarize(counts)
     for ask in experiment.evaluators.values():
         out["eval"] = out.get("eval", {}) | ask(params, model_state, program.key)
@@ -109,6 +109,6 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
         }
         with jax.set_mesh(program.mesh):
             state = shapes.replace(**checkpoints.restore(step, {"state": needed})["state"])
-            judge = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
-            values, _ = evaluation(program, judge, state, {"eval": experiment.test})
+            measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
+            values, _ = evaluation(program, measure, state, {"eval": experiment.test})
     return {"step": step, **{f"eval/{k}": v for k, v in values["eval"].items()}}

@@ -62,11 +62,10 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     if config.validation:
         train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
         splits = {"validation": held, **splits}
-    next(pipeline.batches(train, seed=config.seed, batch_size=config.batch_size))
+    pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
     for split in (train, *splits.values()):
         if isinstance(split, Mapping):
             experiment.task.check(split)
-    experiment.transformations(1)
     home, clock = epath.Path(config.workdir or f"runs/{experiment.name}"), Clock()
     fresh = not config.resume or not (home / "config.json").exists()
     shown = Display(enabled=not quiet and processes.first())
@@ -154,9 +153,9 @@ def loop(
         log, batches = (stack.enter_context(contextlib.closing(x)) for x in (log, program.batches(step)))
         watchdog = stack.enter_context(contextlib.closing(Watchdog(config.hang_seconds)))
         lines, controls = Lines(log, display, clock, hooks, program), program.controls(dropped=dropped)
-        judge = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
+        measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
         under_way: deque[Any] = deque()  # updates that the device has not finished
-        judged: tuple[dict[str, dict[str, float]], Metrics] = ({}, {})
+        measured: tuple[dict[str, dict[str, float]], Metrics] = ({}, {})
 
         while step < program.steps and not lines.ends:
             compiling = step == first  # the first update alone: so the time to compile is known
@@ -196,10 +195,10 @@ def loop(
             if at_eval or lines.ends:
                 display.phase("evaluating")
                 with clock.timing("eval"):
-                    judged = evaluation(program, judge, state, splits)
-                    lines.tell_evaluation(step, judged[0])
+                    measured = evaluation(program, measure, state, splits)
+                    lines.tell_evaluation(step, measured[0])
                     draw(program, home, state, step, processes.first())
-                values = judged[0].get("validation")
+                values = measured[0].get("validation")
             if at_save or lines.ends or number is not None:
                 display.phase("saving")
                 with clock.timing("checkpoint"), watchdog.watching(lambda step=step: f"the save of step {step}"):
@@ -211,15 +210,15 @@ def loop(
                 raise Interrupted(number, step)
 
         if step == first:  # killed between the last save and the result: the log has the lines already
-            judged = evaluation(program, judge, state, splits)
+            measured = evaluation(program, measure, state, splits)
         with clock.timing("checkpoint"):
             wait(checkpoints, watchdog)
         result = folder.make_result(
             experiment,
             config,
             state=state,
-            values={"train": folder.last_line(home, "train"), **judged[0]},
-            counts=judged[1],
+            values={"train": folder.last_line(home, "train"), **measured[0]},
+            counts=measured[1],
             seconds=clock.all(),
             examples=(step - first - 1) * config.batch_size,  # the first update's time is in `compile`
         )

@@ -13,9 +13,9 @@ from bigjax import UsageError
 from bigjax.experiment import size_of
 from bigjax.program import Program
 from bigjax.run import processes
-from bigjax.run.workdir import devices, read_config, versions, write_json
+from bigjax.run.workdir import changes_of_state, devices, read_config, versions, write_json
 
-SUMMED, ROWS = 2**28, 256  # bytes of a split that are all summed, and rows of a larger one
+SUMMED, ROWS = 2**28, 64  # bytes of a split that are all summed, and rows of a larger one
 
 
 def fingerprint_of(split: Any) -> dict[str, Any]:
@@ -23,20 +23,28 @@ def fingerprint_of(split: Any) -> dict[str, Any]:
     if split is None:
         return {}
     size = size_of(split)
-    row = {k: v[0] for k, v in split.items()} if isinstance(split, Mapping) else split[0]
-    fields = {k: f"{np.asarray(v).dtype.kind}{np.asarray(v).dtype.itemsize}{list(np.shape(v))}" for k, v in row.items()}
-    if isinstance(split, Mapping) and sum(np.asarray(v).nbytes for v in split.values()) <= SUMMED:
-        parts = (v for _, v in sorted(split.items()))
-    else:
-        rows = np.unique(np.linspace(0, size - 1, ROWS).astype(int)).tolist()
-        examples = ({k: v[i] for k, v in split.items()} if isinstance(split, Mapping) else split[i] for i in rows)
-        parts = (v for example in examples for _, v in sorted(example.items()))
+    whole = isinstance(split, Mapping) and sum(np.asarray(v).nbytes for v in split.values()) <= SUMMED
+    rows = np.unique(np.linspace(0, size - 1, ROWS).astype(int)).tolist()
+    parts = [dict(split)] if whole else [row_of(split, i) for i in rows]
     checksum = 0
     for part in parts:
-        array = np.asarray(part)
-        checksum = zlib.crc32(repr(array.tolist()).encode() if array.dtype.kind in "OU" else array.tobytes(), checksum)
-    fields = {k: v if v[0] not in "OU" else "text" for k, v in fields.items()}
+        for name, value in sorted(part.items()):
+            array = np.asarray(value)
+            text = repr(array.tolist()).encode() if array.dtype.kind in "OU" else np.ascontiguousarray(array)
+            checksum = zlib.crc32(text, zlib.crc32(name.encode(), checksum))
+    fields = {k: str(np.asarray(v).dtype) + str(list(np.shape(v))) for k, v in row_of(split, 0).items()}
+    fields = {k: "text" if v[:2] in ("ob", "<U") else v for k, v in sorted(fields.items())}
     return {"rows": size, "fields": fields, "checksum": checksum}
+
+
+def row_of(split: Any, row: int) -> dict[str, Any]:
+    """An example; of one that cannot be read only why: training says more when it comes to it."""
+    if isinstance(split, Mapping):
+        return {k: v[row] for k, v in split.items()}
+    try:
+        return split[row]
+    except Exception as e:
+        return {"unreadable": type(e).__name__}
 
 
 def identify(home: epath.Path, program: Program, splits: Mapping[str, Any], *, accept: bool) -> None:
@@ -56,6 +64,7 @@ def identify(home: epath.Path, program: Program, splits: Mapping[str, Any], *, a
         changes = []
         if known["programs"].get(where, here["programs"][where]) != here["programs"][where]:
             changes.append("program: what an update or an evaluation computes (model, loss, optimizer, a number there)")
+            changes += changes_of_state(home, program.state_shapes)
         for name, new in here["data"].items():
             old = known["data"].get(name, new)
             changes += [

@@ -188,25 +188,25 @@ def _open(
         write_json(path, description)
         return None
     if changes := agree(read_config(workdir), experiment, config):
+        shapes = Program(experiment, config, experiment.train, steps=1).state_shapes
         raise UsageError(
             f"--workdir {workdir} belongs to a run with other settings: use another --workdir, or --no-resume to "
             "start over there; to begin a new run with its parameters, add --init-from\n  "
-            + "\n  ".join(changes + changes_of_state(workdir, experiment, config))
+            + "\n  ".join(changes + changes_of_state(workdir, shapes))
         )
     result = workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else None
 
 
-def changes_of_state(workdir: epath.Path, experiment: Experiment, config: RunConfig) -> list[str]:
-    """How the newest state saved differs from what these settings give; nothing among several processes."""
+def changes_of_state(workdir: epath.Path, shapes: Any) -> list[str]:
+    """How the newest state saved differs from these shapes; nothing among several processes."""
     from bigjax.run.checkpoint import Checkpoints
 
     if processes.several():  # opening checkpoints waits for all of them
         return []
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    step = checkpoints.latest()
-    here = Program(experiment, config, experiment.train, steps=1).state_shapes
-    return checkpoints.changes(step, {"state": here}) if step is not None else []
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
+        step = checkpoints.latest()
+        return checkpoints.changes(step, {"state": shapes}) if step is not None else []
 
 
 def once(workdir: epath.Path, key: str, compute: Callable[[], Any]) -> Any:
