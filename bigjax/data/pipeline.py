@@ -224,9 +224,9 @@ class View:
 
     def __init__(self, reader: Reader, rows: np.ndarray) -> None:
         self.reader, self.rows = reader, rows
-        for name in ("label", "names"):
-            if getattr(reader, name, None) is not None:
-                setattr(self, name, getattr(reader, name)[rows])
+        label, names = (getattr(reader, name, None) for name in ("label", "names"))
+        self.label = None if label is None else label[rows]
+        self.names = rows if names is None else names[rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -252,29 +252,29 @@ def hold_out(split: Split, *, fraction: float, split_seed: int, purpose: str = "
     classes' shares are random (`shares`). At least one row is held out and one is left. UsageError: impossible.
     `index` of each part's batches counts that part's rows.
     """
-    size = size_of(split)
-    key, person = str(split_seed).encode(), purpose.encode()
-    if getattr(split, "names", None) is not None:
-        told = (str(name).encode() for name in split.names)
-    else:
-        told = _contents(split) if isinstance(split, Mapping) else (str(row).encode() for row in range(size))
-    digest_N8 = b"".join(hashlib.blake2b(row, digest_size=8, key=key, person=person).digest() for row in told)
-    place_N = np.frombuffer(digest_N8, ">u8") / 2.0**64  # in [0, 1)
-    held_N = place_N < min(max(fraction, place_N.min()), place_N.max())
-    held_N |= place_N == place_N.min()
-    if not 0 < fraction < 1 or held_N.all():
+    size, key, person = size_of(split), str(split_seed).encode(), purpose.encode()
+    if not 0 < fraction < 1:
+        raise UsageError(f"cannot hold out {fraction:g} of the examples: give a share between 0 and 1")
+    hashes = (hashlib.blake2b(row, digest_size=8, key=key, person=person).digest() for row in _identities(split))
+    place_N = np.frombuffer(b"".join(hashes), ">u8") / 2.0**64  # in [0, 1]
+    held_N = (place_N < min(fraction, place_N.max())) | (place_N == place_N.min())
+    if held_N.all():
         raise UsageError(
-            f"cannot hold out {fraction:g} of {size} examples that differ: give a share between 0 and 1 and more data, "
-            "or a separate file as --eval-data"
+            f"cannot hold out {fraction:g} of {size} examples, which are all alike: give more data, or a separate file "
+            "as --eval-data"
         )
     return take(split, np.flatnonzero(~held_N)), take(split, np.flatnonzero(held_N))
 
 
-def _contents(split: Mapping[str, np.ndarray]) -> Iterator[bytes]:
-    """What the rows hold, as bytes, but for `label` and `target` (unless there is nothing else)."""
-    names = sorted(split.keys() - {"label", "target"}) or sorted(split)
+def _identities(split: Split) -> Iterator[bytes]:
+    """By what `hold_out` knows each row."""
+    names = getattr(split, "names", None)
+    if names is not None or not isinstance(split, Mapping):
+        yield from (str(name).encode() for name in (range(len(split)) if names is None else names))
+        return
+    fields = sorted(split.keys() - {"label", "target"}) or sorted(split)
     for row in range(size_of(split)):
-        values = (split[name][row] for name in names)
+        values = (split[field][row] for field in fields)
         parts = [v.encode() if isinstance(v, str) else np.asarray(v).tobytes() for v in values]
         yield b"".join(len(part).to_bytes(8, "big") + part for part in parts)
 

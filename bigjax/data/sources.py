@@ -40,7 +40,7 @@ def load(name: str, *, eval_data: str | None = None, split_seed: int = 0) -> Dat
         return data
     rest, held = hold_out(data.train, fraction=HELD_OUT, split_seed=split_seed, purpose="test")
     gave = shares(rest, held, fraction=HELD_OUT, class_names=data.class_names)
-    note = f"{name}: --split-seed {split_seed} holds out {gave} for testing"
+    note = f"{name}: held out for testing by --split-seed {split_seed}: {gave}"
     print(note, file=sys.stderr)
     return replace(data, train=rest, test=held, note=note)
 
