@@ -15,29 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from bigjax import UsageError
 from bigjax.data.prefetch import told
+from bigjax.experiment import Reader, Split, size_of
 
 READ_THREADS, READ_AHEAD = 16, 128  # examples read at once, and kept ready, from a reader
 ENDLESS = 2**40  # batches
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
-
-
-class Reader(Protocol):
-    """Random access to examples. With an attribute `names` (N,), of files for instance, `hold_out` goes by those."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]: ...
-
-
-Split = Mapping[str, np.ndarray] | Reader
 
 
 @dataclass(frozen=True)
@@ -65,20 +55,6 @@ class Named(dict[str, np.ndarray]):
     def __init__(self, fields: Mapping[str, np.ndarray], names: np.ndarray) -> None:
         super().__init__(fields)
         self.names = names
-
-
-def size_of(split: Split) -> int:
-    """The number of examples, at least one. UsageError: no fields, or fields of unequal length."""
-    fields = split if isinstance(split, Mapping) else {"examples": split}
-    if bad := [name for name, value in fields.items() if not getattr(value, "shape", True)]:
-        raise UsageError(f"{bad[0]} is a single {fields[bad[0]].dtype}: give an array with one row an example")
-    sizes = {name: len(value) for name, value in fields.items()}
-    if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise UsageError(f"the fields have unequal lengths ({told}): give each of them one row an example")
-    if not sizes or 0 in sizes.values():
-        raise UsageError(f"the data has no {'examples' if sizes else 'fields'}: give arrays with one row an example")
-    return next(iter(sizes.values()))
 
 
 @lru_cache(maxsize=3)  # a batch can straddle two epochs, and reading ahead is in the next one

@@ -16,7 +16,8 @@ from etils import epath
 
 from bigjax import UsageError
 from bigjax.data.files import FILES, few, folder_of_images
-from bigjax.data.pipeline import Dataset, Split, hold_out, shares, size_of
+from bigjax.data.pipeline import Dataset, hold_out, shares
+from bigjax.experiment import Split, size_of
 
 HELD_OUT = 0.1  # of data without a test split
 
