@@ -112,7 +112,6 @@ def test_a_gpt_trains_on_them(tmp_path: Path) -> None:
     data = tokens.load(f"tokens:{tmp_path / 'data'}", vocabulary=7)
     model = GPT(vocabulary=data.facts["vocabulary"], layers=1, width=8, heads=1, context=8)
     experiment = Experiment(
-        model=model,
         task=next_token(model, bytes_a_token=data.facts["bytes_a_token"]),
         tx=lambda steps: {"model": optax.adam(1e-2)},
         train=tokens.Windows(data.train, length=8, stride=4, once=False),
