@@ -15,7 +15,9 @@ from bigjax.task import Batch, Key, ModelState, Params, Task
 
 
 class Reader(Protocol):
-    """Random access to examples; with an attribute `label` (N,) `hold_out` can say what each class gives."""
+    """Random access to examples. `hold_out` goes by an attribute `names` (N,), of files for instance, if there is one,
+    and says what each class gives if there is `label` (N,).
+    """
 
     def __len__(self) -> int: ...
 
@@ -26,8 +28,15 @@ Split = Mapping[str, np.ndarray] | Reader  # in memory, with equal leading axes;
 
 
 def size_of(split: Split) -> int:
-    """The number of examples."""
-    return len(next(iter(split.values()))) if isinstance(split, Mapping) else len(split)
+    """The number of examples. UsageError: there are none, or no fields, or fields of unequal length."""
+    fields = split if isinstance(split, Mapping) else {"examples": split}
+    sizes = {name: len(value) if getattr(value, "shape", True) else 0 for name, value in fields.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UsageError(f"the fields have unequal lengths ({told}): give each of them one row an example")
+    if not any(sizes.values()):
+        raise UsageError(f"the data has no {'examples' if sizes else 'fields'}: give arrays with one row an example")
+    return next(iter(sizes.values()))
 
 
 OnLog = Callable[[int, str, Mapping[str, float]], Any]

@@ -1,15 +1,18 @@
 """Augmentation: B batch, H height, W width, C channels."""
 
 import time
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import run_with_devices
 
-from bigjax import UsageError
+from bigjax import UsageError, sharding
 from bigjax.data.augment import affine, augment_images, drop_tokens
+from bigjax.tools import hlo
 
 B, H, W = 8, 12, 12
 ALL = dict(shift=2.0, rotate=20.0, scale=0.2, shear=0.2, flip=True, crop=2, cutout=4)
@@ -148,16 +151,35 @@ def test_mixup_mixes_images_and_says_with_what() -> None:
     out = jax.jit(augment_images(mixup=0.4))(batch, KEY)
     chex.assert_shape([out["mix"], out["label_mix"]], (B,))
     assert out["label_mix"].dtype == jnp.int32 and out["mix"].dtype == jnp.float32
-    partner = np.asarray(out["label_mix"])  # labels are the rows here
-    assert sorted(partner) == list(range(B)) and (partner != np.arange(B)).all()
+    partner = np.roll(np.arange(B), -1)
+    np.testing.assert_array_equal(out["label_mix"], partner)  # labels are the rows here
     mix = np.asarray(out["mix"])[:, None, None, None]
     image = np.asarray(batch["image"])
     chex.assert_trees_all_close(out["image"], mix * image + (1 - mix) * image[partner], atol=1e-6)
     np.testing.assert_array_equal(out["label"], batch["label"])
     order = np.array([5, 2, 7, 0, 1, 3, 6, 4])
     shuffled = augment_images(mixup=0.4)(batch_of(order), KEY)
-    for name in ("image", "label_mix", "mix"):
-        chex.assert_trees_all_close(shuffled[name], out[name][order], atol=1e-6)
+    chex.assert_trees_all_close(shuffled["mix"], out["mix"][order], atol=1e-6)
+    np.testing.assert_array_equal(shuffled["label_mix"], np.roll(order, -1))
+
+
+def in_eight() -> None:
+    """Runs in another process, with 8 virtual devices."""
+    batch = batch_of(np.arange(64))
+    alone = augment_images(mixup=0.4)(batch, KEY)
+    for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
+        mesh = sharding.make_mesh(sharding.MeshConfig(**axes), batch_size=64)
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        compiled = jax.jit(augment_images(mixup=0.4)).lower(placed, KEY).compile()
+        for name, value in compiled(placed, KEY).items():
+            np.testing.assert_allclose(value, alone[name], atol=1e-6)
+        found = hlo.collectives(hlo.parse(compiled.as_text()), mesh)
+        one_row = H * W * 4
+        assert {c.kind for c in found} == {"collective-permute"} and max(c.bytes for c in found) == one_row, found
+
+
+def test_mixup_sends_edge_rows_only(tmp_path: Path) -> None:
+    run_with_devices("import conftest, test_augment; test_augment.in_eight()", folder=tmp_path)
 
 
 def test_mixup_weights_follow_beta() -> None:

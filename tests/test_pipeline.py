@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigjax import UsageError
-from bigjax.data.pipeline import Batch, batch_rows, batches, eval_batches, hold_out, size_of
+from bigjax.data.pipeline import Batch, Named, batch_rows, batches, eval_batches, hold_out, shares, size_of, take
 from bigjax.data.prefetch import Prefetcher
 
 N = 50
@@ -234,31 +234,145 @@ def test_prefetch_of_a_reader_leaves_no_thread() -> None:
 # ---- hold_out
 
 
+def rows_of(count: int, *, first: int = 0, classes: int = 3) -> dict[str, np.ndarray]:
+    """Rows that differ, with their number in `row`; `x` and `text` say the same."""
+    row = np.arange(first, first + count)
+    text = np.array([f"text {n}" for n in row], object)
+    return {"x": np.stack([row, -row], 1).astype(np.float32), "text": text, "label": (row % classes).astype(np.int32)}
+
+
+def joined(*parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def numbers(split) -> set[int]:
+    return {int(n) for n in split["x"][:, 0]}
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.integers(20, 200), st.integers(1, 5), st.floats(0.1, 0.9), st.integers(0, 1000))
-def test_hold_out_is_stratified_and_loses_nothing(size: int, classes: int, fraction: float, seed: int) -> None:
-    label = np.random.default_rng(seed).integers(0, classes, size)
-    rest, held = hold_out({"label": label, "row": np.arange(size)}, fraction=fraction, seed=seed)
-    assert size_of(held) == round(size * fraction)
-    np.testing.assert_array_equal(np.sort(np.concatenate([rest["row"], held["row"]])), np.arange(size))
+@given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(-5, 1000))
+def test_hold_out_loses_nothing_and_keeps_the_order(size: int, fraction: float, split_seed: int) -> None:
+    rest, held = hold_out(rows_of(size), fraction=fraction, split_seed=split_seed)
+    assert size_of(rest) and size_of(held) and numbers(rest) | numbers(held) == set(range(size))
+    assert size_of(rest) + size_of(held) == size
     for part in (rest, held):
-        np.testing.assert_array_equal(part["label"], label[part["row"]])
-    share = np.bincount(label, minlength=classes) * size_of(held) / size
-    assert (np.abs(np.bincount(held["label"], minlength=classes) - share) <= 1).all()
+        assert (np.diff(part["x"][:, 0]) > 0).all()
+        np.testing.assert_array_equal(part["label"], part["x"][:, 0] % 3)
 
 
-def test_hold_out_by_seed_and_of_readers() -> None:
-    memory = hold_out(MEMORY, fraction=0.2, seed=1)
-    reader = hold_out(Reader(label=MEMORY["label"]), fraction=0.2, seed=1)
-    for in_memory, view in zip(memory, reader, strict=True):
-        np.testing.assert_array_equal(view.label, in_memory["label"])
-        for row in range(size_of(view)):
-            assert view[row]["x"] == in_memory["x"][row] and view[row]["label"] == in_memory["label"][row]
-    assert set(memory[1]["x"][:, 0]) != set(hold_out(MEMORY, fraction=0.2, seed=2)[1]["x"][:, 0])
-    assert len(hold_out(Reader(), fraction=0.2, seed=1)[1]) == 10
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8])
+def test_hold_out_takes_about_the_share(fraction: float) -> None:
+    sizes = [size_of(hold_out(rows_of(1000), fraction=fraction, split_seed=s)[1]) / 1000 for s in range(5)]
+    assert max(abs(size - fraction) for size in sizes) < 0.07 and len(set(sizes)) > 1
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.001, 1.0, -1.0, 2.0])
-def test_hold_out_refuses_empty_parts(fraction: float) -> None:
-    with pytest.raises(UsageError, match="of 50 examples: give more data"):
-        hold_out(MEMORY, fraction=fraction, seed=0)
+def test_rows_that_are_added_or_reordered_move_no_other() -> None:
+    """Twenty rows appended to a file redrew a split by position: most test rows had been trained on."""
+    old, new = rows_of(200), rows_of(20, first=200)
+    rest, held = hold_out(old, fraction=0.1, split_seed=0)
+    order = np.random.default_rng(0).permutation(220)
+    for more in (joined(old, new), joined(new, old), take(joined(old, new), order)):
+        rest_more, held_more = hold_out(more, fraction=0.1, split_seed=0)
+        assert numbers(rest) <= numbers(rest_more) and numbers(held) <= numbers(held_more)
+    assert numbers(hold_out(take(old, np.arange(0, 200, 2)), fraction=0.1, split_seed=0)[1]) <= numbers(held)
+
+
+def test_rows_that_are_alike_stay_on_one_side_whatever_their_labels() -> None:
+    twice = joined(rows_of(100), rows_of(100) | {"label": np.zeros(100, np.int32)})
+    rest, held = hold_out(twice, fraction=0.3, split_seed=0)
+    assert not numbers(rest) & numbers(held) and size_of(held) == 2 * len(numbers(held))
+    corrected = rows_of(100) | {"label": np.full(100, 2, np.int32)}
+    assert numbers(hold_out(corrected, fraction=0.3, split_seed=0)[1]) == numbers(held)
+    texts = {"source": np.array(["a", "ab", "b", "abc"] * 5, object), "target": np.array([*"abcdefghijklmnopqrst"])}
+    rest, held = hold_out(texts, fraction=0.5, split_seed=1)
+    assert not set(rest["source"]) & set(held["source"])
+
+
+def test_fields_are_told_apart() -> None:
+    """What stands in one field is not what stands in the next: "ab" + "c" are not "a" + "bc"."""
+    texts = {"a": np.array(["ab", "a"], object), "b": np.array(["c", "bc"], object)}
+    rest, held = hold_out(texts, fraction=0.5, split_seed=0)
+    assert size_of(rest) == size_of(held) == 1
+
+
+def test_the_split_seed_and_the_purpose_decide() -> None:
+    split = rows_of(400)
+    held = {
+        (seed, purpose): frozenset(numbers(hold_out(split, fraction=0.2, split_seed=seed, purpose=purpose)[1]))
+        for seed in (0, 1, 10)
+        for purpose in ("test", "validation")
+    }
+    assert len(set(held.values())) == 6
+    rest, _ = hold_out(split, fraction=0.2, split_seed=0, purpose="test")
+    share = size_of(hold_out(rest, fraction=0.2, split_seed=0)[1]) / size_of(rest)
+    assert 0.12 < share < 0.28  # what is left by one is no worse a place to hold out from
+
+
+def test_readers_go_by_names_or_by_number() -> None:
+    reader = Reader(label=MEMORY["label"])
+    rest, held = hold_out(reader, fraction=0.2, split_seed=1)
+    assert len(rest) + len(held) == N
+    for view in (rest, held):
+        rows = [int(view[n]["x"][0]) for n in range(len(view))]
+        assert rows == sorted(rows)
+        np.testing.assert_array_equal(view.label, MEMORY["label"][rows])
+    reader.names = np.array([f"{n}.png" for n in range(N)])
+    named = Named(MEMORY, reader.names)
+    by_name, in_memory = (hold_out(split, fraction=0.2, split_seed=1) for split in (reader, named))
+    for view, fields in zip(by_name, in_memory, strict=True):
+        np.testing.assert_array_equal(view.names, fields.names)
+        assert {int(view[n]["x"][0]) for n in range(len(view))} == numbers(fields)
+    turned = hold_out(Named(MEMORY, reader.names[::-1]), fraction=0.2, split_seed=1)[1]
+    assert set(turned.names) == set(in_memory[1].names) and numbers(turned) != numbers(in_memory[1])
+    nested = hold_out(rest, fraction=0.3, split_seed=0)[1]
+    assert {int(nested[n]["x"][0]) for n in range(len(nested))} <= {int(rest[n]["x"][0]) for n in range(len(rest))}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 2.0, float("nan")])
+def test_hold_out_refuses_senseless_shares(fraction: float) -> None:
+    with pytest.raises(UsageError, match="of the examples: give a share between 0 and 1"):
+        hold_out(MEMORY, fraction=fraction, split_seed=0)
+
+
+def test_hold_out_refuses_rows_that_are_all_alike() -> None:
+    for split in ({"x": np.zeros((4, 2))}, rows_of(1)):
+        with pytest.raises(UsageError, match=r"0.1 of \d examples, which are all alike: .* as --eval-data"):
+            hold_out(split, fraction=0.1, split_seed=0)
+
+
+def test_shares_tell_the_classes_that_are_off() -> None:
+    def split(*counts: int) -> dict[str, np.ndarray]:
+        return {"label": np.repeat(np.arange(len(counts)), counts)}
+
+    assert shares(split(90, 90), split(10, 10), fraction=0.1) == "20 of 200 examples"
+    assert shares(split(89, 91), split(11, 9), fraction=0.1) == "20 of 200 examples"
+    said = "20 of 200 examples, not evenly by class: cat 13 of 100, dog 7 of 100"
+    assert shares(split(87, 93), split(13, 7), fraction=0.1, class_names=("cat", "dog")) == said
+    assert shares(split(87, 93), split(13, 7, 0), fraction=0.1) == said.replace("cat", "0").replace("dog", "1")
+    assert shares({"x": np.zeros(9)}, {"x": np.zeros(1)}, fraction=0.1) == "1 of 10 examples"
+    many = shares(split(*[50] * 30), split(*range(30)), fraction=0.1)
+    assert many.count(" of ") == 11 and "29 29 of 79" in many
+
+
+# ---- splits that are none
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ({"image": np.zeros((5, 2)), "label": np.zeros(4)}, "unequal lengths (image 5, label 4): give each of them"),
+        ({}, "the data has no fields: give arrays with one row an example"),
+        ({"x": np.zeros((0, 3))}, "the data has no examples: give arrays with one row an example"),
+        ({"x": np.zeros(3), "label": np.int32(1)}, "unequal lengths (x 3, label 0)"),
+        ([], "the data has no examples"),
+    ],
+)
+def test_a_split_that_is_none_is_named(split, said: str) -> None:
+    for use in (
+        lambda: batches(split, seed=0, batch_size=1),
+        lambda: next(eval_batches(split, batch_size=1)),
+        lambda: hold_out(split, fraction=0.5, split_seed=0),
+    ):
+        with pytest.raises(UsageError) as caught:
+            use()
+        assert said in str(caught.value) and "\n" not in str(caught.value)

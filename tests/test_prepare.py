@@ -105,8 +105,12 @@ def test_bytes_of_a_text(tmp_path: Path) -> None:
     data = tokens.load(f"tokens:{tmp_path / 'out'}")
     train, test = "".join(LINES[:36]).encode(), "".join(LINES[36:]).encode()
     assert bytes(data.train[:].astype(np.uint8)) == train and bytes(data.test[:].astype(np.uint8)) == test
-    assert (data.vocabulary, data.before, data.tokenizer, data.bytes_a_token) == (256, 10, None, 1.0)
-    reader, expected = tokens.Windows(data.test, length=32, before=data.before), text.byte_windows(test, length=32)
+    facts = [data.facts[k] for k in ("vocabulary", "before", "tokenizer", "bytes_a_token")]
+    assert facts == [256, 10, None, 1.0]
+    reader, expected = (
+        tokens.Windows(data.test, length=32, before=10),
+        text.byte_windows(test, length=32),
+    )
     np.testing.assert_array_equal([reader[n]["tokens"] for n in range(len(reader))], expected["tokens"])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["test.bin", "tokens.json", "train.bin"]
     about = json.loads((tmp_path / "out" / "tokens.json").read_text())
@@ -120,13 +124,14 @@ def test_bpe_and_a_given_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     flags = {"tokenizer": "bpe", "vocabulary": 300, "separator": "<|>"}
     prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out"), **flags)
     data = tokens.load(f"tokens:{tmp_path / 'out'}")
-    coder = text.load_tokenizer(data.tokenizer)
-    assert data.vocabulary == coder.get_vocab_size() == 300
+    coder = text.load_tokenizer(data.facts["tokenizer"])
+    assert data.facts["vocabulary"] == coder.get_vocab_size() == 300
     written = "".join(line + "<|>" for line in LINES[36:])
     assert coder.decode(list(data.test[:])) == written and len(data.test) < len(written.encode())
-    assert data.bytes_a_token == len(written.encode()) / len(data.test) and data.before == coder.encode("<|>").ids[-1]
+    assert data.facts["bytes_a_token"] == len(written.encode()) / len(data.test)
+    assert data.facts["before"] == coder.encode("<|>").ids[-1]
     again = tmp_path / "again"
-    prepare(str(tmp_path / "a.jsonl"), str(again), tokenizer=data.tokenizer, separator="<|>")
+    prepare(str(tmp_path / "a.jsonl"), str(again), tokenizer=data.facts["tokenizer"], separator="<|>")
     for file in ("train.bin", "test.bin", "tokenizer.json"):
         assert (again / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
     refused("has 1 lines of text", name=one(tmp_path, "only\n"), to=tmp_path / "new")
@@ -147,7 +152,7 @@ def test_large_vocabularies_take_uint32(tmp_path: Path) -> None:
     name = one(tmp_path, "w1 w69999\nw65536\n")
     prepare(name, str(tmp_path / "out"), tokenizer=str(tmp_path / "tokenizer.json"))
     data = tokens.load(f"tokens:{tmp_path / 'out'}")
-    assert list(data.train[:]) == [1, 69999] and list(data.test[:]) == [65536] and data.vocabulary == 70000
+    assert list(data.train[:]) == [1, 69999] and list(data.test[:]) == [65536] and data.facts["vocabulary"] == 70000
     refused(
         "the test part of", "has no tokens", name=one(tmp_path, "w1\n\n"), to=tmp_path / "b", tokenizer=str(tmp_path)
     )
@@ -158,7 +163,8 @@ def test_the_command_writes_the_python_corpus(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "read them by --data tokens:" in done.stdout, done.stderr
     corpus, data = text.python_corpus(), tokens.load(f"tokens:{tmp_path / 'python'}")
-    assert bytes(data.test[:].astype(np.uint8)) == corpus.test and data.sha256 == corpus.sha256
+    assert bytes(data.test[:].astype(np.uint8)) == corpus.test
+    assert data.facts["corpus_sha256"] == corpus.facts["corpus_sha256"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1 and "holds a train.bin already" in done.stderr

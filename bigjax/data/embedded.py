@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from bigjax import UsageError
-from bigjax.data.pipeline import Dataset, Split, size_of, take
+from bigjax.data.pipeline import Dataset, take
+from bigjax.experiment import Split, size_of
 
 DIGITS = tuple("0123456789")
 NEEDED = 'this data needs the package {}: pip install "bigjax[demo]"'

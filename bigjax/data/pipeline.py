@@ -15,29 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from bigjax import UsageError
 from bigjax.data.prefetch import told
+from bigjax.experiment import Reader, Split, size_of
 
 READ_THREADS, READ_AHEAD = 16, 128  # examples read at once, and kept ready, from a reader
 ENDLESS = 2**40  # batches
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
-
-
-class Reader(Protocol):
-    """Random access to examples. With an attribute `names` (N,), of files for instance, `hold_out` goes by those."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]: ...
-
-
-Split = Mapping[str, np.ndarray] | Reader
 
 
 @dataclass(frozen=True)
@@ -65,20 +55,6 @@ class Named(dict[str, np.ndarray]):
     def __init__(self, fields: Mapping[str, np.ndarray], names: np.ndarray) -> None:
         super().__init__(fields)
         self.names = names
-
-
-def size_of(split: Split) -> int:
-    """The number of examples, at least one. UsageError: no fields, or fields of unequal length."""
-    fields = split if isinstance(split, Mapping) else {"examples": split}
-    if bad := [name for name, value in fields.items() if not getattr(value, "shape", True)]:
-        raise UsageError(f"{bad[0]} is a single {fields[bad[0]].dtype}: give an array with one row an example")
-    sizes = {name: len(value) for name, value in fields.items()}
-    if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise UsageError(f"the fields have unequal lengths ({told}): give each of them one row an example")
-    if not sizes or 0 in sizes.values():
-        raise UsageError(f"the data has no {'examples' if sizes else 'fields'}: give arrays with one row an example")
-    return next(iter(sizes.values()))
 
 
 @lru_cache(maxsize=3)  # a batch can straddle two epochs, and reading ahead is in the next one
@@ -224,9 +200,9 @@ class View:
 
     def __init__(self, reader: Reader, rows: np.ndarray) -> None:
         self.reader, self.rows = reader, rows
-        for name in ("label", "names"):
-            if getattr(reader, name, None) is not None:
-                setattr(self, name, getattr(reader, name)[rows])
+        label, names = (getattr(reader, name, None) for name in ("label", "names"))
+        self.label = None if label is None else label[rows]
+        self.names = rows if names is None else names[rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -252,29 +228,29 @@ def hold_out(split: Split, *, fraction: float, split_seed: int, purpose: str = "
     classes' shares are random (`shares`). At least one row is held out and one is left. UsageError: impossible.
     `index` of each part's batches counts that part's rows.
     """
-    size = size_of(split)
-    key, person = str(split_seed).encode(), purpose.encode()
-    if getattr(split, "names", None) is not None:
-        told = (str(name).encode() for name in split.names)
-    else:
-        told = _contents(split) if isinstance(split, Mapping) else (str(row).encode() for row in range(size))
-    digest_N8 = b"".join(hashlib.blake2b(row, digest_size=8, key=key, person=person).digest() for row in told)
-    place_N = np.frombuffer(digest_N8, ">u8") / 2.0**64  # in [0, 1)
-    held_N = place_N < min(max(fraction, place_N.min()), place_N.max())
-    held_N |= place_N == place_N.min()
-    if not 0 < fraction < 1 or held_N.all():
+    size, key, person = size_of(split), str(split_seed).encode(), purpose.encode()
+    if not 0 < fraction < 1:
+        raise UsageError(f"cannot hold out {fraction:g} of the examples: give a share between 0 and 1")
+    hashes = (hashlib.blake2b(row, digest_size=8, key=key, person=person).digest() for row in _identities(split))
+    place_N = np.frombuffer(b"".join(hashes), ">u8") / 2.0**64  # in [0, 1]
+    held_N = (place_N < min(fraction, place_N.max())) | (place_N == place_N.min())
+    if held_N.all():
         raise UsageError(
-            f"cannot hold out {fraction:g} of {size} examples that differ: give a share between 0 and 1 and more data, "
-            "or a separate file as --eval-data"
+            f"cannot hold out {fraction:g} of {size} examples, which are all alike: give more data, or a separate file "
+            "as --eval-data"
         )
     return take(split, np.flatnonzero(~held_N)), take(split, np.flatnonzero(held_N))
 
 
-def _contents(split: Mapping[str, np.ndarray]) -> Iterator[bytes]:
-    """What the rows hold, as bytes, but for `label` and `target` (unless there is nothing else)."""
-    names = sorted(split.keys() - {"label", "target"}) or sorted(split)
+def _identities(split: Split) -> Iterator[bytes]:
+    """By what `hold_out` knows each row."""
+    names = getattr(split, "names", None)
+    if names is not None or not isinstance(split, Mapping):
+        yield from (str(name).encode() for name in (range(len(split)) if names is None else names))
+        return
+    fields = sorted(split.keys() - {"label", "target"}) or sorted(split)
     for row in range(size_of(split)):
-        values = (split[name][row] for name in names)
+        values = (split[field][row] for field in fields)
         parts = [v.encode() if isinstance(v, str) else np.asarray(v).tobytes() for v in values]
         yield b"".join(len(part).to_bytes(8, "big") + part for part in parts)
 

@@ -16,7 +16,8 @@ from etils import epath
 
 from bigjax import UsageError
 from bigjax.data.files import FILES, few, folder_of_images
-from bigjax.data.pipeline import Dataset, Split, hold_out, shares, size_of
+from bigjax.data.pipeline import Dataset, hold_out, shares
+from bigjax.experiment import Split, size_of
 
 HELD_OUT = 0.1  # of data without a test split
 
@@ -40,7 +41,7 @@ def load(name: str, *, eval_data: str | None = None, split_seed: int = 0) -> Dat
         return data
     rest, held = hold_out(data.train, fraction=HELD_OUT, split_seed=split_seed, purpose="test")
     gave = shares(rest, held, fraction=HELD_OUT, class_names=data.class_names)
-    note = f"{name}: --split-seed {split_seed} holds out {gave} for testing"
+    note = f"{name}: held out for testing by --split-seed {split_seed}: {gave}"
     print(note, file=sys.stderr)
     return replace(data, train=rest, test=held, note=note)
 

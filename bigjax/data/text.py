@@ -16,7 +16,8 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.data.pipeline import Dataset, Split, size_of
+from bigjax.data.pipeline import Dataset
+from bigjax.experiment import Split, size_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

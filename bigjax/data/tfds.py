@@ -12,7 +12,8 @@ import numpy as np
 
 from bigjax import UsageError
 from bigjax.data.files import THREADS, few
-from bigjax.data.pipeline import Dataset, Split
+from bigjax.data.pipeline import Dataset
+from bigjax.experiment import Split
 
 NAMES = {"mnist": "mnist", "cifar10": "cifar10", "imdb": "imdb_reviews", "lm1b": "lm1b"}  # short names
 IN_MEMORY = 2 * 2**30  # bytes: sets that are larger when decoded stay on disk and are read by index
