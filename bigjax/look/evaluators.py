@@ -15,14 +15,9 @@ import numpy as np
 from bigjax import sharding
 from bigjax.data import pipeline
 from bigjax.step import to_float
-from bigjax.task import Key, ModelState, Params
+from bigjax.task import Key, ModelState, Params, variables
 
 Evaluator = Callable[[Params, ModelState, Key], dict[str, float]]
-
-
-def variables(params: Params, model_state: ModelState, player: str = "model") -> dict[str, Any]:
-    """What a player's module is applied to."""
-    return {"params": params[player], **model_state[player]}
 
 
 def images_of(split: pipeline.Split, count: int | None = None) -> np.ndarray:

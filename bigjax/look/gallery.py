@@ -13,9 +13,9 @@ import numpy as np
 
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures
-from bigjax.look.evaluators import by_rows, encoder, generate_images, images_of, variables
+from bigjax.look.evaluators import by_rows, encoder, generate_images, images_of
 from bigjax.step import to_float
-from bigjax.task import Key, ModelState, Params
+from bigjax.task import Key, ModelState, Params, variables
 
 BATCH = 500
 
