@@ -67,7 +67,7 @@ def on_a_mesh() -> None:
         with jax.set_mesh(mesh):
             places = jax.tree.map(lambda s: s.sharding, sharding.place(jax.eval_shape(lambda: host), mesh))  # noqa: B023
             SEEN.clear()
-            placed = jax.device_put(host, places), sharding.put_batch(batch, mesh)
+            placed = jax.device_put(host, places), sharding.put_batch(batch, mesh, 8)
             said = first_nonfinite(task, None, *placed, KEY)
             assert said == blamed, said
             assert not any(where.is_fully_replicated for where in SEEN)

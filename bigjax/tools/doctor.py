@@ -178,10 +178,9 @@ def two_steps() -> Iterator[str]:
     from bigjax.models import MLP
     from bigjax.tasks import classify
 
-    batch, model = 2 * jax.device_count(), MLP(features=(8,), outputs=2)
+    batch, task = 2 * jax.device_count(), classify(MLP(features=(8,), outputs=2), classes=2)
     split = {"image": np.zeros((2 * batch, 4, 4, 1), np.float32), "label": np.arange(2 * batch, dtype=np.int32) % 2}
-    parts = {"model": model, "task": classify(model, classes=2), "train": split, "test": split}
-    experiment = Experiment(name="doctor", tx=lambda _: {"model": optax.sgd(0.1)}, **parts)
+    experiment = Experiment(name="doctor", task=task, tx=optax.sgd(0.1), train=split, test=split)
     with tempfile.TemporaryDirectory() as home:
         train.fit(experiment, RunConfig(workdir=home, steps=2, batch_size=batch), quiet=True)
     yield line("ok", "two steps", "trained, evaluated, saved and reported")

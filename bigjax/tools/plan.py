@@ -111,9 +111,9 @@ def flops(jaxpr: Any) -> float:
 
 def lower(program: Program) -> Any:
     """The traced step of a program: the same function, placed the same way, as training runs."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = (program.state_shapes, program.window_shapes, program.batch_shapes, program.key, program.control_shapes)
     with jax.set_mesh(program.mesh):
-        return program.update.trace(program.state_shapes, program.window_shapes, program.batch_shapes, key)
+        return program.update.trace(*shapes)
 
 
 def links(mesh: jax.sharding.Mesh, axis: str) -> int:
