@@ -195,14 +195,6 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict
     return jax.tree.map(place, batch)
 
 
-def gathered(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays, whole on a device of this process."""
-    if all(x.sharding.is_fully_replicated and x.is_fully_addressable for x in jax.tree.leaves(tree)):
-        return tree
-    whole = jax.jit(lambda t: t, out_shardings=everywhere(mesh))(tree)
-    return jax.tree.map(lambda x: x.addressable_data(0), whole)
-
-
 def to_host(tree: Any) -> Any:
     """The same as NumPy arrays. What lies on several processes all must ask for, an array after the other."""
 

@@ -69,7 +69,11 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     home, clock = epath.Path(config.workdir or f"runs/{experiment.name}"), Clock()
     fresh = not config.resume or not (home / "config.json").exists()
     shown = Display(enabled=not quiet and processes.first())
-    with folder.locked(home), guard.storage(home), guard.signals() as signalled, shown as display, jax.set_mesh(mesh):
+    traced = tracing(home) if config.profile else contextlib.nullcontext()
+    with (
+        folder.locked(home), guard.storage(home), guard.signals() as signalled, shown as display, traced as trace,
+        jax.set_mesh(mesh),
+    ):  # fmt: skip
         try:
             display.phase("compiling")
             finished = folder.open_workdir(home, experiment, config)
@@ -95,7 +99,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             if fresh and processes.first():
                 folder.clear(home)
             raise
-        hooks = [hook for hook in (experiment.on_log, on_log, config.profile and tracing(home)) if hook]
+        hooks = [hook for hook in (experiment.on_log, on_log, trace) if hook]
         run = loop(program, home, splits, started, display=display, clock=clock, signalled=signalled, hooks=hooks)
         display.close()
         summary(run.result, report=str(home / "report.html"), console=display.console)

@@ -51,9 +51,8 @@ def build(config: Config) -> Experiment:
         return {"norm": float(optax.tree.norm(params)), "crc": float(zlib.crc32(bits))}
 
     return Experiment(
-        model,
         task,
-        lambda steps: {"model": optax.sgd(0.1)},
+        optax.sgd(0.1),
         data(48, seed=0),
         data(13, seed=1),
         evaluators={"norm": norm},

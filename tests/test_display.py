@@ -77,6 +77,14 @@ def test_update_without_a_number_of_steps_takes_the_eta_it_is_given():
     assert console.file.getvalue() == "step 7  9 examples/s  data wait 0%  ETA 1:01:01\n"
 
 
+def test_metrics_of_a_custom_task_are_shown_after_losses_and_never_norms():
+    console = Console(file=io.StringIO(), force_terminal=False)
+    metrics = {"grad_norm": 7.0, "grad_norm/model/a": 7.0, "skipped": 0.0, "regret": 0.5, "bleu": 31.0, "a/loss": 2.0}
+    speed = {"examples_per_second": 9.0, "data_wait_fraction": 0.0}
+    Display(console).update(7, None, metrics=metrics | {"x": 1.0, "y": 2.0}, **speed)
+    assert console.file.getvalue() == "step 7  a/loss 2  regret 0.5  bleu 31  x 1  9 examples/s  data wait 0%  ETA -\n"
+
+
 def test_other_processes_print_nothing():
     assert run(terminal=True, enabled=False) == ""
 

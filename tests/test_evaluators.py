@@ -117,7 +117,7 @@ class Quadrants(nn.Module):
         return jax.nn.one_hot(2 * right_B + up_B, 4)
 
 
-def judge() -> tuple[nn.Module, dict, float]:
+def classifier() -> tuple[nn.Module, dict, float]:
     return Quadrants(), {"params": {}}, 0.75
 
 
@@ -127,7 +127,7 @@ def judged() -> dict[str, dict[str, float]]:
     real = {"image": normal(1000, 2, 2, 1, seed=3).astype(np.float32)}
     params, state = {"generator": {"scale": jnp.ones(())}}, {"generator": {}}
     kinds = ("same", "narrow", "one")
-    return {k: generated_images(Blank(k), judge, real)(params, state, KEY) for k in kinds}
+    return {k: generated_images(Blank(k), classifier, real)(params, state, KEY) for k in kinds}
 
 
 KEYS = {"judge_accuracy", "frechet_ratio", "diversity_ratio", "classes_covered", "smallest_class_share"}
@@ -157,7 +157,7 @@ def test_frechet_ratio_is_the_distance_over_that_between_halves_of_the_real_imag
     """The same with the splits written out; the samples enter by 500 too."""
     image = normal(1000, 2, 2, 1, seed=3).astype(np.float32)
     params, state = {"generator": {"scale": jnp.float32(1.3)}}, {"generator": {}}
-    out = generated_images(Blank(), judge, {"image": image})(params, state, KEY)
+    out = generated_images(Blank(), classifier, {"image": image})(params, state, KEY)
     fake = generate_images(Blank(), params, state, KEY, 1000)
     real_NF, fake_NF = image.reshape(1000, -1), fake.reshape(1000, -1)
     orders = [np.random.default_rng(i).permutation(1000) for i in range(10)]
@@ -200,10 +200,10 @@ def test_images_are_compiled_once_for_a_generator_and_a_count() -> None:
     assert len(TRACED) == 3
 
 
-def test_the_judge_is_called_once_at_the_first_evaluation() -> None:
+def test_the_classifier_is_called_once_at_the_first_evaluation() -> None:
     called: list[int] = []
     real = {"image": normal(20, 2, 2, 1).astype(np.float32)}
-    evaluator = generated_images(Blank(), lambda: called.append(1) or judge(), real)
+    evaluator = generated_images(Blank(), lambda: called.append(1) or classifier(), real)
     assert not called
     for _ in range(2):
         out = evaluator({"generator": {"scale": jnp.ones(())}}, {"generator": {}}, KEY)

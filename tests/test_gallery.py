@@ -1,5 +1,7 @@
 """Pictures for the report. N images, C classes."""
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -7,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import run_with_devices
 from jax import Array
 
+from bigjax import sharding
 from bigjax.look import gallery
-from bigjax.look.evaluators import generate_images
-from bigjax.models import VAE, Autoencoder, Generator
+from bigjax.look.evaluators import generate_images, generated_images, linear_probe
+from bigjax.models import CNN, VAE, Autoencoder, Generator
 from bigjax.models.autoencoder import sample
 
 KEY = jax.random.key(0)
@@ -87,6 +91,34 @@ def test_worst_mistakes_looks_at_each_image_once_whatever_the_batches(monkeypatc
     split = labelled([[0, 0.9, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0.7]], [0, 0, 0, 1])
     pictures = gallery.worst_mistakes(Pixels(), split)({"model": {}}, {"model": {}}, KEY)
     np.testing.assert_array_equal(pictures.images, split["image"][[0, 3]])
+
+
+class Logit(nn.Module):
+    """The image's first pixel is the only logit."""
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array, *, train: bool = False) -> Array:
+        return 10 * x_BHWC.reshape(len(x_BHWC), -1)[:, :1]
+
+
+def test_worst_mistakes_of_one_logit() -> None:
+    split = labelled([[-0.5, 0, 0], [0.1, 0, 0], [0.3, 0, 0], [-0.3, 0, 0]], [0, 0, 1, 1])
+    pictures = gallery.worst_mistakes(Logit(), split)({"model": {}}, {"model": {}}, KEY)
+    np.testing.assert_array_equal(pictures.images, split["image"][[3, 1]])
+    assert pictures.captions == ["1, taken for 0 (95%)", "0, taken for 1 (73%)"]
+
+
+class Thousands(nn.Module):
+    """Class 2000 whatever it sees."""
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array, *, train: bool = False) -> Array:
+        return jnp.tile(10.0 * jax.nn.one_hot(2000, 3000), (len(x_BHWC), 1))
+
+
+def test_worst_mistakes_among_thousands_of_nameless_classes() -> None:
+    pictures = gallery.worst_mistakes(Thousands(), labelled([[0, 0, 0]], [1500]))({"model": {}}, {"model": {}}, KEY)
+    assert pictures.captions == ["1500, taken for 2000 (88%)"]
 
 
 # --- autoencoders
@@ -168,3 +200,77 @@ def test_nearest_training_images_lie_below_the_samples() -> None:
     near = np.square(fake[:, None] - images[None]).reshape(20, 30, -1).sum(-1).argmin(1)
     np.testing.assert_allclose(rows[[1, 3]].reshape(fake.shape), images[near], rtol=1e-6)
     assert len(np.unique(near)) > 1
+
+
+# --- on a mesh
+
+
+class Watched(nn.Module):
+    """A generator that notes how its kernel lies where it is computed with."""
+
+    latent: int = 8
+    classes: int = 0
+
+    @nn.compact
+    def __call__(self, z_BZ: Array, *, train: bool = False) -> Array:
+        kernel_ZF = self.param("kernel", nn.initializers.normal(), (8, 16))
+        jax.debug.inspect_array_sharding(kernel_ZF, callback=SEEN.append)
+        return nn.sigmoid(z_BZ @ kernel_ZF).reshape(-1, *IMAGE)
+
+
+SEEN: list[Any] = []
+
+
+def on_a_mesh() -> None:
+    """All of them on 8 devices, each with an eighth of the parameters: what one device gives."""
+    vae = VAE(image=IMAGE, code=3, encoder_features=(32,), decoder_features=(32,))
+    gan = Generator(IMAGE, latent=8, features=(16,), batch_norm=True, classes=3)
+    cnn = CNN(features=(8,), dense=(), pools=1, padding="SAME", outputs=3)
+    split = uniform(13) | {"label": np.arange(13, dtype=np.int32) % 3}
+    z, labels, image = jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32), jnp.zeros((2, *IMAGE))
+    models = {"model": (vae, (image,)), "generator": (gan, (z, labels)), "classifier": (cnn, (image,))}
+    weights = {
+        k: jax.tree.map(np.array, jax.jit(m.init)(jax.random.key(i), *x))
+        for i, (k, (m, x)) in enumerate(models.items())
+    }
+    params = {k: v["params"] for k, v in weights.items()}
+    state = {k: {"batch_stats": v["batch_stats"]} if "batch_stats" in v else {} for k, v in weights.items()}
+    looks = {
+        "mistakes": lambda: lambda p, s, k: gallery.worst_mistakes(cnn, split)({"model": p["classifier"]}, s, k),
+        "reconstructions": lambda: gallery.reconstructions(vae, split),
+        "prior": lambda: gallery.prior_samples(vae, count=7),
+        "walk": lambda: gallery.latent_walk(vae, split, rows=3, steps=5),
+        "samples": lambda: gallery.generator_samples(gan, count=20),
+        "nearest": lambda: gallery.nearest_training_images(gan, split, count=20),
+        "classifier": lambda: generated_images(gan, lambda: (cnn, weights["classifier"], 0.5), split),
+        "probe": lambda: linear_probe(vae, split, split),
+    }
+    expected = {name: make()(params, state, KEY) for name, make in looks.items()}
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4), batch_size=8)
+    placed = sharding.place({"params": params, "model_state": state}, mesh)
+    sharded = jax.device_put(
+        (params, state), jax.tree.map(lambda x: x.sharding, (placed["params"], placed["model_state"]))
+    )
+    split_shapes = {x.shape for x in jax.tree.leaves(sharded) if not x.sharding.is_fully_replicated}
+    assert len(split_shapes) > 6
+    gc.collect()
+    with jax.set_mesh(mesh):
+        for name, make in looks.items():
+            found, want = make()(*sharded, KEY), expected[name]
+            whole = [x for x in jax.live_arrays() if x.shape in split_shapes and x.sharding.is_fully_replicated]
+            assert not whole, (name, [x.shape for x in whole])
+            if isinstance(want, dict):
+                assert found.keys() == want.keys()
+                np.testing.assert_allclose([*found.values()], [*want.values()], rtol=1e-3)
+            else:
+                assert isinstance(found.images, np.ndarray) and found.captions == want.captions
+                np.testing.assert_allclose(found.images, want.images, rtol=1e-4, atol=1e-5)
+        kernel = jax.device_put(
+            np.ones((8, 16), np.float32), sharding.NamedSharding(mesh, sharding.PartitionSpec(None, "fsdp"))
+        )
+        gallery.generator_samples(Watched())({"generator": {"kernel": kernel}}, {"generator": {}}, KEY)
+        assert SEEN and not any(where.is_fully_replicated for where in SEEN), SEEN
+
+
+def test_on_a_mesh_the_state_stays_where_it_is(tmp_path: Path) -> None:
+    run_with_devices("import test_gallery; test_gallery.on_a_mesh()", folder=tmp_path)

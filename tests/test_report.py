@@ -33,7 +33,6 @@ RESULT = {
     ],
     "seconds": {"total": 41.0, "compile": 6.1, "train": 31.2, "eval": 2.0, "data_wait": 0.3, "checkpoint": 0.4},
     "examples_per_second": 5123.0,
-    "mfu": None,
     "devices": {"platform": "cpu", "kind": "Xeon", "count": 1, "processes": 1},
     "confusion": [[37, 2], [5, 41]],
     "class_names": ["cat", "<dog>"],
@@ -134,6 +133,35 @@ def test_unfinished_run_says_so_and_shows_its_newest_evaluation(workdir):
     assert "Unfinished : step 200 of 900" in texts(write_report(workdir).read_text())
     (workdir / "metrics.jsonl").unlink()
     assert "Unfinished : step 0 of 900" in texts(write_report(workdir).read_text())
+
+
+def test_a_run_without_an_evaluation_shows_its_training(workdir):
+    result = {k: v for k, v in RESULT.items() if k not in ("published", "confusion", "class_names", "per_class")}
+    trained = {"train/loss": 0.25, "train/skipped": 0.0, "train/grad_norm": 1.5}
+    (workdir / "result.json").write_text(json.dumps(result | {"metrics": trained, "published": []}))
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG[:2]))
+    shown = texts(write_report(workdir).read_text())
+    assert "train/loss 0.25 at the last step Key facts" in shown and "eval" not in shown.replace("eval 2 s", "")
+
+
+def test_metrics_of_a_custom_task_are_tiles_charts_and_rows(workdir):
+    mine = {"eval/regret": 0.125, "eval/bleu": 31.5, "train/regret": 0.5}
+    (workdir / "result.json").write_text(json.dumps(RESULT | {"metrics": mine, "published": []}))
+    lines = [{"step": 5, "split": split, "regret": 1.5} for split in ("train", "eval")]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = texts(write_report(workdir).read_text())
+    assert "eval/bleu 31.5 at the last step eval/regret 0.125 at the last step Key facts" in shown
+    assert "regret train 1.5 eval 1.5" in shown and "train/regret 0.5" in shown
+
+
+def test_null_is_shown_as_missing(workdir):
+    """As a loss that is not finite is written."""
+    (workdir / "result.json").write_text(json.dumps(RESULT | {"metrics": {"eval/loss": None}, "published": []}))
+    (workdir / "metrics.jsonl").write_text('{"step": 5, "split": "train", "loss": null, "accuracy": null}\n')
+    shown = texts(write_report(workdir).read_text())
+    assert "eval/loss – at the last step" in shown and "loss 1 non-finite not drawn" in shown
+    (workdir / "result.json").unlink()
+    assert "train/accuracy – at step 5" in texts(write_report(workdir).read_text())
 
 
 def test_torn_last_line_is_left_out_and_a_damaged_one_is_named(workdir):

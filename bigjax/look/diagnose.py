@@ -50,7 +50,10 @@ def layer_rows(init: Callable[[], Any], params: Mapping[str, Any]) -> list[tuple
 
 
 def first_nonfinite(task: Any, augment: Any, state: TrainState, batch: Batch, key: Key) -> str:
-    """Runs the losses once more, layer by layer, and names the first thing in them that is not finite."""
+    """Runs the losses once more, layer by layer, and names the first thing in them that is not finite.
+
+    State and batch are computed with where they lie, under the mesh that is set; every process must call it.
+    """
 
     def bad(tree: Any) -> bool:
         arrays = [x for x in jax.tree.leaves(tree) if not isinstance(x, jax.core.Tracer) and hasattr(x, "dtype")]

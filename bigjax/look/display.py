@@ -77,7 +77,7 @@ class Display:
         data_wait_fraction: float,
         eta: float | None = None,
     ) -> None:
-        """One log window: metrics called loss or accuracy (or ending in /loss, /accuracy) are shown, four at most.
+        """One log window: of the metrics four at most are shown, losses and accuracies before others, norms never.
 
         ETA (seconds) comes from the mean time a step since the first update, unless given.
         """
@@ -85,7 +85,8 @@ class Display:
         first, step_0 = self._start = self._start or (now, step)
         if eta is None and steps is not None and step > step_0:
             eta = (now - first) / (step - step_0) * (steps - step)
-        shown = [k for k in metrics if k.split("/")[-1] in ("loss", "accuracy")][:4]
+        told = [k for k in metrics if k != "skipped" and not k.partition("/")[0].endswith("_norm")]
+        shown = sorted(told, key=lambda k: k.split("/")[-1] not in ("loss", "accuracy"))[:4]
         words = [
             f"step {step:,}" + (f"/{steps:,}" if steps else ""),
             *(f"{k} {_number(metrics[k])}" for k in shown),

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigjax import sharding
 from bigjax.data import pipeline
 from bigjax.step import to_float
-from bigjax.task import Key, ModelState, Params
+from bigjax.task import Key, ModelState, Params, variables
 
 Evaluator = Callable[[Params, ModelState, Key], dict[str, float]]
 
@@ -50,58 +51,81 @@ def nearest_other(x_NF: np.ndarray) -> np.ndarray:
     return np.sqrt(np.clip(distance_NN.min(1), 0, None))
 
 
+def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of f(variables, *arrays (N, …)) -> arrays (N, …) the compiled form that takes and gives NumPy arrays.
+
+    It runs where the variables lie, over the mesh that is set: rows are added to what the mesh divides, and cut off
+    again. Every process must call it.
+    """
+    compiled = jax.jit(function)
+
+    def call(variables: Any, *inputs: np.ndarray) -> Any:
+        size = len(inputs[0])
+        more = -size % sharding.batch_ways()
+        padded = [np.concatenate([x, np.repeat(x[:1], more, 0)]) if more else x for x in map(np.asarray, inputs)]
+        return jax.tree.map(lambda x: x[:size], sharding.to_host(compiled(variables, *padded)))
+
+    return call
+
+
 def generate_images(generator: nn.Module, params: Params, model_state: ModelState, key: Key, count: int) -> np.ndarray:
     """`count` images (N, H, W, C) of the player "generator"; a conditioned one is given the classes in turn.
 
     Compiled once for a generator and a count.
     """
-    variables = {"params": params["generator"], **model_state["generator"]}
-    return np.asarray(_generate_images(generator, variables, key, count))
+    labels = (np.arange(count) % generator.classes,) if generator.classes else ()
+    latent_NZ = np.asarray(jax.random.normal(key, (count, generator.latent)))
+    return _generating(generator)(variables(params, model_state, "generator"), latent_NZ, *labels)
 
 
-@functools.partial(jax.jit, static_argnames=("generator", "count"))
-def _generate_images(generator: nn.Module, variables: Any, key: Key, count: int) -> jax.Array:
-    labels = (jnp.arange(count) % generator.classes,) if generator.classes else ()
-    return generator.apply(variables, jax.random.normal(key, (count, generator.latent)), *labels, train=False)
+@functools.cache
+def _generating(generator: nn.Module) -> Callable[..., np.ndarray]:
+    return by_rows(functools.partial(generator.apply, train=False))
 
 
-Judge = tuple[nn.Module, Any, float]  # a module of images that sows `features`, its variables, its test accuracy
+Classifier = tuple[nn.Module, Any, float]  # a module of images that sows `features`, its variables, its test accuracy
 
 
-def generated_images(generator: nn.Module, judge: Callable[[], Judge], test: pipeline.Split) -> Evaluator:
+def generated_images(generator: nn.Module, classifier: Callable[[], Classifier], test: pipeline.Split) -> Evaluator:
     """Judges a generator by a classifier: what it takes 1,000 samples for, and how they lie among its features.
 
-    judge: called once, at the first evaluation; test: the real images, at least 1,000.
-    judge_accuracy: as `judge` gave it; classes_covered: classes with at least one sample; smallest_class_share: of the
-    rarest class among the samples; frechet_ratio: the Fréchet distance of 500 samples to 500 real images over that
-    between disjoint 500s of real images (mean of 10 fixed splits); diversity_ratio: the median distance, in pixels, of
-    a sample to its nearest other sample, over the same of as many real images.
+    classifier: called once, at the first evaluation; test: the real images, at least 1,000.
+    judge_accuracy: the classifier's, as it came; classes_covered: classes with at least one sample;
+    smallest_class_share: of the rarest class among the samples; frechet_ratio: the Fréchet distance of 500 samples to
+    500 real images over that between disjoint 500s of real images (mean of 10 fixed splits); diversity_ratio: the
+    median distance, in pixels, of a sample to its nearest other sample, over the same of as many real images.
     """
-    ready = functools.cache(lambda: _judged_by(*judge(), generator, test))
+
+    @functools.cache
+    def ready() -> Evaluator:
+        with jax.set_mesh(None):  # it may be trained now: a run inside a run has a mesh of its own
+            module, weights, accuracy = classifier()
+        return _told_by(module, jax.tree.map(np.asarray, weights), accuracy, generator, test)
+
     return lambda params, model_state, key: ready()(params, model_state, key)
 
 
-def _judged_by(
-    judge: nn.Module, variables: Any, accuracy: float, generator: nn.Module, test: pipeline.Split
+def _told_by(
+    classifier: nn.Module, weights: Any, accuracy: float, generator: nn.Module, test: pipeline.Split
 ) -> Evaluator:
     real = images_of(test, 1000)
 
-    @jax.jit
-    def look(image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, state = judge.apply(variables, image, train=False, mutable="intermediates")
+    @by_rows
+    def look(weights: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, state = classifier.apply(weights, image, train=False, mutable="intermediates")
         return logits.argmax(-1), state["intermediates"]["features"][0].reshape(len(image), -1)
 
-    features_real = np.asarray(look(real)[1])
+    features_real = look(weights, real)[1]
     orders = [np.random.default_rng(i).permutation(len(real)) for i in range(10)]
     half = len(real) // 2
     halves = [(features_real[o[:half]], features_real[o[half : 2 * half]]) for o in orders]
     between_real = float(np.mean([frechet_distance(a, b) for a, b in halves]))
     spread_real = float(np.median(nearest_other(real)))
 
-    def judged(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
+    def tell(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
         fake = generate_images(generator, params, model_state, key, len(real))
-        label, features = (np.asarray(x) for x in look(fake))
-        share_C = np.bincount(label, minlength=judge.outputs) / len(fake)
+        label, features = look(weights, fake)
+        share_C = np.bincount(label, minlength=classifier.outputs) / len(fake)
         pick = orders[0][:half]
         return {
             "judge_accuracy": accuracy,
@@ -111,7 +135,17 @@ def _judged_by(
             "smallest_class_share": float(share_C.min()),
         }
 
-    return judged
+    return tell
+
+
+def encoder(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """(variables, images) -> an autoencoder's codes, a VAE's means (N, Z)."""
+
+    def encode(variables: Any, image: jax.Array) -> jax.Array:
+        code = model.apply(variables, image, method="encode")
+        return code[0] if isinstance(code, tuple) else code
+
+    return encode
 
 
 def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, *, ridge: float = 1e-2) -> Evaluator:
@@ -123,17 +157,13 @@ def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, 
     labelled = [split for split in (train, test) if isinstance(split, Mapping) and "label" in split]
     splits = [(images_of(split), np.asarray(split["label"])) for split in labelled]
 
-    codes = jax.jit(lambda variables, image: model.apply(variables, image, method="encode"))
-
-    def encode(variables: Any, image: np.ndarray) -> np.ndarray:
-        code = codes(variables, image)
-        return np.asarray(code[0] if isinstance(code, tuple) else code, np.float64)
+    codes = by_rows(encoder(model))
 
     def probe(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
         if len(splits) < 2:
             return {}
-        variables = {"params": params["model"], **model_state["model"]}
-        (a_NZ, a_N), (b_NZ, b_N) = ((encode(variables, x), y) for x, y in splits)
+        mine = variables(params, model_state)
+        (a_NZ, a_N), (b_NZ, b_N) = ((np.asarray(codes(mine, x), np.float64), y) for x, y in splits)
         centre, spread = a_NZ.mean(0), a_NZ.std(0) + 1e-9
         a_NZ, b_NZ = ((x - centre) / spread for x in (a_NZ, b_NZ))
         a_NZ, b_NZ = (np.concatenate([x, np.ones((len(x), 1))], 1) for x in (a_NZ, b_NZ))

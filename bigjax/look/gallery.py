@@ -1,50 +1,53 @@
 """Pictures for the report, made by an experiment at its evaluation steps.
 
-N images, C classes.
+N images, C classes, Z numbers of a code, R rows, S steps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures
-from bigjax.look.evaluators import generate_images, images_of
-from bigjax.models import autoencoder
+from bigjax.look.evaluators import by_rows, encoder, generate_images, images_of
 from bigjax.step import to_float
-from bigjax.task import Batch, Key, ModelState, Params
+from bigjax.task import Key, ModelState, Params, variables
 
 BATCH = 500
-
-
-def in_order(split: pipeline.Split) -> Iterator[tuple[Batch, int]]:
-    """Batches of a split for a look at each example: (batch, real rows)."""
-    for batch in pipeline.eval_batches(split, batch_size=min(BATCH, pipeline.size_of(split))):
-        yield to_float(jax.tree.map(jax.numpy.asarray, batch)), int(batch["mask"].sum())
 
 
 def worst_mistakes(
     model: nn.Module, split: pipeline.Split, *, class_names: Sequence[str] | None = None, count: int = 25
 ) -> Callable[[Params, ModelState, Key], Pictures]:
-    """The wrongly classified images of `split` whose own class got the least probability, the worst first."""
-    logits = jax.jit(lambda variables, image: jax.nn.softmax(model.apply(variables, image, train=False)))
+    """The wrongly classified images of `split` whose own class got the least probability, the worst first.
+
+    One logit (N, 1) is two classes.
+    """
+
+    @by_rows
+    def shares(variables: Any, image: jax.Array) -> jax.Array:
+        logits_NC = model.apply(variables, image, train=False)
+        if logits_NC.shape[-1] == 1:  # sigmoid(z) is the softmax of (0, z)
+            logits_NC = jnp.concatenate([jnp.zeros_like(logits_NC), logits_NC], axis=-1)
+        return jax.nn.softmax(logits_NC)
+
+    def name(label: int) -> str:
+        return str(class_names[label] if class_names else label)
 
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
-        variables, found = {"params": params["model"], **model_state["model"]}, []
-        for batch, real in in_order(split):
-            share_NC, label_N = np.asarray(logits(variables, batch["image"])), np.asarray(batch["label"])
-            for i in np.flatnonzero(share_NC.argmax(-1) != label_N):
-                if i < real:
-                    guess = int(share_NC[i].argmax())
-                    own = float(share_NC[i, label_N[i]])
-                    found.append(
-                        (own, int(label_N[i]), guess, float(share_NC[i, guess]), np.asarray(batch["image"][i]))
-                    )
+        found = []
+        for batch in pipeline.eval_batches(split, batch_size=min(BATCH, pipeline.size_of(split))):
+            image = np.asarray(to_float(batch)["image"])
+            share_NC, label_N = shares(variables(params, model_state), image), batch["label"]
+            for i in np.flatnonzero((share_NC.argmax(-1) != label_N) & (batch["mask"] > 0)):
+                label, guess = int(label_N[i]), int(share_NC[i].argmax())
+                found.append((float(share_NC[i, label]), label, guess, float(share_NC[i, guess]), image[i]))
         worst = sorted(found, key=lambda row: row[0])[:count]
-        name = class_names or [str(c) for c in range(10**3)]
-        captions = [f"{name[label]}, taken for {name[guess]} ({share:.0%})" for _, label, guess, share, _ in worst]
+        captions = [f"{name(label)}, taken for {name(guess)} ({share:.0%})" for _, label, guess, share, _ in worst]
         images = np.stack([row[-1] for row in worst]) if worst else np.zeros((0, 1, 1))
         return Pictures(images, captions, columns=5)
 
@@ -61,40 +64,43 @@ def pairs(above: np.ndarray, below: np.ndarray) -> Pictures:
     return Pictures(np.stack(rows, 1).reshape(-1, *above.shape[1:]), columns=10)
 
 
+def decoder(model: nn.Module) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """(variables, codes (N, Z)) -> images in [0, 1] (N, H, W, C)."""
+    return by_rows(lambda variables, code: jax.nn.sigmoid(model.apply(variables, code, method="decode")))
+
+
 def reconstructions(model: nn.Module, split: pipeline.Split, *, count: int = 20) -> Draw:
     """Pairs of rows: images of `split`, and below them what an autoencoder's code gives back."""
-    images = images_of(split, count)
+    images, encode, decode = images_of(split, count), by_rows(encoder(model)), decoder(model)
 
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
-        variables = {"params": params["model"], **model_state["model"]}
-        code = model.apply(variables, images, method="encode")
-        code = code[0] if isinstance(code, tuple) else code  # a VAE's mean
-        back = np.asarray(jax.nn.sigmoid(model.apply(variables, code, method="decode")))
-        return pairs(images, back)
+        mine = variables(params, model_state)
+        return pairs(images, decode(mine, encode(mine, images)))
 
     return draw
 
 
 def prior_samples(model: nn.Module, *, count: int = 100) -> Draw:
-    """Images that a VAE decodes from its prior."""
+    """Images that a VAE decodes from its prior N(0, 1)."""
+    decode = decoder(model)
 
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
-        variables = {"params": params["model"], **model_state["model"]}
-        return Pictures(np.asarray(autoencoder.sample(model, variables, key, count)), columns=10)
+        code_NZ = np.asarray(jax.random.normal(key, (count, model.code)))
+        return Pictures(decode(variables(params, model_state), code_NZ), columns=10)
 
     return draw
 
 
 def latent_walk(model: nn.Module, split: pipeline.Split, *, rows: int = 5, steps: int = 10) -> Draw:
     """Each row walks in a straight line between the codes of two images of `split`."""
-    images = images_of(split, 2 * rows)
+    images, encode, decode = images_of(split, 2 * rows), by_rows(encoder(model)), decoder(model)
     rows = len(images) // 2
 
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
-        variables = {"params": params["model"], **model_state["model"]}
-        walk = autoencoder.interpolate(model, variables, images[:rows], images[rows : 2 * rows], steps)
-        walk = np.asarray(walk).swapaxes(0, 1)
-        return Pictures(walk.reshape(-1, *walk.shape[2:]), columns=steps)
+        mine = variables(params, model_state)
+        code_NZ = encode(mine, images)
+        line_RSZ = np.linspace(code_NZ[:rows], code_NZ[rows : 2 * rows], steps, axis=1)
+        return Pictures(decode(mine, line_RSZ.reshape(rows * steps, -1)), columns=steps)
 
     return draw
 

@@ -1,5 +1,32 @@
-"""x"""
+"""A trace of some updates, to be looked at in TensorBoard or Perfetto."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+from etils import epath
 
 
-def tracing(home):
-    return None
+@contextlib.contextmanager
+def tracing(home: epath.Path) -> Iterator[Callable[[int, str, Mapping[str, float]], None]]:
+    """Gives a hook for `on_log` that traces from the first training line that it hears to the next, into home/profile.
+
+    The updates before are not traced, since the first compiles. What is still traced at the exit ends there.
+    """
+    heard = 0
+
+    def on_log(step: int, split: str, values: Mapping[str, float]) -> None:
+        nonlocal heard
+        if split != "train":
+            return
+        heard += 1
+        if heard == 1:
+            jax.profiler.start_trace(str(home / "profile"))
+        elif heard == 2:
+            jax.profiler.stop_trace()
+
+    try:
+        yield on_log
+    finally:
+        if heard == 1:
+            jax.profiler.stop_trace()

@@ -132,7 +132,9 @@ def _headline(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, st
         mark = MARKS[p["reached"]]
         note_p = f"<p>published {_show(p['value'])} · {mark}<br><small>{escape(p['source'])}</small></p>"
         tiles[p["metric"]] = tiles.get(p["metric"], "") + note_p
-    wanted = {k for k in metrics if k.endswith(("/accuracy", "/loss")) and not (result and k.startswith("train/"))}
+    names = [k for k in metrics if not re.search("/(step|split|skipped)$|_norm", k)]
+    judged = [k for k in names if not k.startswith("train/")] or names  # without an evaluation there is only training
+    wanted = {k for k in judged if k.endswith(("/accuracy", "/loss"))} or set(judged)
     tiles |= {k: f"<p>{note}</p>" for k in sorted(wanted - set(tiles))[:3]}
     cells = [f"<div><span>{escape(k)}</span><strong>{_show(metrics.get(k))}</strong>{tiles[k]}</div>" for k in tiles]
     return f'{page}<div class="tiles">{"".join(cells)}</div>'
@@ -146,7 +148,6 @@ def _facts(result: Mapping[str, Any], record: Mapping[str, Any], *, seed: object
         "seed": result.get("seed", seed),
         "dropped as non-finite": result.get("skipped") or None,
         "examples/s": result.get("examples_per_second"),
-        "model FLOPs utilization": result.get("mfu"),
         "devices": ", ".join(f"{k} {v}" for k, v in devices.items()),
         "commit": f"{commit} + edits in source.patch" if edited else commit,
         "command": shlex.join(map(str, command)) if isinstance(command, list) else command,

@@ -173,13 +173,11 @@ def meet(
             except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not one of ours
                 peer.close()
                 continue
-            changes = [
-                f"{k} {theirs.get(k)}, not {about.get(k)}" for k in about | theirs if theirs.get(k) != about.get(k)
-            ]
+            pairs = {k: (theirs.get(k), about.get(k)) for k in about | theirs}
+            changes = [f"{k} {his}, not {mine}" for k, (his, mine) in pairs.items() if his != mine]
             if changes:
-                wrong = (
-                    f"{hello['name']} differs from {name}: {'; '.join(changes)}: give all the same flags and versions"
-                )
+                differs = f"{hello['name']} differs from {name}: {'; '.join(changes)}"
+                wrong = f"{differs}: give all the same flags and versions"
             elif i in names:
                 wrong = f"{hello['name']} and {names[i]} have the same --distributed.index: give each its own"
             else:
@@ -263,11 +261,8 @@ class Peers:
             reason = f"{self.names[index]} is gone"
             self.open.discard(index)
         if reason and not self.failed:
-            print(
-                f"error: {reason}: this process ends too; start all again to resume from the newest checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
+            action = "this process ends too; start all again to resume from the newest checkpoint"
+            print(f"error: {reason}: {action}", file=sys.stderr, flush=True)
             self.leave(reason)
             end(3)
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
 """python -m bigjax doctor: what to know of a machine before paying for it, a line for each thing that a run needs."""
 
+import ast
 import os
 import queue
-import re
 import sys
 import tempfile
 import threading
@@ -85,21 +85,31 @@ def libraries() -> Iterator[str]:
     yield line("ok", "libraries", ", ".join(told))
 
 
+def scripts_by_data() -> dict[str, list[str]]:
+    """{data: scripts} by what the class Config of each script gives as its --data."""
+    found: dict[str, set[str]] = {}
+    for home in (Path(__file__).parents[2], Path()):
+        for path in home.glob("experiments/*/*.py"):
+            classes = [
+                c for c in ast.parse(path.read_text()).body if isinstance(c, ast.ClassDef) and c.name == "Config"
+            ]
+            for field in (f for c in classes for f in c.body if isinstance(f, ast.AnnAssign)):
+                if ast.unparse(field.target) == "data":
+                    found.setdefault(ast.literal_eval(field.value), set()).add(path.stem)
+    return {name: sorted(scripts) for name, scripts in found.items()}
+
+
 def data() -> Iterator[str]:
-    """Of each set that a script offers as --data."""
+    """Of each set that has a name."""
     from bigjax.data import embedded, text, tfds
     from bigjax.data.pipeline import size_of
 
-    checkouts = (Path(__file__).parents[1], Path())
-    scripts = {p.stem: p.read_text() for home in checkouts for p in sorted(home.glob("experiments/*.py"))}
+    users = scripts_by_data()
     readers = embedded.SETS | {"python": text.python_corpus}
     for name in (*readers, *tfds.NAMES):
-        users = [s for s, code in scripts.items() if re.search(rf"^    data: str = .*\b{name}\b", code, flags=re.M)]
-        used = f" ({', '.join(users)})"
+        used = f" ({', '.join(users[name])})" if name in users else ""
         try:
-            if not users:
-                continue
-            elif name in readers:
+            if name in readers:
                 part, unit = readers[name](), "bytes" if name == "python" else "examples"
                 found = f"{size_of(part.train):,} {unit} to train on, {size_of(part.test):,} to test on{used}"
                 yield line("ok", f"data {name}", found)
@@ -168,10 +178,9 @@ def two_steps() -> Iterator[str]:
     from bigjax.models import MLP
     from bigjax.tasks import classify
 
-    batch, model = 2 * jax.device_count(), MLP(features=(8,), outputs=2)
+    batch, task = 2 * jax.device_count(), classify(MLP(features=(8,), outputs=2), classes=2)
     split = {"image": np.zeros((2 * batch, 4, 4, 1), np.float32), "label": np.arange(2 * batch, dtype=np.int32) % 2}
-    parts = {"model": model, "task": classify(model, classes=2), "train": split, "test": split}
-    experiment = Experiment(name="doctor", tx=lambda _: {"model": optax.sgd(0.1)}, **parts)
+    experiment = Experiment(name="doctor", task=task, tx=optax.sgd(0.1), train=split, test=split)
     with tempfile.TemporaryDirectory() as home:
         train.fit(experiment, RunConfig(workdir=home, steps=2, batch_size=batch), quiet=True)
     yield line("ok", "two steps", "trained, evaluated, saved and reported")

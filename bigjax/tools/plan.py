@@ -40,6 +40,8 @@ class Chip:
     shapes: str
 
 
+Build = Callable[[Any], Experiment]
+
 GIB = 2**30
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1228e9, 9.0e10, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"),
@@ -80,9 +82,6 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     return CHIPS[kind], list(devices)
 
 
-# ---- FLOPs, counted from shapes
-
-
 def flops(jaxpr: Any) -> float:
     """Multiplications and additions in the matrix products and convolutions of a jaxpr, over all devices.
 
@@ -110,14 +109,11 @@ def flops(jaxpr: Any) -> float:
     return total
 
 
-# ---- the plan
-
-
 def lower(program: Program) -> Any:
     """The traced step of a program: the same function, placed the same way, as training runs."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = (program.state_shapes, program.window_shapes, program.batch_shapes, program.key, program.control_shapes)
     with jax.set_mesh(program.mesh):
-        return program.update.trace(program.state_shapes, program.window_shapes, program.batch_shapes, key)
+        return program.update.trace(*shapes)
 
 
 def links(mesh: jax.sharding.Mesh, axis: str) -> int:
@@ -134,7 +130,7 @@ def interconnect_seconds(c: hlo.Collective, mesh: jax.sharding.Mesh, chip: Chip)
     return c.count * c.bytes * share / (chip.link * links(mesh, c.axis))
 
 
-def plan(build: Callable[[Any], Experiment], config: RunConfig, *, topology: str) -> dict[str, Any]:
+def plan(build: Build, config: RunConfig, *, topology: str) -> dict[str, Any]:
     """What `plan.json` holds. Raises UsageError for a slice or a mesh that cannot be.
 
     A program that doesn't fit is an answer, not an error: `fits` is false, and what the compiler said stands in for the
@@ -184,25 +180,22 @@ def plan(build: Callable[[Any], Experiment], config: RunConfig, *, topology: str
     need["total"] = m.peak_memory_in_bytes + m.generated_code_size_in_bytes
     need["temporaries"] = need["total"] - need["arguments"] - need["output"]
     module = hlo.parse(compiled.as_text())
-    found = hlo.collectives(module, mesh)
     moved = hlo.traffic(module)
-    times = [(c, interconnect_seconds(c, mesh, chip)) for c in found]
+    times = [(c, interconnect_seconds(c, mesh, chip)) for c in hlo.collectives(module, mesh)]
     seconds = {
         "compute": hardware_flops / len(devices) / chip.flops,
         "hbm": moved / chip.bandwidth,
         "interconnect": sum(t for _, t in times),
     }
-    bound = max(seconds.values())
     limited_by = max(seconds, key=seconds.get)
+    bound = seconds[limited_by]
+    told = ("kind", "axis", "bytes", "count", "dtype")
     steps = planned_steps(config, pipeline.size_of(experiment.train), lambda: bound)
     return out | {
         "hbm_bytes": need | {"capacity": chip.hbm},
         "fits": need["total"] <= chip.hbm,
         "hbm_traffic_bytes": moved,
-        "collectives": [
-            {"kind": c.kind, "axis": c.axis, "bytes": c.bytes, "count": c.count, "dtype": c.dtype, "seconds": t}
-            for c, t in times
-        ],
+        "collectives": [{k: getattr(c, k) for k in told} | {"seconds": t} for c, t in times],
         "seconds": seconds | {"exposed": sum(t for c, t in times if c.waits), "bound": bound},
         "limited_by": limited_by,
         "mfu_bound": model_flops / len(devices) / chip.flops / bound,
@@ -256,8 +249,7 @@ def show(p: dict[str, Any], console: Console) -> None:
         return
     table = Table("collective", "along", "bytes each", "times a step", "ms a step", box=None)
     for c in p["collectives"][:12]:
-        row = c["kind"], c["axis"], number(c["bytes"], "B"), str(c["count"]), f"{c['seconds'] * 1e3:.3g}"
-        table.add_row(*row)
+        table.add_row(c["kind"], c["axis"], number(c["bytes"], "B"), str(c["count"]), f"{c['seconds'] * 1e3:.3g}")
     console.print(table)
     if more := p["collectives"][12:]:
         console.print(f"and {len(more)} smaller, {sum(c['seconds'] for c in more) * 1e3:.3g} ms")
@@ -269,9 +261,7 @@ def settings(config: RunConfig) -> list[dict[str, Any]]:
     return remats + [{**remats[-1], "accumulate": n} for n in (2, 4) if config.batch_size % n == 0]
 
 
-def search(
-    build: Callable[[Any], Experiment], config: RunConfig, *, topology: str, tell: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def search(build: Build, config: RunConfig, *, topology: str, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """Plans of all meshes of a slice, each at the fastest setting that fits; the fastest first, then what can't be."""
     count = len(slice_of(topology)[1])
     ways = [n for n in range(1, count + 1) if count % n == 0]
@@ -293,9 +283,7 @@ def search(
     return sorted(found, key=lambda p: (not p["fits"], p["seconds"]["bound"] if p["fits"] else 0))
 
 
-def write_plan(
-    build: Callable[[Any], Experiment], config: RunConfig, *, topology: str, home: epath.Path, everywhere: bool = False
-) -> None:
+def write_plan(build: Build, config: RunConfig, *, topology: str, home: epath.Path, everywhere: bool = False) -> None:
     """Prints the table and writes plan.json into the working directory; `everywhere`: of the best mesh, with all."""
     console = Console(width=110)
     if everywhere:

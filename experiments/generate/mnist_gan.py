@@ -23,7 +23,7 @@ from bigjax import UsageError, cli, optim, train
 from bigjax.data import sources
 from bigjax.data.augment import augment_images
 from bigjax.experiment import Experiment, Published, RunConfig
-from bigjax.look.evaluators import Judge, generated_images
+from bigjax.look.evaluators import Classifier, generated_images
 from bigjax.look.gallery import generator_samples, nearest_training_images
 from bigjax.models import Discriminator, Generator
 from bigjax.run import workdir
@@ -55,7 +55,7 @@ class Config(RunConfig):
     save_every: int = 1000
 
 
-def judge_of(c: Config) -> Judge:
+def judge_of(c: Config) -> Classifier:
     """The CNN that judges: a finished run of mnist_cnn.py, or one made now."""
     own = "runs/mnist_cnn" if c.data == Config.data else f"runs/mnist_gan_judge_{Path(c.data).stem}"
     home = c.judge or own
