@@ -19,6 +19,16 @@ from bigjax.look.gallery import reconstructions
 from bigjax.models import Autoencoder
 from bigjax.tasks.images import reconstruct
 
+ROWS = {
+    "mnist_autoencoder": {"data": "mnist5k", "metric": "eval/binary_cross_entropy", "seeds": 3},
+    "mnist_autoencoder_classic": {
+        "arguments": "--classic --epochs 20 --batch-size 32",
+        "data": "mnist5k",
+        "metric": "eval/binary_cross_entropy",
+        "seeds": 3,
+    },
+}
+
 
 @dataclass(frozen=True)
 class Config(RunConfig):

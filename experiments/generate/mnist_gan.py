@@ -29,6 +29,15 @@ from bigjax.models import Discriminator, Generator
 from bigjax.run import workdir
 from bigjax.tasks.gan import adversarial
 
+ROWS = {
+    "mnist_gan": {"data": "mnist5k", "metric": "eval/frechet_ratio"},
+    "mnist_gan_cifar10": {
+        "arguments": "--data cifar10 --steps 50000 --no-augment",
+        "data": "cifar10",
+        "metric": "eval/frechet_ratio",
+    },
+}
+
 MIYATO = (
     "Miyato et al., Spectral normalization for generative adversarial networks, ICLR 2018: ResNet without classes; "
     "in the features of Inception, which frechet_ratio, in those of our judge, can't be compared with"

@@ -15,6 +15,10 @@ from bigjax.look.gallery import latent_walk, prior_samples, reconstructions
 from bigjax.models import VAE
 from bigjax.tasks.images import variational
 
+ROWS = {
+    "mnist_vae": {"data": "mnist5k", "metric": "eval/negative_elbo", "seeds": 3},
+}
+
 
 @dataclass(frozen=True)
 class Config(RunConfig):

@@ -20,6 +20,13 @@ from bigjax.models import LSTM, MLP
 from bigjax.task import fields
 from bigjax.tasks import classify
 
+ROWS = {
+    "mnist1d_linear": {"arguments": "--model linear", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
+    "mnist1d_mlp": {"arguments": "--model mlp", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
+    "mnist1d_cnn": {"arguments": "--model cnn", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
+    "mnist1d_gru": {"arguments": "--model gru", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
+}
+
 PUBLISHED = {"linear": 0.32, "mlp": 0.68, "cnn": 0.94, "gru": 0.91}
 SOURCE = "Greydanus & Kobak, Scaling Down Deep Learning with MNIST-1D, ICML 2024, arXiv:2011.14439"
 

@@ -19,6 +19,11 @@ from bigjax.models import MLP
 from bigjax.task import Key, ModelState, Params
 from bigjax.tasks import regress
 
+ROWS = {
+    "diabetes_linear": {"data": "diabetes", "metric": "eval/distance_to_solution"},
+    "diabetes_ridge": {"arguments": "--ridge 0.1", "data": "diabetes", "metric": "eval/distance_to_solution"},
+}
+
 
 @dataclass(frozen=True)
 class Config(RunConfig):

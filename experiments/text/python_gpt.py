@@ -21,6 +21,16 @@ from bigjax.task import Key, ModelState, Params
 from bigjax.tasks import next_token
 from bigjax.use.generate import generate
 
+ROWS = {
+    "python_gpt": {"data": "python", "metric": "eval/bits_per_byte"},
+    "python_gpt_20": {"arguments": "--minutes 20", "data": "python", "metric": "eval/bits_per_byte"},
+    "python_gpt_lm1b": {
+        "arguments": "--data lm1b --context 512 --minutes 600",
+        "data": "lm1b",
+        "metric": "eval/bits_per_byte",
+    },
+}
+
 PROMPT = {"python": b"def ", "lm1b": b"The "}
 SAMPLE = 400  # bytes
 CHOE = (

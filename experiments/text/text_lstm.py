@@ -20,6 +20,11 @@ from bigjax.models import LSTM
 from bigjax.task import fields
 from bigjax.tasks import classify
 
+ROWS = {
+    "text_lstm": {"data": "python_topics", "metric": "eval/macro_f1", "seeds": 3},
+    "text_lstm_imdb": {"arguments": "--data imdb --length 400", "data": "imdb_reviews", "metric": "eval/accuracy"},
+}
+
 DAI = "Dai & Le, Semi-supervised sequence learning, NIPS 2015: LSTM with tuning and dropout, test error 13.50 %"
 
 

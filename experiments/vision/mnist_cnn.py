@@ -16,6 +16,11 @@ from bigjax.look.gallery import worst_mistakes
 from bigjax.models import CNN
 from bigjax.tasks import classify
 
+ROWS = {
+    "mnist_cnn": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 5},
+    "mnist_cnn_full": {"arguments": "--data mnist --steps 20000", "data": "mnist", "metric": "eval/accuracy"},
+}
+
 LECUN = "LeCun et al., Gradient-based learning applied to document recognition, 1998: LeNet-5 with distortions"
 
 

@@ -17,6 +17,10 @@ from bigjax.look.gallery import worst_mistakes
 from bigjax.models import LSTM
 from bigjax.tasks import classify
 
+ROWS = {
+    "mnist_lstm": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 3},
+}
+
 
 @dataclass(frozen=True)
 class Config(RunConfig):

@@ -20,6 +20,18 @@ from bigjax.look.gallery import worst_mistakes
 from bigjax.models import MLP
 from bigjax.tasks import classify
 
+ROWS = {
+    "mnist_mlp": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 5},
+    "mnist_mlp_classic": {
+        "arguments": "--optimizer sgd --schedule constant --learning-rate 0.01 --batch-size 32 --epochs 10 "
+        "--no-augment --weight-decay 0",
+        "data": "mnist5k",
+        "metric": "eval/accuracy",
+        "seeds": 5,
+    },
+    "mnist_mlp_full": {"arguments": "--data mnist --steps 20000", "data": "mnist", "metric": "eval/accuracy"},
+}
+
 LECUN = "LeCun et al., Gradient-based learning applied to document recognition, 1998: 784-300-100-10"
 
 
