@@ -6,6 +6,7 @@ row in the data set) alone, not on its place in the batch, the microbatch or the
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +196,19 @@ def _inside(size: int, centre_B: Array, side: int) -> Array:
 
 def _each(value_B: Array) -> Array:
     return value_B[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied, inside the step: a group of flags for `augment_images`."""
+
+    augment: bool = True  # --no-augment: not at all
+    rotate: float = 0.0  # degrees at most
+    shift: float = 0.0  # pixels at most
+    scale: float = 0.0  # magnified by a factor in 1 ± scale
+    shear: float = 0.0  # pixels sideways a pixel of height, at most
+    warp: float = 0.0  # pixels, standard deviation of the elastic distortion
+
+    def function(self) -> Augment | None:
+        strengths = asdict(self)
+        return augment_images(**strengths) if strengths.pop("augment") else None

@@ -51,9 +51,7 @@ class Config(RunConfig):
     batch_size: int = 8
     context: int | None = None  # tokens a row; the model's own by default
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    learning_rate: float = 3e-4
-    schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: float = 0.1
+    adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-4, weight_decay=0.1, clip=1.0, b2=0.95)
     attention: Literal["auto", "plain", "splash"] = "auto"  # auto: splash on TPU, and to plan for one
     split_residual: bool = False  # the stream between blocks over mesh.tensor: less memory, more traffic
     scan: bool = True  # over layers: compiles in the time of one
@@ -79,11 +77,7 @@ def build(c: Config) -> Experiment:
     return Experiment(
         model=model,
         task=next_token(model, bytes_a_token=bytes_a_token),
-        tx=lambda steps: {
-            "model": optim.adamw(
-                optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0, b2=0.95
-            )
-        },
+        tx=lambda steps: {"model": c.adamw(steps)},
         train=train,
         test=test,
     )

@@ -33,10 +33,7 @@ ROWS = {
 
 PROMPT = {"python": b"def ", "lm1b": b"The "}
 SAMPLE = 400  # bytes
-CHOE = (
-    "Choe et al., Bridging the gap for tokenizer-free language models, arXiv:1908.10322, 2019: 40 layers, on bytes; "
-    "sentence by sentence, where ours sees those before"
-)
+CHOE = "Choe et al., arXiv:1908.10322, 2019: 40 layers, on bytes; sentence by sentence, where ours sees those before"
 
 
 @dataclass(frozen=True)
@@ -73,18 +70,9 @@ def load(c: Config) -> tuple[Split, bytes, Published, dict[str, str | float]]:
 
 def build(c: Config) -> Experiment:
     train, test, aim, facts = load(c)
-    model = GPT(
-        vocabulary=256,
-        layers=c.layers,
-        width=c.width,
-        heads=c.heads,
-        context=max(c.context, SAMPLE + len(PROMPT[c.data])),
-        position="rotary",
-        norm="rms",
-        activation="gelu",
-        bias=False,
-        dtype=c.dtype,
-    )
+    context = max(c.context, SAMPLE + len(PROMPT[c.data]))
+    shape = {"vocabulary": 256, "layers": c.layers, "width": c.width, "heads": c.heads, "context": context}
+    model = GPT(**shape, position="rotary", norm="rms", activation="gelu", bias=False, dtype=c.dtype)
 
     def sample(params: Params, model_state: ModelState, key: Key) -> str:
         prompt_BL = np.frombuffer(PROMPT[c.data], np.uint8)[None].astype(np.int32)

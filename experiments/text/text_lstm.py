@@ -33,9 +33,7 @@ class Config(RunConfig):
     data: str = "python_topics"  # or imdb (TFDS), or a path to your own .jsonl or .csv with text and label
     steps: int | None = 1000
     batch_size: int = 64
-    learning_rate: float = 3e-3
-    schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: float = 1e-2
+    adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=1e-2, clip=1.0)
     tokenizer: Literal["words", "bpe", "wordpiece"] = "words"  # trained on the training texts
     tokenizer_file: str | None = None  # any tokenizer.json instead
     vocabulary: int = 8000
@@ -77,11 +75,7 @@ def build(c: Config) -> Experiment:
             model, classes=data.classes, inputs=fields("tokens", "length"), label_smoothing=c.label_smoothing
         ),
         augment=drop_tokens(c.drop_tokens) if c.drop_tokens else None,
-        tx=lambda steps: {
-            "model": optim.adamw(
-                optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0
-            )
-        },
+        tx=lambda steps: {"model": c.adamw(steps)},
         train=tokens(data.train),
         test=tokens(data.test),
         class_names=data.class_names,

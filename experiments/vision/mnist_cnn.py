@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bigjax import cli, optim
 from bigjax.data import sources
-from bigjax.data.augment import augment_images
+from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, Published, RunConfig
 from bigjax.look.gallery import worst_mistakes
 from bigjax.models import CNN
@@ -29,20 +29,13 @@ class Config(RunConfig):
     data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
     steps: int | None = 3000
     batch_size: int = 128
-    learning_rate: float = 4e-3
-    schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: float = 0.4
+    adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=4e-3, weight_decay=0.4, clip=1.0)
     features: tuple[int, ...] = (32, 64, 64)
     dense: tuple[int, ...] = (64,)
     dropout: float = 0.2
     batch_norm: bool = False
     label_smoothing: float = 0.05
-    augment: bool = True  # shift, rotate, scale, shear and warp, inside the step
-    rotate: float = 15.0  # degrees at most
-    shift: float = 2.0  # pixels at most
-    scale: float = 0.15
-    warp: float = 0.2  # pixels, standard deviation of the elastic distortion
-    shear: float = 0.2  # pixels sideways a pixel of height, at most
+    augmentation: cli.Flat[Augmentation] = Augmentation(rotate=15.0, shift=2.0, scale=0.15, shear=0.2, warp=0.2)
 
 
 def build(c: Config) -> Experiment:
@@ -61,17 +54,11 @@ def build(c: Config) -> Experiment:
     return Experiment(
         model=model,
         task=classify(model, classes=data.classes, label_smoothing=c.label_smoothing),
-        tx=lambda steps: {
-            "model": optim.adamw(
-                optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0
-            )
-        },
+        tx=lambda steps: {"model": c.adamw(steps)},
         train=data.train,
         test=data.test,
         class_names=data.class_names,
-        augment=augment_images(shift=c.shift, rotate=c.rotate, scale=c.scale, shear=c.shear, warp=c.warp)
-        if c.augment
-        else None,
+        augment=c.augmentation.function(),
         published=[Published("eval/accuracy", 0.992, LECUN)] if c.data == "mnist" else [],
         gallery={"worst mistakes": worst_mistakes(model, data.test, class_names=data.class_names)},
     )

@@ -14,7 +14,7 @@ import optax
 
 from bigjax import cli, optim
 from bigjax.data import sources
-from bigjax.data.augment import augment_images
+from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, Published, RunConfig
 from bigjax.look.gallery import worst_mistakes
 from bigjax.models import MLP
@@ -41,15 +41,10 @@ class Config(RunConfig):
     steps: int | None = 4000
     batch_size: int = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 2e-3
-    schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: float = 1e-2
+    adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=2e-3, weight_decay=1e-2)
     features: tuple[int, ...] = (128, 64)
     dropout: float = 0.0
-    augment: bool = True  # shift, rotate and scale, inside the step
-    rotate: float = 12.0  # degrees at most
-    shift: float = 2.0  # pixels at most
-    scale: float = 0.12
+    augmentation: cli.Flat[Augmentation] = Augmentation(rotate=12.0, shift=2.0, scale=0.12)
 
 
 def build(c: Config) -> Experiment:
@@ -58,8 +53,7 @@ def build(c: Config) -> Experiment:
     model = MLP(features=c.features, outputs=data.classes, dropout=c.dropout, mean=mean, std=std, dtype=c.dtype)
 
     def tx(steps: int) -> dict[str, optax.GradientTransformation]:
-        rate = optim.schedule(c.schedule, c.learning_rate, steps=steps)
-        return {"model": optax.sgd(rate) if c.optimizer == "sgd" else optim.adamw(rate, weight_decay=c.weight_decay)}
+        return {"model": optax.sgd(c.adamw.rate(steps)) if c.optimizer == "sgd" else c.adamw(steps)}
 
     return Experiment(
         model=model,
@@ -68,7 +62,7 @@ def build(c: Config) -> Experiment:
         train=data.train,
         test=data.test,
         class_names=data.class_names,
-        augment=augment_images(shift=c.shift, rotate=c.rotate, scale=c.scale) if c.augment else None,
+        augment=c.augmentation.function(),
         published=[Published("eval/accuracy", 0.9695, LECUN)] if c.data == "mnist" else [],
         gallery={"worst mistakes": worst_mistakes(model, data.test, class_names=data.class_names)},
     )
