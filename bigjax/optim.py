@@ -6,12 +6,13 @@ Everything else is plain optax, written in an experiment's `build`.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
 
 from bigjax import UsageError
+from bigjax.experiment import Fraction, NonNegative, Positive
 
 Schedule = Literal["constant", "step", "cosine", "warmup-cosine", "rsqrt"]
 NO_DECAY = r"(bias|scale|mean|var|embedding_bias)$"
@@ -75,12 +76,12 @@ def adamw(
 class AdamW:
     """AdamW under a schedule: a group of flags; called with the run's number of updates, it is the transformation."""
 
-    learning_rate: float = 1e-3  # at the schedule's highest
+    learning_rate: Annotated[float, Positive] = 1e-3  # at the schedule's highest
     schedule: Schedule = "warmup-cosine"
-    weight_decay: float = 0.0
-    clip: float = 0.0  # the gradient's greatest norm; 0: any
-    b1: float = 0.9
-    b2: float = 0.999
+    weight_decay: Annotated[float, NonNegative] = 0.0
+    clip: Annotated[float, NonNegative] = 0.0  # the gradient's greatest norm; 0: any
+    b1: Annotated[float, Fraction] = 0.9
+    b2: Annotated[float, Fraction] = 0.999
 
     def rate(self, steps: int) -> optax.Schedule:
         return schedule(self.schedule, self.learning_rate, steps=steps)

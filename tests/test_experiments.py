@@ -103,6 +103,23 @@ def test_groups_of_flags(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert difference(a, b) == ["adamw.learning_rate: 0.1 -> 0.002", "augmentation.shift: 3.0 -> 2.0"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--learning-rate 0", "--learning-rate 0.0: give a number above 0"),
+        ("--rotate -1", "--rotate -1.0: give a number from 0 upwards"),
+        ("--b2 1", "--b2 1.0: give a number from 0 up to, but below, 1"),
+        ("--steps 0", "--steps 0: give a number above 0"),  # what RunConfig allows holds with a script's own default
+        ("--mesh.data 0", "--mesh.data"),
+    ],
+)
+def test_flags_of_groups_are_judged(flags: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("mnist_mlp", *flags.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
 def test_full_set_recipe_through_tfds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--data mnist reads a real TFDS set, built here from the embedded images."""
     from bigjax.data import sources

@@ -18,7 +18,7 @@ from etils import epath
 from bigjax import UsageError, cli, load, optim, train
 from bigjax.data import sources
 from bigjax.data.augment import Augmentation
-from bigjax.experiment import Experiment, Published, RunConfig
+from bigjax.experiment import Experiment, Positive, Published, RunConfig
 from bigjax.look.evaluators import Judge, generated_images
 from bigjax.look.gallery import generator_samples, nearest_training_images
 from bigjax.models import Discriminator, Generator
@@ -42,11 +42,11 @@ class Config(RunConfig):
     steps: int | None = 3000
     batch_size: int = 64
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(1e-3, "cosine", b1=0.5, b2=0.99)
-    discriminator_rate: float = 1e-3  # the discriminator's learning rate; the rest is as the generator's
+    discriminator_rate: Annotated[float, Positive] = 1e-3  # for the rest it is as the generator
     loss: Literal["non-saturating", "hinge", "wasserstein-gp"] = "non-saturating"  # …-gp: 1 critic update an update
-    latent: int = 64
-    generator_features: tuple[int, ...] = (64, 32, 16)
-    discriminator_features: tuple[int, ...] = (32, 64)
+    latent: Annotated[int, Positive] = 64
+    generator_features: Annotated[tuple[int, ...], Positive] = (64, 32, 16)
+    discriminator_features: Annotated[tuple[int, ...], Positive] = (32, 64)
     spectral_norm: bool = True
     conditional: bool = True  # the generator is given a class
     ema: float = 0.995
@@ -85,7 +85,6 @@ def build(c: Config) -> Experiment:
     critic = replace(c.adamw, learning_rate=c.discriminator_rate)
     nearest = nearest_training_images(generator, data.train)
     return Experiment(
-        model={"generator": generator, "discriminator": discriminator},
         task=adversarial(generator, discriminator, loss=c.loss),
         tx=lambda steps: {"discriminator": critic(steps), "generator": c.adamw(steps)},
         train=data.train,
