@@ -100,7 +100,7 @@ def test_groups_of_flags(folder: Path, capsys: pytest.CaptureFixture) -> None:
     run("mnist_mlp", "--steps", "2", "--learning-rate", "0.1", "--shift", "3", "--workdir", "a")
     run("mnist_mlp", "--steps", "2", "--workdir", "b")
     a, b = (json.loads((folder / name / "config.json").read_text())["config"] for name in "ab")
-    assert difference(a, b) == ["adamw.learning_rate: 0.1 -> 0.002", "augmentation.shift: 3.0 -> 2.0"]
+    assert difference(a, b, b) == ["adamw.learning_rate: 0.1 -> 0.002", "augmentation.shift: 3.0 -> 2.0"]
 
 
 @pytest.mark.parametrize(
