@@ -17,8 +17,8 @@ slow: $(INSTALLED) ## the long proofs, with the TPU compiler
 	$(PIP) -q -c constraints.txt -e ".[dev,tpu]"
 	$(RUN) -m pytest -n 2 -m slow
 
-mutants: $(INSTALLED) ## break the code on purpose: which tests stay green?
-	$(RUN) -m pytest -n 2 -m slow tests/test_mutants.py
+mutants: $(INSTALLED) ## break the code on purpose in all ways: which tests stay green?
+	BIGJAX_MUTANTS=all $(RUN) -m pytest -n 2 -m slow tests/test_mutants.py
 
 FAULTS := faults disk manifest buckets other_devices processes soak families
 faults: $(INSTALLED) ## kill, corrupt and cut off training, and compare the bits

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(ROOT / "experiments" / "text"))
 
 import python_gpt  # noqa: E402
 

@@ -16,6 +16,8 @@ from etils import epath
 from bigjax import Interrupted, SaveError, UsageError
 from bigjax.experiment import Experiment, RunConfig
 
+Flat = tyro.conf.OmitArgPrefixes  # `adamw: Flat[AdamW]`: a group of flags without the group's name before each
+
 VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",
     "evaluate": "evaluate the newest checkpoint of the working directory on the test split",

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, get_type_hints
 
 import numpy as np
 import optax
@@ -112,13 +112,14 @@ class RunConfig:
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequence[Within]]]:
     """(flag, number, what its annotation allows) of all the numbers in a configuration, groups and tuples among it."""
-    hints = get_type_hints(type(config), include_extras=True)
+    hints = [get_type_hints(kind, include_extras=True) for kind in type(config).__mro__]
     for f in dataclasses.fields(config):
+        # a script that gives a flag another default need not say again what is allowed
+        notes = next(filter(None, (getattr(hint.get(f.name), "__metadata__", ()) for hint in hints)), ())
         value, flag = getattr(config, f.name), prefix + f.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
-            named = any(getattr(note, "name", None) == "" for note in get_args(hints[f.name])[1:])  # a flat group's own
-            yield from numbers(value, prefix if named else f"{flag}.")
-        allowed = [note for note in get_args(hints[f.name])[1:] if isinstance(note, Within)]
+            yield from numbers(value, prefix if notes else f"{flag}.")  # cli.Flat: without the group's name
+        allowed = [note for note in notes if isinstance(note, Within)]
         for v in value if isinstance(value, tuple | list) else (value,):
             if isinstance(v, int | float) and not isinstance(v, bool):
                 yield flag, v, allowed

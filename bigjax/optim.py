@@ -5,12 +5,14 @@ Everything else is plain optax, written in an experiment's `build`.
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
 
 from bigjax import UsageError
+from bigjax.experiment import Fraction, NonNegative, Positive
 
 Schedule = Literal["constant", "step", "cosine", "warmup-cosine", "rsqrt"]
 NO_DECAY = r"(bias|scale|mean|var|embedding_bias)$"
@@ -68,6 +70,24 @@ def adamw(
     """
     update = optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask(no_decay, matching=False))
     return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW under a schedule: a group of flags; called with the run's number of updates, it is the transformation."""
+
+    learning_rate: Annotated[float, Positive] = 1e-3  # at the schedule's highest
+    schedule: Schedule = "warmup-cosine"
+    weight_decay: Annotated[float, NonNegative] = 0.0
+    clip: Annotated[float, NonNegative] = 0.0  # the gradient's greatest norm; 0: any
+    b1: Annotated[float, Fraction] = 0.9
+    b2: Annotated[float, Fraction] = 0.999
+
+    def rate(self, steps: int) -> optax.Schedule:
+        return schedule(self.schedule, self.learning_rate, steps=steps)
+
+    def __call__(self, steps: int) -> optax.GradientTransformation:
+        return adamw(self.rate(steps), weight_decay=self.weight_decay, clip=self.clip, b1=self.b1, b2=self.b2)
 
 
 # ---- optimizers that look at matrices: each layer of a scanned stack (under "layers") is a matrix of its own

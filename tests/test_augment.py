@@ -11,7 +11,7 @@ import pytest
 from conftest import run_with_devices
 
 from bigjax import UsageError, sharding
-from bigjax.data.augment import affine, augment_images, drop_tokens
+from bigjax.data.augment import Augmentation, affine, augment_images, drop_tokens
 from bigjax.tools import hlo
 
 B, H, W = 8, 12, 12
@@ -251,3 +251,10 @@ def test_warp_differs_by_row_and_keeps_the_range() -> None:
     chex.assert_shape(out, (2, 12, 12, 1))
     assert jnp.abs(out[0] - out[1]).max() > 0.1 and jnp.abs(out[0] - image[0]).max() > 0.1
     assert out.min() >= 0 and out.max() <= 1
+
+
+def test_augmentation_as_flags() -> None:
+    strengths = dict(rotate=20.0, shift=2.0, scale=0.2, shear=0.3, warp=0.4)
+    out = Augmentation(**strengths).function()(batch_of(), KEY)
+    chex.assert_trees_all_equal(out, augment_images(**strengths)(batch_of(), KEY))
+    assert Augmentation(**strengths, augment=False).function() is None

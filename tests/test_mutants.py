@@ -2,10 +2,14 @@
 
 A patch begins with a line that says what is broken and one, `test: tests/test_x.py::test_name`, that names the quickest
 test that must see it; the diff against `bigjax/` follows, with one line of context.
+
+Applied are those whose files changed since the last tag and twelve more, drawn by the commit's hash; all of them where
+there is no git or no tag, and with BIGJAX_MUTANTS=all, as `make mutants` sets it.
 """
 
 import ast
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -21,7 +25,7 @@ from conftest import REPOSITORY
 MUTANTS = sorted((REPOSITORY / "tests" / "mutants").glob("*.patch"))
 COPIED = ("bigjax", "tests", "experiments", "pyproject.toml")  # what the named tests need
 BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|UnboundLocalError|ImportError|ModuleNotFoundError)\b")
-each = pytest.mark.parametrize("patch", MUTANTS, ids=lambda p: p.stem)
+DRAWN = 12
 
 # Loaded by pytest in the copy: what it tests must be the copy, not what is installed.
 GUARD = """
@@ -41,6 +45,34 @@ def named_test(patch: Path) -> str:
     assert re.fullmatch(r"[A-Z].*[.]", says), f"{patch.name}: the first line says what is broken"
     assert test.startswith("test: tests/test_"), f"{patch.name}: the second line is `test: tests/test_x.py::test_name`"
     return test.removeprefix("test: ")
+
+
+def git(*arguments: str, root: Path) -> str | None:
+    """What git says of the repository in `root`; None where it fails."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def files_of(patch: Path) -> set[str]:
+    """The patch itself, the test that it names and the files that it breaks."""
+    broken = re.findall(r"^--- a/(.+)$", patch.read_text(), re.M)
+    return {f"tests/mutants/{patch.name}", named_test(patch).partition("::")[0], *broken}
+
+
+def selected(mutants: list[Path], *, root: Path) -> list[Path]:
+    """Those to apply, in order: the same for every process that looks at this checkout."""
+    tag, commit = git("describe", "--tags", "--abbrev=0", root=root), git("rev-parse", "HEAD", root=root)
+    if os.environ.get("BIGJAX_MUTANTS") == "all" or tag is None or commit is None:
+        return mutants
+    changed = set(git("diff", "--name-only", tag, root=root).splitlines())
+    drawn = random.Random(commit).sample(mutants, min(DRAWN, len(mutants)))
+    return [p for p in mutants if p in drawn or files_of(p) & changed]
+
+
+APPLIED = selected(MUTANTS, root=REPOSITORY)
 
 
 def git_apply(patch: Path, *flags: str, root: Path) -> None:
@@ -106,7 +138,7 @@ def test_there_are_at_least_20() -> None:
     assert len(diffs) == len(MUTANTS)
 
 
-@each
+@pytest.mark.parametrize("patch", MUTANTS, ids=lambda p: p.stem)
 def test_it_applies_and_names_a_test(patch: Path) -> None:
     file, _, name = named_test(patch).partition("::")
     functions = [f.name for f in ast.parse((REPOSITORY / file).read_text()).body if isinstance(f, ast.FunctionDef)]
@@ -115,16 +147,44 @@ def test_it_applies_and_names_a_test(patch: Path) -> None:
     git_apply(patch, "--check", root=REPOSITORY)
 
 
+def test_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All without a tag; else what changed since, committed or not, and twelve that only the commit decides."""
+    monkeypatch.delenv("BIGJAX_MUTANTS", raising=False)
+    for name in [n for n in os.environ if n.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+
+    def do(*arguments: str) -> None:
+        assert git("-c", "user.name=A", "-c", "user.email=a@b.c", *arguments, root=tmp_path) is not None
+
+    shutil.copytree(REPOSITORY / "bigjax", tmp_path / "bigjax", ignore=shutil.ignore_patterns("__pycache__"))
+    assert selected(MUTANTS, root=tmp_path) == MUTANTS  # no repository
+    do("init", "-q")
+    do("add", ".")
+    do("commit", "-qm", "a")
+    assert selected(MUTANTS, root=tmp_path) == MUTANTS  # no tag
+    do("tag", "v1")
+    first = selected(MUTANTS, root=tmp_path)
+    assert len(first) == DRAWN and selected(MUTANTS, root=tmp_path) == first
+    do("commit", "-q", "--allow-empty", "-m", "b")
+    assert len(second := selected(MUTANTS, root=tmp_path)) == DRAWN and second != first
+    with (tmp_path / "bigjax" / "optim.py").open("a") as f:
+        f.write("# changed\n")
+    broken = {p for p in MUTANTS if "--- a/bigjax/optim.py" in p.read_text()}
+    assert broken and set(selected(MUTANTS, root=tmp_path)) == broken | set(second)
+    monkeypatch.setenv("BIGJAX_MUTANTS", "all")
+    assert selected(MUTANTS, root=tmp_path) == MUTANTS
+
+
 @pytest.mark.slow
 def test_unbroken_all_named_tests_are_green(copy: Path) -> None:
-    """In one run, and none is skipped: what turns red below does so by its patch."""
-    tests = sorted({named_test(p) for p in MUTANTS})
+    """Of those to apply, in one run, and none is skipped: what turns red below does so by its patch."""
+    tests = sorted({named_test(p) for p in APPLIED})
     done = run_tests(copy, *tests)
     assert done.status == 0 and set(done.counts) == {"passed"} and done.counts["passed"] >= len(tests), done.output
 
 
 @pytest.mark.slow
-@each
+@pytest.mark.parametrize("patch", APPLIED, ids=lambda p: p.stem)
 def test_it_turns_its_test_red(patch: Path, copy: Path) -> None:
     """By a failure of the test: an error in collection or a fixture, or code that cannot run, proves nothing."""
     before = {p: p.read_bytes() for p in (copy / "bigjax").rglob("*.py")}

@@ -108,3 +108,14 @@ def test_clip_is_of_the_global_norm_before_adam(size: float, factor: float) -> N
     _, state = tx.update(grads, tx.init(grads), grads)
     (nu,) = (s.nu for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu"))
     chex.assert_trees_all_close(nu, jax.tree.map(lambda g: jnp.square(factor * g), grads), rtol=1e-5)
+
+
+def test_adamw_as_flags_is_adamw_under_its_schedule() -> None:
+    flags = optim.AdamW(learning_rate=0.3, schedule="cosine", weight_decay=0.1, clip=0.5, b1=0.7, b2=0.8)
+    rate = optim.schedule("cosine", 0.3, steps=5)
+    ours, expected = flags(5), optim.adamw(rate, weight_decay=0.1, clip=0.5, b1=0.7, b2=0.8)
+    states = [tx.init(PARAMS) for tx in (ours, expected)]
+    for n in range(3):
+        grads = jax.tree.map(lambda w: jnp.cos(w + n), PARAMS)  # noqa: B023
+        (a, states[0]), (b, states[1]) = (tx.update(grads, s, PARAMS) for tx, s in zip((ours, expected), states))
+        chex.assert_trees_all_equal(a, b)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
@@ -21,10 +22,41 @@ def test_scripts_say_what_was_measured() -> None:
     first = {}
     for record in RECORDED.values():
         first.setdefault(record["script"], record)
-    for path in FOLDER.glob("*.py"):
-        line = re.findall(r"^Measured: .*$", path.read_text(), flags=re.M)
-        expected = results.headline(first[path.name]) if path.name in first else "Measured: not yet."
-        assert line == [expected], path.name
+    scripts = {path.relative_to(FOLDER).as_posix(): path.read_text() for path in FOLDER.glob("*/*.py")}
+    assert scripts.keys() > first.keys()
+    for name, text in scripts.items():
+        line = re.findall(r"^Measured: .*$", text, flags=re.M)
+        assert line == [results.headline(first[name]) if name in first else "Measured: not yet."], name
+
+
+def test_a_record_belongs_to_a_row() -> None:
+    kept = {path.stem for path in (FOLDER / "results").glob("*.json")} - {"plan_calibration", "save_stall"}
+    assert kept == RECORDED.keys()
+
+
+def test_a_script_brings_its_rows(tmp_path: Path) -> None:
+    """Without being run."""
+    (tmp_path / "games").mkdir()
+    script = tmp_path / "games" / "chess.py"
+
+    def read(rows: str) -> dict[str, results.Row]:
+        script.write_text(f"raise SystemExit('run')\nROWS = {rows}\n")
+        return results.rows(tmp_path)
+
+    shared = {"script": "games/chess.py", "data": "none", "metric": "eval/elo"}
+    short = "{'a': {'data': 'none', 'metric': 'eval/elo'}, 'b': {'data': 'none', 'metric': 'eval/elo', %s}}"
+    assert read(short % "'arguments': '--x 1', 'seeds': 3") == {
+        "a": {"arguments": "", "seeds": 1} | shared,
+        "b": {"arguments": "--x 1", "seeds": 3} | shared,
+    }
+    with pytest.raises(UsageError, match="chess.py: row 'a' has no 'metric': add it in ROWS"):
+        read("{'a': {'data': 'none'}}")
+    with pytest.raises(UsageError, match="chess.py: ROWS is read without running the script: write it in literals"):
+        read("{'a': make_row()}")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "go.py").write_text("ROWS = {'a': {'data': 'none', 'metric': 'eval/elo'}}")
+    with pytest.raises(UsageError, match="go.py: row 'a' is games/chess.py's too: give it another name"):
+        read(short % "'seeds': 3")
 
 
 def test_readme_quotes_the_record() -> None:
@@ -35,7 +67,7 @@ def test_readme_quotes_the_record() -> None:
 def test_a_record_says_its_circumstances(name: str) -> None:
     record, row = RECORDED[name], results.rows(FOLDER)[name]
     assert record["row"] == name and record["script"] == row["script"] and record["metric"] == row["metric"]
-    assert record["arguments"] == row.get("arguments", "") and record["data"] == row["data"]
+    assert record["arguments"] == row["arguments"] and record["data"] == row["data"]
     assert record["seeds"] == list(range(row["seeds"])) and len(record["values"]) == row["seeds"]
     assert re.fullmatch(r"[0-9a-f]{7}", record["commit"]) and record["device"] and record["versions"]["jax"]
 
@@ -54,16 +86,15 @@ def test_a_published_number_of_another_metric_is_named() -> None:
 
 
 def test_unknown_row_is_named() -> None:
-    with pytest.raises(UsageError, match="there is no row 'nope': use one of mnist_cnn"):
+    with pytest.raises(UsageError, match="there is no row 'nope': use one of mnist_autoencoder"):
         results.reproduce(["nope"])
 
 
 def test_other_corpus_is_refused(tmp_path, monkeypatch) -> None:
     record = {"metric": "eval/bits_per_byte", "values": [1.9], "published": [], "corpus_sha256": "a" * 64}
     (tmp_path / "results").mkdir()
-    (tmp_path / "rows.toml").write_text(
-        "[gpt]\nscript = 'gpt.py'\ndata = 'python'\nmetric = 'eval/bits_per_byte'\nseeds = 1\n"
-    )
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "gpt.py").write_text("ROWS = {'gpt': {'data': 'python', 'metric': 'eval/bits_per_byte'}}")
     (tmp_path / "results" / "gpt.json").write_text(json.dumps(record))
     monkeypatch.setattr(results, "experiments", lambda: tmp_path)
     monkeypatch.setattr(results, "run", lambda *_: record | {"corpus_sha256": "b" * 64})

@@ -1,4 +1,7 @@
-"""Fifty kills in one run of python_gpt, the real script made small."""
+"""Fifty kills in one run of python_gpt, the real script made small.
+
+BIGJAX_SOAK_SEED=N repeats the moments of a run that printed N.
+"""
 
 import os
 import random
@@ -20,7 +23,7 @@ FLAGS = (
 
 
 def start(folder: Path) -> subprocess.Popen:
-    script = REPOSITORY / "experiments" / "python_gpt.py"
+    script = REPOSITORY / "experiments" / "text" / "python_gpt.py"
     return subprocess.Popen(
         [sys.executable, str(script), "--workdir", str(folder), *FLAGS],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
@@ -33,8 +36,8 @@ def start(folder: Path) -> subprocess.Popen:
 @pytest.mark.slow
 def test_fifty_random_kills_change_no_bit(tmp_path: Path) -> None:
     """A third of them anywhere in the process's life, the others after some lines of the log: so that it goes on."""
-    seed, run = random.randrange(2**32), tmp_path / "run"
-    print("seed of the moments:", seed)
+    seed, run = int(os.environ.get("BIGJAX_SOAK_SEED", random.randrange(2**32))), tmp_path / "run"
+    print(f"the moments: BIGJAX_SOAK_SEED={seed}")
     draw, startup = random.Random(seed), 5.0
     for count in range(KILLS):
         before, begin = (len(lines(run)), newest(run)), time.monotonic()

@@ -1,14 +1,14 @@
 """The full-set recipes, for two steps on tiny TFDS sets of the real names: their data, and the published numbers."""
 
 import functools
-import importlib
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from test_experiments import load
 from tfds_fixture import build_set
 
 from bigjax import UsageError, cli, train
@@ -56,10 +56,9 @@ def recipe(sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """recipe(script, flags...) runs two steps of it; the experiment that was built, and its result.json."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(sets))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(REPOSITORY / "experiments")
 
     def run(script: str, *flags: str) -> tuple[Any, dict[str, Any]]:
-        module, built = importlib.import_module(script), []
+        module, built = load(script), []
 
         @functools.wraps(module.build)
         def build(config: Any) -> Any:
@@ -73,29 +72,33 @@ def recipe(sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_gan_on_cifar10(recipe: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    """Its judge is trained on the same images, at the first evaluation, and not by `build`."""
-    mnist_cnn = importlib.import_module("mnist_cnn")
+    """Its classifier is trained on the same images, at the first evaluation, and not by `build`."""
     short = {"steps": 2, "batch_size": 8, "features": (4, 8), "dense": (8,)}
-    monkeypatch.setattr(mnist_cnn, "Config", functools.partial(mnist_cnn.Config, **short))
+    mnist_cnn = vars(load("mnist_cnn")) | {"Config": functools.partial(load("mnist_cnn").Config, **short)}
+    monkeypatch.setattr(runpy, "run_path", lambda path: mnist_cnn)
     small = ["--generator-features", "8", "4", "4", "--discriminator-features", "4", "4", "--latent", "4"]
     experiment, result = recipe("mnist_gan", "--data", "cifar10", *small)
     assert experiment.train["image"].shape == (40, 32, 32, 3) and len(experiment.test["image"]) == 30
     [published] = result["published"]
     assert published["metric"] == "eval/fid" and published["value"] == 21.7 and published["reached"] is None
     assert result["metrics"]["eval/frechet_ratio"] > 0
-    judge = json.loads(Path("runs/mnist_gan_judge_cifar10/result.json").read_text())
-    assert sum(map(sum, judge["confusion"])) == 30
-    assert result["metrics"]["eval/judge_accuracy"] == judge["metrics"]["eval/accuracy"]
+    classifier = json.loads(Path("runs/mnist_gan_classifier_cifar10/result.json").read_text())
+    assert sum(map(sum, classifier["confusion"])) == 30
+    assert result["metrics"]["eval/judge_accuracy"] == classifier["metrics"]["eval/accuracy"]
     out, err = capfd.readouterr()
-    assert err.count("training the judge, mnist_cnn.py on cifar10, in runs/mnist_gan_judge_cifar10") == 1
+    assert err.count("training the classifier, mnist_cnn.py on cifar10, in runs/mnist_gan_classifier_cifar10") == 1
     assert [line.split() for line in out.splitlines() if "eval/fid" in line] == [
         ["eval/fid", "-", "21.7", "not", "measured"]
     ]
-    assert "step 2 eval" in out and "mnist_cnn," not in out  # the judge's own training says nothing
-    mnist_gan = importlib.import_module("mnist_gan")
-    config = mnist_gan.Config(judge="runs/mnist_gan_judge_cifar10")
-    with pytest.raises(UsageError, match="the judge in runs/mnist_gan_judge_cifar10 knows cifar10, not mnist5k: give"):
-        mnist_gan.judge_of(config)
+    assert "step 2 eval" in out and "mnist_cnn," not in out  # the classifier's own training says nothing
+    mnist_gan = load("mnist_gan")
+    for changed in ({"data": "mnist5k"}, {"data": "cifar10", "split_seed": 1}):  # it was trained on our test rows
+        config = mnist_gan.Config(classifier="runs/mnist_gan_classifier_cifar10", **changed)
+        with pytest.raises(
+            UsageError, match="the classifier in runs/mnist_gan_classifier_cifar10 is of .*, not .*: give"
+        ):
+            mnist_gan.classifier_of(config)
+    assert cli.parse(mnist_gan.Config, "train", args=["--judge", "x"])[0].classifier == "x"  # its name once
 
 
 def test_lstm_on_imdb(recipe: Any) -> None:
@@ -127,10 +130,9 @@ def test_gpt_on_lm1b(recipe: Any) -> None:
 @pytest.mark.parametrize("script", ["mnist_gan", "text_lstm", "python_gpt"])
 def test_embedded_data_have_no_published_numbers(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And `build` trains and writes nothing."""
-    monkeypatch.syspath_prepend(REPOSITORY / "experiments")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("build trains"))
-    module = importlib.import_module(script)
+    module = load(script)
     published = module.build(module.Config()).published
     assert [p.source for p in published] == (["xz -9 on the same bytes, in this run"] if script == "python_gpt" else [])
     assert not list(tmp_path.iterdir())

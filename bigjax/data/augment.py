@@ -6,12 +6,15 @@ row in the data set) alone, not on its place in the batch, the microbatch or the
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.experiment import Fraction, NonNegative
 
 Batch = dict[str, Array]
 Augment = Callable[[Batch, Array], Batch]
@@ -184,3 +187,19 @@ def _inside(size: int, centre_B: Array, side: int) -> Array:
 
 def _each(value_B: Array) -> Array:
     return value_B[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied, inside the step: a group of flags for `augment_images`."""
+
+    augment: bool = True  # --no-augment: not at all
+    rotate: Annotated[float, NonNegative] = 0.0  # degrees at most
+    shift: Annotated[float, NonNegative] = 0.0  # pixels at most
+    scale: Annotated[float, Fraction] = 0.0  # magnified by a factor in 1 ± scale
+    shear: Annotated[float, NonNegative] = 0.0  # pixels sideways a pixel of height, at most
+    warp: Annotated[float, NonNegative] = 0.0  # pixels, standard deviation of the elastic distortion
+
+    def function(self) -> Augment | None:
+        strengths = asdict(self)
+        return augment_images(**strengths) if strengths.pop("augment") else None

@@ -1,10 +1,11 @@
 """The table of results: rows are run by `reproduce`, recorded as JSON, and every number that a reader sees comes from
 there.
 
-experiments/rows.toml names the rows, experiments/results/ROW.json holds what was measured, experiments/README.md is
-the table made of them, and the line "Measured: …" in a script's docstring is `headline` of its first row.
+A script's `ROWS` names its rows, experiments/results/ROW.json holds what was measured, experiments/README.md is the
+table made of them, and the line "Measured: …" in a script's docstring is `headline` of its first row.
 """
 
+import ast
 import json
 import os
 import re
@@ -13,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,39 @@ Row = Mapping[str, Any]
 
 def experiments() -> Path:
     """The folder of scripts: ./experiments, or the one beside the installed package's source."""
-    for folder in (Path("experiments"), Path(__file__).parents[1] / "experiments"):
-        if (folder / "rows.toml").exists():
+    for folder in (Path("experiments"), Path(__file__).parents[2] / "experiments"):
+        if any(folder.glob("*/*.py")):
             return folder
-    raise UsageError("there is no experiments/rows.toml here: run this in a checkout of bigjax")
+    raise UsageError("there is no experiments/SUBJECT/NAME.py here: run this in a checkout of bigjax")
 
 
 def rows(folder: Path) -> dict[str, Row]:
-    """The rows that rows.toml names."""
-    return tomllib.loads((folder / "rows.toml").read_text())
+    """The rows of all scripts: name -> script, arguments, data, metric, seeds, as `ROWS` of the script gives them.
+
+    ROWS = {name: {"data": ..., "metric": ..., "arguments": "" unless given, "seeds": 1 unless given}} is read without
+    running the script, so it holds plain literals.
+    """
+    found: dict[str, Row] = {}
+    for path in sorted(folder.glob("*/*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROWS"):
+                continue
+            try:
+                mine = ast.literal_eval(node.value)
+            except ValueError:
+                raise UsageError(f"{path}: ROWS is read without running the script: write it in literals") from None
+            for name, row in mine.items():
+                if name in found:
+                    raise UsageError(f"{path}: row {name!r} is {found[name]['script']}'s too: give it another name")
+                if missing := [k for k in ("data", "metric") if k not in row]:
+                    raise UsageError(f"{path}: row {name!r} has no {missing[0]!r}: add it in ROWS")
+                script = path.relative_to(folder).as_posix()
+                found[name] = {"arguments": "", "seeds": 1} | row | {"script": script}
+    return found
 
 
 def recorded(folder: Path) -> dict[str, Row]:
-    """What was measured, by row, in the order of rows.toml; a row that was not measured is left out."""
+    """What was measured, by row, in the order of `rows`; a row that was not measured is left out."""
     paths = {name: folder / "results" / f"{name}.json" for name in rows(folder)}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
@@ -89,7 +109,7 @@ def table(folder: Path) -> str:
     ]
     records = recorded(folder)
     for name, row in rows(folder).items():
-        command = f"`{row['script']}{' ' + row['arguments'] if 'arguments' in row else ''}`"
+        command = f"`{row['script']} {row['arguments']}".rstrip() + "`"
         metric = row["metric"].removeprefix("eval/")
         if r := records.get(name):
             aims = "; ".join(aim(p, r["metric"]) for p in r["published"])
@@ -112,7 +132,7 @@ def run(folder: Path, name: str, row: Row) -> dict[str, Any]:
     results = []
     for seed in range(row["seeds"]):
         with tempfile.TemporaryDirectory() as home:
-            command = [sys.executable, str(folder / row["script"]), *shlex.split(row.get("arguments", ""))]
+            command = [sys.executable, str(folder / row["script"]), *shlex.split(row["arguments"])]
             done = subprocess.run([*command, "--seed", str(seed), "--workdir", home], stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise UsageError(f"row {name}, seed {seed} ended with exit status {done.returncode}: see above")
@@ -126,7 +146,7 @@ def run(folder: Path, name: str, row: Row) -> dict[str, Any]:
     return {
         "row": name,
         "script": row["script"],
-        "arguments": row.get("arguments", ""),
+        "arguments": row["arguments"],
         "data": row["data"],
         "metric": row["metric"],
         "values": [r["metrics"][row["metric"]] for r in results],

@@ -8,14 +8,14 @@ Measured: not yet.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 
 from bigjax import cli, optim
 from bigjax.data import tokens
-from bigjax.experiment import Experiment, RunConfig
+from bigjax.experiment import Experiment, Positive, RunConfig
 from bigjax.models import GPT
 from bigjax.tasks import next_token
 
@@ -49,11 +49,9 @@ class Config(RunConfig):
     model: Literal[tuple(PRESETS)] = "gpt2_124m"
     steps: int | None = 1000
     batch_size: int = 8
-    context: int | None = None  # tokens a row; the model's own by default
+    context: Annotated[int | None, Positive] = None  # tokens a row; the model's own by default
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    learning_rate: float = 3e-4
-    schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: float = 0.1
+    adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-4, weight_decay=0.1, clip=1.0, b2=0.95)
     attention: Literal["auto", "plain", "splash"] = "auto"  # auto: splash on TPU, and to plan for one
     split_residual: bool = False  # the stream between blocks over mesh.tensor: less memory, more traffic
     scan: bool = True  # over layers: compiles in the time of one
@@ -77,13 +75,8 @@ def build(c: Config) -> Experiment:
         test = tokens.Windows(data.test, length=length, before=data.facts["before"])
         bytes_a_token = data.facts["bytes_a_token"]
     return Experiment(
-        model=model,
         task=next_token(model, bytes_a_token=bytes_a_token),
-        tx=lambda steps: {
-            "model": optim.adamw(
-                optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0, b2=0.95
-            )
-        },
+        tx=c.adamw,
         train=train,
         test=test,
     )

@@ -8,17 +8,22 @@ Measured: macro f1 85.7 ± 0.7 % (3 seeds) in 229 s on 2 CPU cores, commit 95be3
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from bigjax import cli, optim
 from bigjax.data import sources, text
 from bigjax.data.augment import drop_tokens
-from bigjax.experiment import Experiment, Published, RunConfig
+from bigjax.experiment import Experiment, Fraction, Positive, Published, RunConfig
 from bigjax.models import LSTM
 from bigjax.task import fields
 from bigjax.tasks import classify
+
+ROWS = {
+    "text_lstm": {"data": "python_topics", "metric": "eval/macro_f1", "seeds": 3},
+    "text_lstm_imdb": {"arguments": "--data imdb --length 400", "data": "imdb_reviews", "metric": "eval/accuracy"},
+}
 
 DAI = "Dai & Le, Semi-supervised sequence learning, NIPS 2015: LSTM with tuning and dropout, test error 13.50 %"
 
@@ -28,20 +33,18 @@ class Config(RunConfig):
     data: str = "python_topics"  # or imdb (TFDS), or a path to your own .jsonl or .csv with text and label
     steps: int | None = 1000
     batch_size: int = 64
-    learning_rate: float = 3e-3
-    schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: float = 1e-2
+    adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=1e-2, clip=1.0)
     tokenizer: Literal["words", "bpe", "wordpiece"] = "words"  # trained on the training texts
     tokenizer_file: str | None = None  # any tokenizer.json instead
-    vocabulary: int = 8000
-    length: int = 280  # tokens at most
-    embedding: int = 100
-    hidden: tuple[int, ...] = (200,)
+    vocabulary: Annotated[int, Positive] = 8000
+    length: Annotated[int, Positive] = 280  # tokens at most
+    embedding: Annotated[int, Positive] = 100
+    hidden: Annotated[tuple[int, ...], Positive] = (200,)
     bidirectional: bool = False
     pool: Literal["last", "mean", "max"] = "max"
-    dropout: float = 0.5
-    drop_tokens: float = 0.5  # share of the tokens that training does not see
-    label_smoothing: float = 0.1
+    dropout: Annotated[float, Fraction] = 0.5
+    drop_tokens: Annotated[float, Fraction] = 0.5  # share of the tokens that training does not see
+    label_smoothing: Annotated[float, Fraction] = 0.1
     ema: float = 0.995
 
 
@@ -67,16 +70,11 @@ def build(c: Config) -> Experiment:
         dtype=c.dtype,
     )
     return Experiment(
-        model=model,
         task=classify(
             model, classes=data.classes, inputs=fields("tokens", "length"), label_smoothing=c.label_smoothing
         ),
         augment=drop_tokens(c.drop_tokens) if c.drop_tokens else None,
-        tx=lambda steps: {
-            "model": optim.adamw(
-                optim.schedule(c.schedule, c.learning_rate, steps=steps), weight_decay=c.weight_decay, clip=1.0
-            )
-        },
+        tx=c.adamw,
         train=tokens(data.train),
         test=tokens(data.test),
         class_names=data.class_names,
