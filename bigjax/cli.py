@@ -3,10 +3,9 @@
 import ctypes
 import dataclasses
 import difflib
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +28,7 @@ VERBS = {
 def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments: Sequence[str] | None = None) -> None:
     """Runs a script's verb with its flags. A mistake of the user is one message on stderr and exit status 2."""
     from bigjax.run import processes
+    from bigjax.run.workdir import shared
 
     keep_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -85,18 +85,7 @@ def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, argument
     home = epath.Path(given.workdir or f"runs/{name}")
     record = workdir.read_config(home)["config"]
     free = {k: getattr(given, k) for k in workdir.FREE}
-    return tyro.cli(Config, args=arguments, default=dataclasses.replace(restored(Config(), record), **free))
-
-
-def restored(default: Any, record: Mapping[str, Any]) -> Any:
-    """A dataclass like `default` with the values that JSON has for its fields."""
-    values = {}
-    for f in dataclasses.fields(default):
-        usual, value = getattr(default, f.name), record.get(f.name, ...)
-        if value is not ...:
-            group = dataclasses.is_dataclass(usual) and isinstance(value, Mapping)
-            values[f.name] = restored(usual, value) if group else tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(default, **values)
+    return tyro.cli(Config, args=arguments, default=dataclasses.replace(workdir.restored(Config(), record), **free))
 
 
 def keep_memory() -> None:
@@ -117,14 +106,6 @@ def settle(config: RunConfig, default: RunConfig) -> RunConfig:
     """--epochs or --minutes alone replaces the script's own number of steps."""
     asked = (config.epochs, config.minutes) != (default.epochs, default.minutes)
     return dataclasses.replace(config, steps=None) if asked and config.steps == default.steps else config
-
-
-def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
-    """What must be equal in processes that run together: the verb, every flag, and the versions."""
-    from bigjax.run.workdir import versions
-
-    flags = {"--" + k.replace("_", "-"): v for k, v in dataclasses.asdict(config).items() if k != "distributed"}
-    return json.loads(json.dumps({"experiment": f"{name} {verb}", **flags, **versions()}))
 
 
 def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags, *, home: epath.Path) -> None:

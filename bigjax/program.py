@@ -1,6 +1,5 @@
 """What a run compiles: the state's birth, the update, and the batches by number that it is fed."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from bigjax import UsageError, metrics, sharding
 from bigjax.experiment import Experiment, RunConfig, Split
 from bigjax.metrics import Metrics
 from bigjax.step import TrainState, init_state, train_step
-from bigjax.task import Batch, Fields, Key
+from bigjax.task import Batch, Key
 
 AHEAD = 2  # batches under way on the devices: they never wait, and no batches pile up
 
@@ -104,19 +103,6 @@ class Program:
         shapes = (self.state_shapes, self.window_shapes, self.batch_shapes, self.key, self.control_shapes)
         with jax.set_mesh(self.mesh):
             return self.update.lower(*shapes)
-
-    def fingerprint(self) -> str:
-        """A hash of what an update and an evaluation compute, the same in every process; see `lowered`."""
-        from bigjax.data import pipeline
-
-        text = self.lowered().as_text()
-        if self.experiment.test is not None:
-            example = next(pipeline.eval_batches(self.experiment.test, batch_size=1))
-            batch = sharding.batch_shapes(example, self.mesh, batch_size=self.config.batch_size)
-            evaluate = jax.jit(lambda *args: self.experiment.task.evaluate(*args[:2], Fields(args[2]), self.key))
-            with jax.set_mesh(self.mesh):
-                text += evaluate.lower(*self.state_shapes.evaluated(), batch).as_text()
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def batches(self, start: int) -> Any:
         """Batches from number `start` on, checked, and placed on the devices ahead of time; close it at the end."""

@@ -38,6 +38,7 @@ class Task:
     evaluate: (params, model_state, batch, key) -> metrics; rows with mask 0 count for nothing; noise is keyed by
         `index`.
     summarize: merged metrics -> the numbers people read.
+    details: the test split's merged metrics -> what else result.json holds, a confusion matrix say.
     check: told of every batch, on the host, before it is used; raises UsageError for one that cannot be learned from.
     """
 
@@ -46,6 +47,7 @@ class Task:
     losses: Mapping[str, LossFn]
     evaluate: Callable[[Params, ModelState, Batch, Key], Metrics]
     summarize: Callable[[Metrics], dict[str, float]] = measure.means
+    details: Callable[[Metrics], dict[str, Any]] = lambda metrics: {}
     check: Callable[[Mapping[str, Any]], None] = lambda batch: None
 
 
@@ -183,12 +185,11 @@ def one_player(
     inputs: Inputs,
     apply: Callable[..., tuple[Any, Tree]] = forward,
     evaluate: PerExample | None = None,
-    summarize: Callable[[Metrics], dict[str, float]] = measure.means,
-    check: Callable[[Mapping[str, Any]], None] = lambda batch: None,
     l1: float = 0.0,
     l2: float = 0.0,
+    **options: Any,
 ) -> Task:
-    """A task with the one player "model".
+    """A task with the one player "model"; options: further fields of `Task`.
 
     per_example: (outputs, batch) -> (loss of each row (B,), its count (B,), {metric: (value of each row, count of each
         row)}). Rows of padding are left out here, once: the loss is Σ losses / Σ counts, and so is each metric.
@@ -212,4 +213,4 @@ def one_player(
         out, _ = apply(model, own, inputs(batch), key=key, index_B=batch["index"], train=False)
         return counted((evaluate or per_example)(out, batch), batch)
 
-    return Task({"model": model}, init, {"model": loss}, evaluation, summarize, check)
+    return Task({"model": model}, init, {"model": loss}, evaluation, **options)

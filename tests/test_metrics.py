@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bigjax import metrics as measure
+from bigjax.tasks import confusion
 
 B, C = 12, 5
 few = settings(max_examples=40, deadline=None)
@@ -27,8 +28,8 @@ def measured(
     label_B: np.ndarray, prediction_B: np.ndarray, confidence_B: np.ndarray, mask_B: np.ndarray
 ) -> measure.Metrics:
     correct_B = label_B == prediction_B
-    rows = {"accuracy": (correct_B, jnp.ones(B))} | measure.class_counts(prediction_B, label_B, classes=C)
-    rows |= measure.calibration(confidence_B, correct_B)
+    rows = {"accuracy": (correct_B, jnp.ones(B))} | confusion.class_counts(prediction_B, label_B, classes=C)
+    rows |= confusion.calibration(confidence_B, correct_B)
     return {name: tuple(measure.total(part, mask_B) for part in pair) for name, pair in rows.items()}
 
 
@@ -43,7 +44,7 @@ def test_classes_agree_with_scikit_learn(label_B: np.ndarray, prediction_B: np.n
     np.testing.assert_array_equal(counts_CC, sklearn.metrics.confusion_matrix(label, prediction, labels=range(C)))
     each = sklearn.metrics.precision_recall_fscore_support(label, prediction, labels=range(C), zero_division=0)
     macro = sklearn.metrics.precision_recall_fscore_support(label, prediction, average="macro", zero_division=0)
-    ours, summary = measure.per_class(*measure.counts_by_class(out)), measure.summarize_classes(out)
+    ours, summary = confusion.per_class(*confusion.counts_by_class(out)), confusion.summarize_classes(out)
     for i, name in enumerate(("precision", "recall", "f1")):
         chex.assert_shape(ours[name], (C,))
         np.testing.assert_allclose(ours[name], each[i], rtol=1e-6)
@@ -68,7 +69,7 @@ def test_calibration_error_agrees_with_its_definition(
         if inside.any():
             gap = abs((label_B == prediction_B)[inside].mean() - confidence_B[inside].mean())
             expected += gap * inside.sum() / total
-    np.testing.assert_allclose(measure.calibration_error(confidence_K, correct_K, counts_K), expected, atol=1e-6)
+    np.testing.assert_allclose(confusion.calibration_error(confidence_K, correct_K, counts_K), expected, atol=1e-6)
 
 
 @few
@@ -96,7 +97,7 @@ def test_parts_merged_in_any_grouping_equal_the_whole(
         measure.merge(measure.merge(a, b), measure.merge(c, d)),
     ):
         chex.assert_trees_all_close(merged, whole, rtol=1e-6)
-        chex.assert_trees_all_close(measure.summarize_classes(merged), measure.summarize_classes(whole), atol=1e-6)
+        chex.assert_trees_all_close(confusion.summarize_classes(merged), confusion.summarize_classes(whole), atol=1e-6)
 
 
 @few
@@ -132,5 +133,5 @@ def test_nothing_counted_gives_nan_without_a_warning() -> None:
     zeros_B = np.zeros(B, np.int32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = measure.summarize_classes(measured(zeros_B, zeros_B, np.zeros(B, np.float32), np.zeros(B, np.float32)))
+        out = confusion.summarize_classes(measured(zeros_B, zeros_B, np.zeros(B, np.float32), np.zeros(B, np.float32)))
     assert np.isnan([out["accuracy"], out["macro_f1"], out["worst_class_accuracy"]]).all()

@@ -6,14 +6,17 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, sharding
 from bigjax.experiment import size_of
 from bigjax.program import Program
 from bigjax.run import processes
 from bigjax.run.workdir import changes_of_state, devices, read_config, versions, write_json
+from bigjax.step import to_float
+from bigjax.task import Fields
 
 SUMMED, ROWS = 2**28, 64  # bytes of a split that are all summed, and rows of a larger one
 
@@ -47,6 +50,20 @@ def row_of(split: Any, row: int) -> dict[str, Any]:
         return {"unreadable": type(e).__name__}
 
 
+def fingerprint_of_program(program: Program) -> str:
+    """A hash of what an update and an evaluation compute, as lowered for the mesh: the same in every process."""
+    text, test = program.lowered().as_text(), program.experiment.test
+    if test is not None:
+        example = {k: np.asarray(v)[None] for k, v in row_of(test, 0).items()}
+        example |= {"index": np.zeros(1, np.int32), "mask": np.ones(1, np.float32)}
+        batch = sharding.batch_shapes(example, program.mesh, batch_size=program.config.batch_size)
+        task, key = program.experiment.task, program.key
+        evaluate = jax.jit(lambda params, state, batch: task.evaluate(params, state, Fields(to_float(batch)), key))
+        with jax.set_mesh(program.mesh):
+            text += evaluate.lower(*program.state_shapes.evaluated(), batch).as_text()
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def identify(home: epath.Path, program: Program, splits: Mapping[str, Any], *, accept: bool) -> None:
     """Compares what trains, and on what, with what the run began with; keeps it where the run is new.
 
@@ -56,7 +73,10 @@ def identify(home: epath.Path, program: Program, splits: Mapping[str, Any], *, a
     mesh = {k: int(n) for k, n in program.mesh.shape.items()}
     circumstances = json.dumps({**versions(), **devices(), "mesh": mesh}, sort_keys=True)
     where = hashlib.sha256(circumstances.encode()).hexdigest()[:16]
-    here = {"programs": {where: program.fingerprint()}, "data": {k: fingerprint_of(v) for k, v in splits.items()}}
+    here = {
+        "programs": {where: fingerprint_of_program(program)},
+        "data": {k: fingerprint_of(v) for k, v in splits.items()},
+    }
 
     def compare() -> None:
         record = read_config(home)

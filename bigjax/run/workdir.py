@@ -18,7 +18,7 @@ from etils import epath
 
 from bigjax import UsageError
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.metrics import Metrics, counts_by_class, per_class
+from bigjax.metrics import Metrics
 from bigjax.program import Program
 from bigjax.run import processes
 from bigjax.run.atomic import write_whole
@@ -79,6 +79,23 @@ def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
         "devices": devices(),
         "command": sys.argv,
     }
+
+
+def restored(default: Any, record: Mapping[str, Any]) -> Any:
+    """A dataclass like `default` with the values that JSON has for its fields."""
+    values = {}
+    for f in dataclasses.fields(default):
+        usual, value = getattr(default, f.name), record.get(f.name, ...)
+        if value is not ...:
+            group = dataclasses.is_dataclass(usual) and isinstance(value, Mapping)
+            values[f.name] = restored(usual, value) if group else tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(default, **values)
+
+
+def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
+    """What must be equal in processes that run together: the verb, every flag, and the versions."""
+    flags = {"--" + k.replace("_", "-"): v for k, v in dataclasses.asdict(config).items() if k != "distributed"}
+    return json.loads(json.dumps({"experiment": f"{name} {verb}", **flags, **versions()}))
 
 
 def difference(
@@ -260,10 +277,9 @@ def make_result(
         "versions": versions(),
         **experiment.facts,
     }
-    if (by_class := counts_by_class(counts)) is not None:
-        names = experiment.class_names or [str(i) for i in range(len(by_class[0]))]
-        scores = {k: v.tolist() for k, v in per_class(*by_class).items()}
-        result |= {"class_names": list(names), "per_class": scores}
-    if "confusion" in counts:
-        result["confusion"] = counts["confusion"][0].tolist()
+    if counts:
+        result |= experiment.task.details(counts)
+    if "per_class" in result:
+        count = len(result["per_class"]["recall"])
+        result["class_names"] = list(experiment.class_names or map(str, range(count)))
     return result

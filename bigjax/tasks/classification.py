@@ -14,8 +14,8 @@ import optax
 from jax import Array
 
 from bigjax import UsageError
-from bigjax import metrics as measure
 from bigjax.task import Batch, Inputs, Task, fields, one_player
+from bigjax.tasks import confusion
 
 
 def classify(
@@ -60,8 +60,8 @@ def classify(
     def evaluate(logits: Array, batch: Batch) -> tuple[Array, Array, dict]:
         logits_BC, label_B = class_logits(logits), batch["label"]
         prediction_B, confidence_B = logits_BC.argmax(-1), jax.nn.softmax(logits_BC).max(-1)
-        out = accuracy(logits_BC, label_B) | measure.class_counts(prediction_B, label_B, classes=classes)
-        out |= measure.calibration(confidence_B, prediction_B == label_B)
+        out = accuracy(logits_BC, label_B) | confusion.class_counts(prediction_B, label_B, classes=classes)
+        out |= confusion.calibration(confidence_B, prediction_B == label_B)
         if classes > top_k:
             _, best_BK = jax.lax.top_k(logits_BC, top_k)
             out[f"top{top_k}_accuracy"] = ((best_BK == label_B[:, None]).any(-1), jnp.ones_like(label_B))
@@ -81,5 +81,5 @@ def classify(
                 "classify their true number of classes"
             )
 
-    options = {"summarize": measure.summarize_classes, "check": check, "l1": l1, "l2": l2}
-    return one_player(model, per_example, inputs=inputs, evaluate=evaluate, **options)
+    options = {"summarize": confusion.summarize_classes, "details": confusion.class_details, "check": check}
+    return one_player(model, per_example, inputs=inputs, evaluate=evaluate, l1=l1, l2=l2, **options)
