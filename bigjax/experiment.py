@@ -80,8 +80,8 @@ class RunConfig:
     """The flags that every experiment has; a script adds its own fields and gives its own defaults."""
 
     workdir: str | None = None  # default: runs/NAME; may be gs://bucket/folder
-    seed: int = 0
-    split_seed: int = 0  # of what is held out of your own data, and for validation: not the run's seed
+    seed: Annotated[int, NonNegative] = 0
+    split_seed: Annotated[int, NonNegative] = 0  # of what is held out of your own data or for validation
     steps: Annotated[int | None, Positive] = None  # updates; of steps, epochs and minutes whichever ends first
     epochs: Annotated[float | None, Positive] = None  # passes over the training split
     minutes: Annotated[float | None, Positive] = None  # of training; made a number of steps once the speed is known

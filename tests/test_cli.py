@@ -5,13 +5,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from conftest import REPOSITORY, tiny_experiment
 
 from bigjax import UsageError, cli
-from bigjax.experiment import Experiment, RunConfig
+from bigjax.experiment import Experiment, Positive, RunConfig
 from bigjax.models import MLP
 from bigjax.tasks import classify
 
@@ -20,9 +20,9 @@ from bigjax.tasks import classify
 class Config(RunConfig):
     steps: int | None = 2
     batch_size: int = 8
-    learning_rate: float = 1e-2
+    learning_rate: Annotated[float, Positive] = 1e-2
     activation: str = "relu"
-    features: tuple[int, ...] = (8,)
+    features: Annotated[tuple[int, ...], Positive] = (8,)
 
 
 def build(c: Config) -> Experiment:
@@ -145,7 +145,7 @@ def test_a_limit_of_ones_own_replaces_the_scripts_steps():
         ("--seed 1", ["error: --workdir runs/test_cli belongs to a run with other settings", "seed: 0 -> 1"]),
         ("evaluate --workdir new", ["error: new holds no run (no config.json): train first"]),
         ("report --workdir new", ["error: new has no config.json"]),
-        ("evaluate --features 9", ["error: the checkpoint of step 2 is of another model", "(8,) -> (9,)"]),
+        ("evaluate --features 9", ["error: runs/test_cli was trained with other settings", "features: [8] -> [9]"]),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_status_2(home, arguments, words, capsys):
@@ -199,7 +199,7 @@ if __name__ == "__main__":
 
 def test_a_save_that_fails_ends_the_run_with_one_message(tmp_path):
     """Orbax leaves a thread behind that would keep the process from ending."""
-    (tmp_path / "broken.py").write_text(SABOTAGE.format(experiments=str(REPOSITORY / "experiments")))
+    (tmp_path / "broken.py").write_text(SABOTAGE.format(experiments=str(REPOSITORY / "experiments" / "vision")))
     command = [sys.executable, "broken.py", "--steps", "2", "--workdir", "w"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr

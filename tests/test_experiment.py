@@ -2,20 +2,33 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+import optax
 import pytest
 from conftest import tiny_experiment
 
-from bigjax import UsageError
-from bigjax.experiment import Published, RunConfig, check
-from bigjax.models import MLP
+from bigjax import UsageError, cli
+from bigjax.experiment import Fraction, Positive, Published, RunConfig, Within, check
+from bigjax.task import Task
+
+
+@dataclass(frozen=True)
+class Group:
+    rate: Annotated[float, Positive] = 0.1
+    sizes: Annotated[tuple[int, ...], Within(2, 9)] = (3,)
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    learning_rate: float = 1e-3
-    dropout: float = 0.0
-    features: tuple[int, ...] = (8, 8)
+    batch_size: int = 64  # a script's default: what RunConfig says of the number still holds
+    learning_rate: Annotated[float, Positive] = 1e-3
+    dropout: Annotated[float, Fraction] = 0.0
+    features: Annotated[tuple[int, ...], Positive] = (8, 8)
+    betas: tuple[float, float] = (0.9, 0.999)
+    reward_min: float = 0.0
+    group: Group = Group()
+    flat: cli.Flat[Group] = Group()
 
 
 def test_defaults_pass():
@@ -23,6 +36,7 @@ def test_defaults_pass():
     assert None is check(
         Config(steps=1, epochs=0.5, minutes=0.1, validation=0.1, best="min:loss", ema=0.999, features=())
     )
+    assert check(Config(betas=(0.0, 0.9), reward_min=-1.0)) is None  # by their annotation, not by their names
 
 
 @pytest.mark.parametrize(
@@ -52,6 +66,10 @@ def test_defaults_pass():
         ({"ema": 1.0}, "--ema"),
         ({"dropout": -0.1}, "--dropout"),
         ({"dropout": 1.0}, "--dropout"),
+        ({"betas": (0.9, float("nan"))}, "--betas nan: give a finite number"),
+        ({"group": Group(rate=0.0)}, "--group.rate 0.0: give a number above 0"),
+        ({"group": Group(sizes=(4, 9))}, "--group.sizes 9: give a number from 2 up to, but below, 9"),
+        ({"flat": Group(rate=-1.0)}, "--rate -1.0"),
         ({"batch_size": 10, "accumulate": 4}, "--accumulate 4 does not divide --batch-size 10"),
         ({"best": "accuracy", "validation": 0.1}, "--best accuracy: say max:METRIC or min:METRIC"),
         ({"best": "max:accuracy"}, "--best .*--validation 0.1"),
@@ -73,10 +91,26 @@ def test_published_numbers():
     assert accuracy.compare({}) == {"metric": "eval/accuracy", "value": 0.9, "source": "us", "reached": None}
 
 
-def test_models_by_player():
-    a, b = MLP(), MLP(features=(2,))
-    assert tiny_experiment(model=a).models() == {"model": a}
-    assert dataclasses.replace(tiny_experiment(), model={"generator": a, "critic": b}).models() == {
-        "generator": a,
-        "critic": b,
-    }
+def players(*names: str) -> Task:
+    return Task({}, lambda *_: ({}, {}), dict.fromkeys(names, lambda *_: None), lambda *_: {})
+
+
+def test_tx_may_be_plain_by_player_or_a_function_of_the_steps():
+    sgd, adam = optax.sgd(0.1), optax.adam(0.1)
+    both = {"actor": sgd, "critic": adam}
+
+    def given(tx: Any, *names: str) -> Any:
+        return dataclasses.replace(tiny_experiment(), tx=tx, task=players(*names)).transformations(9)
+
+    assert given(sgd, "model") == {"model": sgd} == given(lambda steps: sgd, "model")
+    assert given(sgd, "actor", "critic") == {"actor": sgd, "critic": sgd}
+    assert given(both, "actor", "critic") == both == given(lambda steps: both, "actor", "critic")
+    asked = []
+    given(lambda steps: asked.append(steps) or sgd, "model")
+    assert asked == [9]
+    with pytest.raises(UsageError, match="player 'critic' has a loss but no tx: add it to tx .actor."):
+        given({"actor": sgd}, "actor", "critic")
+    with pytest.raises(UsageError, match="tx names the player 'critic', which has no loss .there are actor."):
+        given(both, "actor")
+    with pytest.raises(UsageError, match="tx gives a float: give an optax transformation"):
+        given(lambda steps: 0.1, "actor")

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,14 +25,16 @@ from conftest import blobs
 
 from bigjax import metrics, optim, sharding, step, train
 from bigjax.data import pipeline
+from bigjax.evaluation import evaluator
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator
+from bigjax.program import Program
 from bigjax.task import Task, fields
 from bigjax.tasks import classify, next_token
 from bigjax.tasks.gan import adversarial
 from bigjax.tasks.images import reconstruct, variational
 
-STEPS, SAVED, KILLED = 30, 12, 17  # checkpoints every 12 updates; the killed run ends in its 18th
+STEPS, SAVED, KILLED = 30, 12, 15  # checkpoints every 12 updates; the killed run ends with its window of 15 untold
 BATCH, TEST = 8, 13
 Models = nn.Module | Mapping[str, nn.Module]
 
@@ -117,23 +120,29 @@ class Killed(Exception):
     """Stands for a process that ends."""
 
 
-class Program(train.Program):
-    """Writes down which rows each update was given; ends the process before update number `kill`."""
+class Seen:
+    """What a run was fed and did: the rows of its training batches, when its loss was traced, and its lines."""
 
-    made: list["Program"] = []
-    kill: int | None = None
+    def __init__(self, task: Task, kill: int | None = None):
+        self.rows: list[np.ndarray] = []
+        self.events: list[str] = []
+        self.kill = kill
+        losses = {player: partial(self.traced, loss) for player, loss in task.losses.items()}
+        self.task = dataclasses.replace(task, losses=losses, check=self.check)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.compiled, self.seen, self.limit = self.update, [], Program.kill
-        self.update = self.watched
-        Program.made.append(self)
+    def traced(self, loss: Any, *arguments: Any) -> Any:
+        self.events.append("traced")
+        return loss(*arguments)
 
-    def watched(self, state: Any, window: Any, batch: Any, key: Any) -> Any:
-        if len(self.seen) == self.limit:
+    def check(self, batch: Any) -> None:
+        if threading.current_thread().name == "bigjax-prefetch":  # and not an evaluation's
+            self.rows.append(np.asarray(batch["index"]))
+
+    def told(self, step: int, split: str, values: Any) -> None:
+        """The process ends before it has told the window of step `kill`."""
+        self.events.append(split)
+        if split == "train" and step == self.kill:
             raise Killed
-        self.seen.append(np.asarray(batch["index"]))
-        return self.compiled(state, window, batch, key)
 
 
 class Trained(NamedTuple):
@@ -141,7 +150,8 @@ class Trained(NamedTuple):
     experiment: Experiment
     straight: train.Run
     resumed: train.Run
-    programs: list[Program]  # of the straight run, the killed one, and what resumed it
+    seen: list[Seen]  # of the straight run, the killed one, and what resumed it
+    program: Program
 
 
 def flags(folder: Path, family: Family, **changes: Any) -> RunConfig:
@@ -154,22 +164,21 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     family, folder = FAMILIES[request.param], tmp_path_factory.mktemp(request.param)
     task = family.task(family.models)
     train_split, test_split = family.data(BATCH, seed=0), family.data(TEST, seed=1)
-    experiment = Experiment(family.models, task, family.tx, train_split, test_split, name=request.param)
+    experiment = Experiment(task, family.tx, train_split, test_split, name=request.param)
     straight, halves = (flags(folder / name, family) for name in ("straight", "halves"))
+    seen = [Seen(task), Seen(task, KILLED), Seen(task)]
+
+    def fit(config: RunConfig, seen: Seen) -> train.Run:
+        return train.fit(dataclasses.replace(experiment, task=seen.task), config, quiet=True, on_log=seen.told)
+
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the three compile the same
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "Program", Program)
-            patch.setattr(train, "write_report", lambda home: None)
-            patch.setattr(Program, "made", [])
-            run = train.fit(experiment, straight, quiet=True)
-            patch.setattr(Program, "kill", KILLED)
-            with pytest.raises(Killed):
-                train.fit(experiment, halves, quiet=True)
-            patch.setattr(Program, "kill", None)
-            resumed = train.fit(experiment, halves, quiet=True)
-            return Trained(family, experiment, run, resumed, Program.made)
+        run = fit(straight, seen[0])
+        with pytest.raises(Killed):
+            fit(halves, seen[1])
+        resumed = fit(halves, seen[2])
+        return Trained(family, experiment, run, resumed, seen, Program(experiment, straight, train_split, steps=STEPS))
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
@@ -182,16 +191,18 @@ def log(run: train.Run) -> list[dict[str, Any]]:
 
 def first(trained: Trained) -> tuple[Any, dict[str, Any], jax.Array]:
     """(state before the first update, batch 0, key)."""
-    program = trained.programs[0]
+    program = trained.program
     with jax.set_mesh(program.mesh):
-        return program.initialize(program.key), sharding.put_batch(batch(trained, 0), program.mesh), program.key
+        one = sharding.put_batch(batch(trained, 0), program.mesh, BATCH)
+        return program.initialize(program.key), one, program.key
 
 
 def advanced(trained: Trained, batch: Any) -> tuple[Any, metrics.Metrics]:
-    """(state, metrics) after the first update, by the run's own compiled program."""
-    program = trained.programs[0]
+    """(state, metrics) after the first update, by the run's own program."""
+    program = trained.program
     with jax.set_mesh(program.mesh):
-        return program.compiled(program.initialize(program.key), program.fresh_window(), batch, program.key)[:2]
+        controls = program.controls()._replace(log_every=1)
+        return program.update(program.initialize(program.key), program.fresh_window(), batch, program.key, controls)[:2]
 
 
 def batch(trained: Trained, n: int, **rows: Any) -> dict[str, np.ndarray]:
@@ -201,9 +212,7 @@ def batch(trained: Trained, n: int, **rows: Any) -> dict[str, np.ndarray]:
 def test_the_one_step_names_no_family() -> None:
     assert train.train_step is step.train_step
     source = inspect.getsource(step)
-    assert not re.search(
-        "generator|discriminator|encoder|variational|token|batch_stats|isinstance.*(Task|Module)", source
-    )
+    assert not re.search("generator|discriminator|encoder|variational|token|isinstance.*(Task|Module)", source)
 
 
 def test_eight_examples_are_learnt(trained: Trained) -> None:
@@ -219,7 +228,7 @@ def test_every_players_parameters_and_state_move(trained: Trained) -> None:
         before, after = getattr(old, part), getattr(trained.straight.state, part)
         moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
         assert all(jax.tree.leaves(moved)), moved
-    players = set(trained.experiment.models())
+    players = set(trained.experiment.task.models)
     assert trained.straight.state.opt_state.keys() == trained.straight.state.params.keys() == players
     assert bool(trained.straight.state.ema) == bool(trained.family.ema)
     assert bool(jax.tree.leaves(trained.straight.state.model_state)) == (not trained.family.by_row)
@@ -236,10 +245,10 @@ def test_batch_n_is_a_function_of_seed_and_n(trained: Trained) -> None:
         chex.assert_trees_all_equal(here, {k: v[rows] for k, v in split.items()} | {"index": rows, "mask": np.ones(3)})
     assert not np.array_equal(batch(trained, 0, seed=4)["index"], batch(trained, 0, seed=3)["index"])
     expected = [batch(trained, n)["index"] for n in range(STEPS)]
-    straight, killed, resumed = (p.seen for p in trained.programs)
-    np.testing.assert_array_equal(straight, expected)
-    np.testing.assert_array_equal(killed, expected[:KILLED])
-    np.testing.assert_array_equal(resumed, expected[SAVED:])
+    straight, killed, resumed = (seen.rows for seen in trained.seen)  # a few more than were used are read ahead
+    np.testing.assert_array_equal(straight[:STEPS], expected)
+    np.testing.assert_array_equal(killed[:KILLED], expected[:KILLED])
+    np.testing.assert_array_equal(resumed[: STEPS - SAVED], expected[SAVED:])
 
 
 def test_killed_and_resumed_is_straight_bit_for_bit(trained: Trained) -> None:
@@ -255,17 +264,18 @@ def test_killed_and_resumed_is_straight_bit_for_bit(trained: Trained) -> None:
     assert values[0] == values[1]
 
 
-def test_the_step_compiles_once(trained: Trained) -> None:
-    assert [p.compiled._cache_size() for p in trained.programs] == [1, 1, 1]
-    assert trained.programs[0].initialize._cache_size() == 1
+def test_the_step_is_traced_before_the_first_line_and_never_again(trained: Trained) -> None:
+    for seen in trained.seen:
+        first = seen.events.index("train")
+        assert "traced" in seen.events[:first] and "traced" not in seen.events[first:]
 
 
 @pytest.fixture(scope="module")
 def evaluated(trained: Trained) -> metrics.Metrics:
     """The test split under the last state, in batches of 5 where the run took 8: padded by 2 rows, and by 3."""
-    mesh, state = trained.programs[0].mesh, trained.straight.state
-    judge = step.make_evaluate(trained.experiment.task, batch_size=5, seed=0, mesh=mesh)
-    return judge(state.ema or state.params, state.model_state, trained.experiment.test)
+    mesh, state = trained.program.mesh, trained.straight.state
+    measure = evaluator(trained.experiment.task, batch_size=5, seed=0, mesh=mesh)
+    return measure(*state.evaluated(), trained.experiment.test)
 
 
 def test_evaluation_counts_each_example_once_for_any_batch_size(trained: Trained, evaluated: metrics.Metrics) -> None:
@@ -284,7 +294,11 @@ def test_two_accumulated_parts_give_the_update_of_the_whole(trained: Trained) ->
         pytest.skip("has statistics of the batch")
     state, one, key = first(trained)
     one["mask"] = one["mask"] * (np.arange(BATCH) != 2)
-    options = {"task": trained.experiment.task, "tx": trained.experiment.tx(STEPS), "ema": trained.family.ema}
+    options = {
+        "task": trained.experiment.task,
+        "tx": trained.experiment.transformations(STEPS),
+        "ema": trained.family.ema,
+    }
     halves, out = jax.jit(partial(step.train_step, accumulate=2, **options))(state, one, key)
     whole, window = advanced(trained, one)
     chex.assert_trees_all_close(halves.opt_state, whole.opt_state, rtol=1e-3, atol=1e-6)
@@ -296,7 +310,7 @@ def test_two_accumulated_parts_give_the_update_of_the_whole(trained: Trained) ->
 
 def test_bfloat16_is_finite_and_near(trained: Trained) -> None:
     family, (state, one, key) = trained.family, first(trained)
-    models = trained.experiment.models()
+    models = trained.experiment.task.models
     low = {k: m.clone(dtype="bfloat16") for k, m in models.items()}
     task, tx = family.task(low["model"] if "model" in low else low), dict.fromkeys(low, optax.sgd(0.1))
     state = state.replace(opt_state={k: tx[k].init(state.params[k]) for k in tx})

@@ -31,8 +31,8 @@ FLAGS = {"steps": 2, "batch_size": 8, "log_every": 1, "eval_every": 2, "save_eve
 
 
 def opened(folder: Path, *, resume: bool = True, name: str = "tiny", **changes: Any) -> Any:
-    config = RunConfig(**(FLAGS | changes))
-    return workdir.open_workdir(epath.Path(folder), workdir.describe(tiny_experiment(name=name), config), resume=resume)
+    config = RunConfig(resume=resume, **(FLAGS | changes))
+    return workdir.open_workdir(epath.Path(folder), tiny_experiment(name=name), config)
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +111,14 @@ def test_settings_that_change_no_number_may_differ(tmp_path):
     )
 
 
-def test_a_flag_that_came_or_went_with_a_release_orphans_no_run(tmp_path):
+def test_a_flag_that_came_or_went_counts_as_its_default(tmp_path):
     opened(tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())
-    del record["config"]["accumulate"]
+    del record["config"]["accumulate"], record["config"]["mesh"]["tensor"]
     record["config"]["flag_of_old"] = 3
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert opened(tmp_path) is None
+    assert "accumulate: 1 -> 2" in refused(tmp_path, accumulate=2)
     assert "batch_size: 8 -> 16" in refused(tmp_path, batch_size=16)
 
 
@@ -189,17 +190,20 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         workdir.write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1}
+    workdir.write_json(path, {"loss": float("nan")})
+    assert json.loads(path.read_text()) == {"loss": None}
 
 
 # ---- a model given back
 
 
-def test_load_gives_the_averaged_parameters_and_the_same_module(run):
+def test_load_gives_the_averages_and_the_same_module(run):
     module, variables = bigjax.load(run.workdir)
     assert module == MLP(features=(8,), outputs=3, batch_norm=True, mean=(0.5,), std=(0.25,))
     assert variables.keys() == {"params", "batch_stats"}
-    chex.assert_trees_all_equal(variables["params"], run.state.ema["model"])
-    chex.assert_trees_all_equal(variables["batch_stats"], run.state.model_state["model"]["batch_stats"])
+    chex.assert_trees_all_equal(variables, run.state.ema["model"])
+    live = run.state.model_state["model"]["batch_stats"]
+    assert not np.array_equal(variables["batch_stats"]["norm_0"]["mean"], live["norm_0"]["mean"])
     assert not np.array_equal(variables["params"]["logits"]["kernel"], run.state.params["model"]["logits"]["kernel"])
 
 
@@ -233,7 +237,7 @@ def test_load_without_a_run_or_checkpoint_or_player(run, tmp_path):
         bigjax.load(tmp_path)
 
 
-def two_players() -> Task:
+def two_players(models: dict[str, nn.Module]) -> Task:
     """Each fits its own constant."""
 
     def init(key: Any, batch: Any) -> Any:
@@ -247,6 +251,7 @@ def two_players() -> Task:
         return f
 
     return Task(
+        models,
         init,
         {p: loss(p) for p in ("teacher", "student")},
         lambda p, s, batch, key: {"loss": (batch["mask"].sum(), batch["mask"].sum())},
@@ -255,7 +260,7 @@ def two_players() -> Task:
 
 def test_load_one_of_several_players(tmp_path):
     models = {"teacher": MLP(features=(1,)), "student": CNN(features=(2,))}
-    experiment = tiny_experiment(model=models, task=two_players(), tx=lambda steps: {p: optax.sgd(0.1) for p in models})
+    experiment = tiny_experiment(task=two_players(models), tx=optax.sgd(0.1))
     state = train.fit(experiment, RunConfig(workdir=str(tmp_path / "run"), **FLAGS), quiet=True).state
     with pytest.raises(UsageError, match="has the players teacher, student: name one"):
         bigjax.load(tmp_path / "run")
@@ -275,17 +280,63 @@ def test_modules_within_modules_round_trip():
     assert modules.module_from(json.loads(text)) == module
 
 
-def test_a_field_that_cannot_be_recorded_is_named(tmp_path):
-    class Net(nn.Module):
-        act: Any = nn.relu
+class Free(nn.Module):
+    """Fields of any kind: a function, an array, a mapping, a module."""
 
-        @nn.compact
-        def __call__(self, x: Any, *, train: bool = False) -> Any:
-            return nn.Dense(3)(x.reshape(x.shape[0], -1))
+    act: Any = nn.relu
+    scale: Any = None
+    head: nn.Module | None = None
 
-    with pytest.raises(UsageError, match="field act of .*Net is a .*, which a run cannot record"):
-        train.fit(tiny_experiment(model=Net()), RunConfig(workdir=str(tmp_path / "run"), **FLAGS), quiet=True)
-    assert not (tmp_path / "run" / "config.json").exists()
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = self.act(nn.Dense(4)(x.reshape(x.shape[0], -1)))
+        x = x if self.scale is None else x * jnp.asarray(self.scale["by"])
+        return (self.head or nn.Dense(3))(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "missing"),
+    [
+        (Free(), None),
+        (Free(head=MLP(features=(), outputs=3)), None),
+        (Free(act=nn.gelu), r"act .(PjitFunction|function|CustomJVP|jit)"),
+        (Free(scale={"by": np.ones((1, 4))}), r"scale .dict"),
+        (Free(head=Free(act=jnp.tanh)), r"head .Free"),
+    ],
+    ids=["defaults", "module", "function", "array", "nested"],
+)
+def test_fields_of_any_kind_train_and_only_load_may_ask_for_the_module(model, missing, tmp_path):
+    config = RunConfig(workdir=str(tmp_path / "run"), **FLAGS)
+    run = train.fit(tiny_experiment(task=classify(model, classes=3)), config, quiet=True)
+    if missing:
+        with pytest.raises(UsageError, match=rf"Free has fields that a run cannot record \({missing}.*model=") as error:
+            bigjax.load(run.workdir)
+        assert "\n" not in str(error.value)
+    module, variables = bigjax.load(run.workdir, model=model) if missing else bigjax.load(run.workdir)
+    chex.assert_trees_all_equal(variables["params"], run.state.params["model"])
+    assert module.apply(variables, np.zeros((2, 4, 4, 1), np.float32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"class": "os.system", "fields": {"command": "touch ran"}},
+        {"class": "bigjax.run.workdir.clear", "fields": {"workdir": "precious"}},
+        {"class": "collections.OrderedDict", "fields": {}},
+        {"class": "antigravity.Net", "fields": {}},  # would open a browser on import
+        {"class": "__main__.Net", "file": "evil.py", "fields": {}},
+    ],
+)
+def test_load_calls_nothing_but_a_module_class(spec, run, tmp_path, monkeypatch):
+    shutil.copytree(run.workdir, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\nNet = print\n")
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps(record | {"models": {"model": spec}}))
+    with pytest.raises(UsageError, match="model="):
+        bigjax.load(tmp_path / "run")
+    assert not (tmp_path / "ran").exists() and (tmp_path / "precious").exists() and "antigravity" not in sys.modules
 
 
 SCRIPT = """
@@ -313,12 +364,11 @@ class Net(nn.Module):
     def __call__(self, x, *, train: bool = False):
         return nn.Dense(3)(nn.relu(nn.Dense(self.width)(x.reshape(x.shape[0], -1))))
 
-if __name__ == "__main__":
-    model = Net(width=5)
-    config = Config(workdir="run", steps=1, batch_size=8)
-    train.fit(tiny_experiment(model=model, task=classify(model, classes=3)), config, quiet=True)
-    again, variables = bigjax.load("run")
-    assert again == model and type(again) is Net
+model = Net(width=5)  # without a guard: to load it must not train
+config = Config(workdir="run", steps=1, batch_size=8)
+train.fit(tiny_experiment(model=model, task=classify(model, classes=3)), config, quiet=True)
+again, variables = bigjax.load("run")
+assert again == model and type(again) is Net
 """
 
 

@@ -22,7 +22,7 @@ from bigjax.metrics import Metrics
 from bigjax.program import Program
 from bigjax.run import processes
 from bigjax.run.atomic import write_whole
-from bigjax.run.log import read_log
+from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
 
 # Settings that may differ between a run and its resumption: they change no number.
@@ -39,7 +39,7 @@ UNBEGUN = {".lock", ".writable", "source.patch", "config.json.part"}  # what a k
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Atomically: the file is there whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_whole(path, (json_text(value, indent=1) + "\n").encode())
 
 
 def git(*arguments: str) -> str | None:
