@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError
-from bigjax.models.transformer import MLP, Attention, attention, empty_cache, rotary
+from bigjax.models.transformer import MLP, Attention, empty_cache, rotary
+from bigjax.ops.attention import attention
 
 B, L, M, H, G, K = 2, 3, 5, 4, 2, 6
 

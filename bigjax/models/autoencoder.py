@@ -17,7 +17,7 @@ from jax import Array
 from bigjax import UsageError
 from bigjax.models.cnn import Conv, Upsample
 from bigjax.models.gan import grid
-from bigjax.models.mlp import activation, initializer, normalize
+from bigjax.models.layers import activation, initializer, normalize
 from bigjax.sharding import constrain
 
 

@@ -15,7 +15,7 @@ from jax import Array
 
 from bigjax import UsageError
 from bigjax.models.cnn import Conv, Upsample
-from bigjax.models.mlp import initializer, normalize
+from bigjax.models.layers import initializer, normalize
 from bigjax.sharding import constrain
 
 

@@ -59,7 +59,7 @@ class GPT(nn.Module):
     width: D. kv_heads: None for as many as heads. head: size of one; None for width / heads.
     mlp: hidden units; None for 4 × width (GELU) or 8/3 × width, up to a multiple of 8 (SwiGLU).
     position: "learned" or "rotary". norm: "layer" or "rms". activation: "gelu" or "swiglu".
-    attention: "plain", or "splash": a Pallas kernel for TPU (`transformer.splash_attention`).
+    attention: "plain", or "splash": a Pallas kernel for TPU (`ops.attention.splash_attention`).
     split_residual: splits the stream between blocks over the mesh's tensor axis too: less memory, more traffic.
     tied: the output kernel is the embedding. bias: in all kernels and LayerNorms, but never in the output.
     dropout: on the embedding and before each addition to the residual stream.
