@@ -1,56 +1,19 @@
 """Convolutional network for small images.
 
-B batch, H height, W width, C channels, D channels of the output, K kernel size.
+B batch, H height, W width, C channels.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import MONOTONE, activation, initializer, normalize
-from bigjax.ops.convolution import convolve, max_pool, upsample
+from bigjax.models.layers import MONOTONE, activation, conv, initializer, normalize
+from bigjax.ops.convolution import max_pool
 from bigjax.sharding import constrain
-
-
-class Conv(nn.Module):
-    """`nn.Conv` with a square kernel: same parameters (kernel (K, K, C, D), bias (D,)) and values; see `convolve`."""
-
-    features: int
-    kernel: int = 3
-    stride: int = 1
-    padding: str = "VALID"
-    kernel_init: str = "lecun_normal"
-    use_bias: bool = True
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x_BHWC: Array) -> Array:
-        shape = (self.kernel, self.kernel, x_BHWC.shape[-1], self.features)
-        kernel = self.param("kernel", initializer(self.kernel_init), shape).astype(self.dtype)
-        y = convolve(x_BHWC.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y = y + bias.reshape(1, 1, 1, -1)
-        return y
-
-
-class Upsample(nn.Module):
-    """`nn.ConvTranspose` with a 4×4 kernel and stride 2: same parameters and values; see `upsample`."""
-
-    features: int
-    kernel_init: str = "lecun_normal"
-    use_bias: bool = True
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x_BHWC: Array) -> Array:
-        kernel = self.param("kernel", initializer(self.kernel_init), (4, 4, x_BHWC.shape[-1], self.features))
-        y = upsample(x_BHWC.astype(self.dtype), kernel.astype(self.dtype))
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y = y + bias.reshape(1, 1, 1, -1)
-        return y
 
 
 class CNN(nn.Module):
@@ -75,8 +38,8 @@ class CNN(nn.Module):
     kernel: int = 3
     padding: str = "VALID"
     pools: int = 2
-    activation: str = "relu"
-    kernel_init: str = "lecun_normal"
+    activation: str | Callable[[Array], Array] = "relu"
+    kernel_init: str | Callable[..., Array] = "lecun_normal"
     dropout: float = 0.0
     batch_norm: bool = False
     mean: float | tuple[float, ...] = 0.0
@@ -98,11 +61,12 @@ class CNN(nn.Module):
             if min(x.shape[1:3]) < lost + pool:
                 size, hint = "×".join(map(str, x_BHWC.shape[1:3])), "use padding='SAME' or fewer features or pools"
                 raise UsageError(f"images of {size} are too small for convolution {i}: {hint}")
-            x = Conv(width, self.kernel, 1, self.padding, self.kernel_init, dtype=self.dtype, name=f"conv_{i}")(x)
+            fields = {"padding": self.padding, "kernel_init": init, "dtype": dtype}
+            x = conv(width, self.kernel, **fields, name=f"conv_{i}")(x)
             x = norm(constrain(x, "batch"), i)
             if i >= self.pools:
                 x = act(x)
-            elif self.activation in MONOTONE:  # equal, and a quarter of the work
+            elif act in MONOTONE:  # equal, and a quarter of the work
                 x = act(max_pool(x))
             else:
                 x = max_pool(act(x))
@@ -117,3 +81,7 @@ class CNN(nn.Module):
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = nn.Dense(self.outputs, dtype=dtype, kernel_init=init, name="logits")(x)
         return x.astype(jnp.float32)
+
+
+TINY = CNN(features=(4, 5), dense=(6,), padding="SAME", dropout=0.1, batch_norm=True)
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 8, 8, 1), "float32"),)

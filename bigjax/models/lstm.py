@@ -162,3 +162,7 @@ def _last(h_BLH: Array, length_B: Array | None) -> Array:
         return h_BLH[:, -1]
     h_BH = jnp.take_along_axis(h_BLH, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where(length_B[:, None] > 0, h_BH, 0)
+
+
+TINY = LSTM(hidden=(6,), dropout=0.1)
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 8, 8), "float32"),)

@@ -3,7 +3,10 @@
 B batch, D features of a layer.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -27,8 +30,8 @@ class MLP(nn.Module):
 
     features: tuple[int, ...] = (128, 64)
     outputs: int = 10
-    activation: str = "relu"
-    kernel_init: str = "lecun_normal"
+    activation: str | Callable[[Array], Array] = "relu"
+    kernel_init: str | Callable[..., Array] = "lecun_normal"
     dropout: float = 0.0
     batch_norm: bool = False
     mean: float | tuple[float, ...] = 0.0
@@ -37,11 +40,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        act, dtype = activation(self.activation), jnp.dtype(self.dtype)
+        act, init, dtype = activation(self.activation), initializer(self.kernel_init), jnp.dtype(self.dtype)
         x = normalize(x, self.mean, self.std, dtype=self.dtype)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.features):
-            x = nn.Dense(width, dtype=dtype, kernel_init=initializer(self.kernel_init), name=f"dense_{i}")(x)
+            x = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x)
             if self.batch_norm:
                 x = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x)
             x = act(constrain(x, "batch"))
@@ -51,5 +54,9 @@ class MLP(nn.Module):
             x = nn.Dropout(self.dropout)(x, deterministic=not train)
         if not self.features:
             self.sow("intermediates", "features", x)
-        x = nn.Dense(self.outputs, dtype=dtype, kernel_init=initializer(self.kernel_init), name="logits")(x)
+        x = nn.Dense(self.outputs, dtype=dtype, kernel_init=init, name="logits")(x)
         return x.astype(jnp.float32)
+
+
+TINY = MLP(features=(8, 6), dropout=0.1, batch_norm=True)
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 8, 8, 1), "float32"),)

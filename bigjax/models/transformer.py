@@ -4,10 +4,13 @@ B batch, L positions that ask, M positions that are looked at, D width, H query 
 Kernels are 2-D, (inputs, outputs) with heads side by side, so that layers stacked by `nn.scan` are stacks of matrices.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from jax.nn.initializers import Initializer
 
 from bigjax import UsageError
@@ -82,7 +85,7 @@ class Attention(nn.Module):
         causal = self.causal
         if cache is not None:
             k, v = (
-                jax.lax.dynamic_update_slice(cache[n], x.astype(cache[n].dtype), (0, position, 0, 0))
+                lax.dynamic_update_slice(cache[n], x.astype(cache[n].dtype), (0, position, 0, 0))
                 for n, x in (("k", k), ("v", v))
             )
             cache = {"k": k, "v": v}
@@ -100,11 +103,14 @@ def empty_cache(batch: int, size: int, kv_heads: int, head: int, dtype: str) -> 
     return {n: jnp.zeros((batch, size, kv_heads, head), dtype) for n in ("k", "v")}
 
 
-class MLP(nn.Module):
-    """x_BLD -> (B, L, D) through `width` units: GELU (tanh form, as GPT-2) or SwiGLU (Shazeer 2020; kernel `gate`)."""
+class FeedForward(nn.Module):
+    """x_BLD -> (B, L, D) through `width` units (Vaswani et al. 2017, section 3.3).
+
+    activation: "gelu" (tanh form, as GPT-2), "swiglu" (Shazeer 2020; kernel `gate`), or a function.
+    """
 
     width: int
-    activation: str = "gelu"
+    activation: str | Callable[[Array], Array] = "gelu"
     bias: bool = True
     kernel_init: Initializer = _normal(0.02)
     out_init: Initializer = _normal(0.02)
@@ -116,10 +122,25 @@ class MLP(nn.Module):
             return nn.Dense(width, use_bias=self.bias, dtype=self.dtype, kernel_init=init, name=name)
 
         up = dense("up", self.width, self.kernel_init)(x_BLD)
-        if self.activation == "gelu":
-            h = nn.gelu(up)
-        elif self.activation == "swiglu":
+        if self.activation == "swiglu":
             h = nn.silu(dense("gate", self.width, self.kernel_init)(x_BLD)) * up
+        elif self.activation == "gelu" or callable(self.activation):
+            h = nn.gelu(up) if self.activation == "gelu" else self.activation(up)
         else:
-            raise UsageError(f"activation {self.activation!r} is unknown: use gelu or swiglu")
+            raise UsageError(f"activation {self.activation!r} is unknown: use gelu, swiglu or a function")
         return dense("down", x_BLD.shape[-1], self.out_init)(h)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def dot_float32(x: Array, kernel: Array, dimensions: tuple, precision: lax.PrecisionLike = None) -> Array:
+    """`lax.dot_general` with sums and result in float32, for output layers; gradients multiply in the inputs' dtype."""
+    return lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=jnp.float32)
+
+
+@dot_float32.defjvp
+def _dot_float32_tangent(dimensions: tuple, precision: lax.PrecisionLike, primals: tuple, tangents: tuple) -> tuple:
+    def product(x: Array, kernel: Array) -> Array:
+        return lax.dot_general(x, kernel, dimensions, precision)
+
+    tangent = jax.jvp(product, primals, tangents)[1]
+    return dot_float32(*primals, dimensions, precision), tangent.astype(jnp.float32)

@@ -3,40 +3,72 @@
 B batch, H height, W width, C channels, D channels of the output, K kernel size.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-
-def _native(x: Array, kernel: Array, stride: int, padding: str) -> Array:
-    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+_NHWC = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
 
-def convolve(x_BHWC: Array, kernel_KKCD: Array, *, stride: int = 1, padding: str = "VALID") -> Array:
-    """XLA's convolution; on CPU, where it pays, a few matrix products instead: shifted slices times the kernel's rows.
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    **options: Any,
+) -> Array:
+    """`lax.conv_general_dilated`, for `nn.Conv(conv_general_dilated=…)`; on CPU as matrix products where that pays.
 
-    XLA's gradients of convolutions are slow on CPU, inside a loop ten times as slow; with strides or few output
-    channels it is still the faster one. What the program is compiled for decides, not where it was traced.
+    XLA's gradients of convolutions are slow on CPU, inside a loop ten times as slow; with strides, dilation, groups or
+    few output channels XLA's is still the faster one. What the program is compiled for decides, not where it was
+    traced. The products serve 2-D convolutions of stride 1, and the transposed convolution that doubles an image
+    (a 4×4 kernel, `lhs_dilation` and padding 2).
     """
-    kh, kw, cin, cout = kernel_KKCD.shape
 
     def native(x: Array, kernel: Array) -> Array:
-        return _native(x, kernel, stride, padding)
+        return lax.conv_general_dilated(
+            x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, **options
+        )
 
-    def product(x: Array, kernel: Array) -> Array:
-        pads = lax.padtype_to_pads(x.shape[1:3], (kh, kw), (1, 1), padding)
-        if any(map(any, pads)):
-            x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
-        if cin == 1:  # slices of one channel are best laid one after the other
-            patches = jnp.stack([x[:, i : i + h, j : j + w, 0] for i in range(kh) for j in range(kw)])
-            return jnp.einsum("kbhw,kd->bhwd", patches, kernel.reshape(kh * kw, cout))
-        # One product for each of the kernel's rows moves a third of the bytes that a single one would.
-        wide = jnp.concatenate([x[:, :, j : j + w] for j in range(kw)], -1)
-        return sum(wide[:, i : i + h] @ kernel[i].reshape(kw * cin, cout) for i in range(kh))
+    plain = all(v in (None, 1) for v in options.values())  # one group, and neither precision nor type asked for
+    plain &= lhs.ndim == 4 and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == _NHWC
+    if not plain or {*window_strides, *(rhs_dilation or ())} != {1}:
+        return native(lhs, rhs)
+    pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding) if isinstance(padding, str) else padding
+    grown = set(lhs_dilation or (1,))
+    if grown == {1} and rhs.shape[3] >= 8:
+        return lax.platform_dependent(lhs, rhs, cpu=lambda x, kernel: _product(x, kernel, pads), default=native)
+    if grown == {2} and rhs.shape[:2] == (4, 4) and {n for pad in pads for n in pad} == {2}:
+        return lax.platform_dependent(lhs, rhs, cpu=_double, default=native)
+    return native(lhs, rhs)
 
-    if stride > 1 or cout < 8:
-        return native(x_BHWC, kernel_KKCD)
-    return lax.platform_dependent(x_BHWC, kernel_KKCD, cpu=product, default=native)
+
+def _product(x: Array, kernel_KKCD: Array, pads: Sequence[tuple[int, int]]) -> Array:
+    """Shifted slices times the kernel's rows."""
+    kh, kw, cin, cout = kernel_KKCD.shape
+    if any(map(any, pads)):
+        x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
+    h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+    if cin == 1:  # slices of one channel are best laid one after the other
+        patches = jnp.stack([x[:, i : i + h, j : j + w, 0] for i in range(kh) for j in range(kw)])
+        return jnp.einsum("kbhw,kd->bhwd", patches, kernel_KKCD.reshape(kh * kw, cout))
+    # One product for each of the kernel's rows moves a third of the bytes that a single one would.
+    wide = jnp.concatenate([x[:, :, j : j + w] for j in range(kw)], -1)
+    return sum(wide[:, i : i + h] @ kernel_KKCD[i].reshape(kw * cin, cout) for i in range(kh))
+
+
+def _double(x: Array, kernel_44CD: Array) -> Array:
+    """Four 2×2 convolutions, one for each output pixel that an input pixel becomes: (B, H, W, C) to (B, 2H, 2W, D)."""
+    b, h, w, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    pixels = [(x[:, i : i + h + 1, j : j + w + 1], kernel_44CD[i::2, j::2]) for i in range(2) for j in range(2)]
+    y = jnp.stack([lax.conv_general_dilated(*p, (1, 1), "VALID", dimension_numbers=_NHWC) for p in pixels])
+    return y.reshape(2, 2, b, h, w, -1).transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1)
 
 
 def max_pool(x_BHWC: Array) -> Array:
@@ -52,22 +84,3 @@ def max_pool(x_BHWC: Array) -> Array:
 
     x = larger(x[:, :, 0], x[:, :, 1])
     return larger(x[:, :, :, 0], x[:, :, :, 1])
-
-
-def upsample(x_BHWC: Array, kernel_44CD: Array) -> Array:
-    """`lax.conv_transpose` with a 4×4 kernel, stride 2, "SAME": (B, H, W, C) to (B, 2H, 2W, D).
-
-    On CPU as four 2×2 convolutions, one for each output pixel that an input pixel becomes: faster there.
-    """
-
-    def native(x: Array, kernel: Array) -> Array:
-        return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def product(x: Array, kernel: Array) -> Array:
-        b, h, w, _ = x.shape
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        pixels = [(x[:, i : i + h + 1, j : j + w + 1], kernel[i::2, j::2]) for i in range(2) for j in range(2)]
-        y = jnp.stack([_native(x, kernel, 1, "VALID") for x, kernel in pixels]).reshape(2, 2, b, h, w, -1)
-        return y.transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1)
-
-    return lax.platform_dependent(x_BHWC, kernel_44CD, cpu=product, default=native)
