@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bigjax import UsageError
 from bigjax.models import CNN
-from bigjax.models.cnn import Conv, Upsample, convolve, max_pool
+from bigjax.models.cnn import Conv, Upsample
+from bigjax.ops.convolution import convolve, max_pool
 
 
 @pytest.mark.parametrize("fields, count", [({}, 93_322), ({"features": (32, 64), "dense": (128,)}, 225_034)])

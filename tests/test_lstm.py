@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError
-from bigjax.models.lstm import LSTM, Recurrence, _loop, recur
+from bigjax.models.lstm import LSTM, Recurrence
+from bigjax.ops.recurrence import _loop, recur
 
 B, L, D, H = 3, 5, 4, 6
 

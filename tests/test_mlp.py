@@ -6,7 +6,7 @@ import pytest
 
 from bigjax import UsageError
 from bigjax.models import MLP
-from bigjax.models.mlp import ACTIVATIONS, INITS, initializer
+from bigjax.models.layers import ACTIVATIONS, INITS, initializer
 
 
 def count(variables: dict) -> int:

@@ -1,10 +1,13 @@
-"""What must hold of every model. A new one joins by a line in TINY, and one in GOLDEN.
+"""What must hold of every model. A new one joins by the `TINY` of its file, and by nothing else.
 
 The golden files show in a diff what a change does to parameter trees: BIGJAX_UPDATE_GOLDEN=1 writes them anew.
 """
 
+import importlib
 import inspect
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,27 +18,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPOSITORY
+from flax import linen as nn
 
 from bigjax import models
-from bigjax.models import CNN, GPT, LSTM, MLP, VAE, Autoencoder, ConvAutoencoder, Discriminator, Generator
+from bigjax.models import CNN, MLP, VAE, Autoencoder, ConvAutoencoder, Discriminator, Generator
 
-X = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
-Z = jax.random.normal(jax.random.key(0), (2, 5))
-TOKENS = jnp.array([[3, 1, 4, 1], [2, 7, 1, 8]], jnp.int32)
-LABEL = jnp.array([0, 2], jnp.int32)
-AUTO = {"image": (8, 8, 1), "code": 3, "dropout": 0.1}
-TINY = {  # name: (model, its inputs with the batch axis first)
-    "mlp": (MLP(features=(8, 6), dropout=0.1, batch_norm=True), (X,)),
-    "cnn": (CNN(features=(4, 5), dense=(6,), padding="SAME", dropout=0.1, batch_norm=True), (X,)),
-    "generator": (Generator((8, 8, 1), latent=5, features=(6, 4, 4), batch_norm=True), (Z,)),
-    "discriminator": (Discriminator(features=(4, 6), spectral_norm=True, classes=3, dropout=0.1), (X, LABEL)),
-    "autoencoder": (Autoencoder(**AUTO), (X,)),
-    "conv_autoencoder": (ConvAutoencoder(**AUTO, encoder_features=(4, 5), decoder_features=(5, 4)), (X,)),
-    "vae": (VAE(**AUTO, encoder_features=(8,), decoder_features=(8,)), (X,)),
-    "lstm": (LSTM(hidden=(6,), dropout=0.1), (X[..., 0],)),
-    "gpt": (GPT(vocabulary=11, layers=2, width=8, heads=2, context=6, dropout=0.1), (TOKENS,)),
-}
-GOLDEN = {  # the classic listings'; LSTM and GPT have theirs in their own tests
+GOLD = Path(__file__).parent / "golden"
+
+
+def example(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Numbers for an input: floats in [0, 1), or the integers 0, 1, 2 in turn."""
+    if jnp.issubdtype(shape.dtype, jnp.integer):
+        return (jnp.arange(np.prod(shape.shape)) % 3).astype(shape.dtype).reshape(shape.shape)
+    return jax.random.uniform(jax.random.key(0), shape.shape, shape.dtype)
+
+
+def tiny() -> dict[str, tuple[nn.Module, tuple[jax.Array, ...]]]:
+    """name: (model, its inputs with the batch axis first), of each file that has a TINY."""
+    found = {}
+    for file in sorted(Path(models.__path__[0]).glob("[a-z]*.py")):
+        module = importlib.import_module(f"bigjax.models.{file.stem}")
+        instances, inputs = (getattr(module, n, {}) for n in ("TINY", "TINY_INPUTS"))
+        instances = instances if isinstance(instances, dict) else {file.stem: instances}
+        for name, model in instances.items():
+            shapes = inputs[name] if isinstance(inputs, dict) else inputs
+            found[name] = (model, tuple(example(s) for s in shapes))
+    return found
+
+
+TINY = tiny()
+GOLDEN = {  # the classic listings at full size; LSTM and GPT have theirs in their own tests
     "mlp": (MLP(), (28, 28, 1)),
     "cnn": (CNN(), (28, 28, 1)),
     "generator": (Generator((32, 32, 3)), (100,)),
@@ -50,7 +63,7 @@ everyone = pytest.mark.parametrize("name", TINY)
 def made(name: str, **fields):
     model, inputs = TINY[name]
     model = model.clone(**fields)
-    return model, model.init(jax.random.key(1), *inputs), inputs
+    return model, jax.jit(model.init)(jax.random.key(1), *inputs), inputs
 
 
 def train(model, variables, inputs, key=None):
@@ -91,7 +104,7 @@ def test_jit_and_vmap_give_what_a_plain_call_gives(name):
 
 @everyone
 def test_gradients_reach_every_parameter(name):
-    model, variables, inputs = made(name, dropout=0.0) if name != "generator" else made(name)
+    model, variables, inputs = made(name, **({"dropout": 0.0} if hasattr(TINY[name][0], "dropout") else {}))
     state = {k: v for k, v in variables.items() if k != "params"}
 
     def loss(params):
@@ -124,27 +137,93 @@ def test_train_is_keyword_only_and_off(name):
 def test_features_are_sown_when_asked_for(name):
     model, variables, inputs = made(name)
     _, state = model.apply(variables, *inputs, mutable="intermediates")
-    assert name == "generator" or state["intermediates"]["features"][0].shape[0] == 2
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(state))
+    assert isinstance(model, Generator) or "features" in state["intermediates"]
     _, state = model.apply(variables, *inputs, capture_intermediates=True, mutable="intermediates")
     assert "__call__" in state["intermediates"]
     assert "intermediates" not in variables
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_parameter_tree_is_the_golden_one(name):
-    model, shape = GOLDEN[name]
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+def assert_golden(tree: dict, file: Path) -> None:
+    """That the file has the tree's paths, shapes and dtypes."""
+    leaves = flax.traverse_util.flatten_dict(tree, sep="/")
     text = "".join(f"{path} {leaf.shape} {leaf.dtype}\n" for path, leaf in sorted(leaves.items()))
-    file = Path(__file__).parent / "golden" / f"{name}.txt"
     if os.environ.get("BIGJAX_UPDATE_GOLDEN"):
         file.write_text(text)
-    assert file.read_text() == text
+    assert file.exists() and file.read_text() == text, "BIGJAX_UPDATE_GOLDEN=1 writes it: look at its diff"
+
+
+@everyone
+def test_tree_is_the_golden_one(name):
+    model, inputs = TINY[name]
+    assert_golden(jax.eval_shape(model.init, jax.random.key(0), *inputs), GOLD / "tiny" / f"{name}.txt")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_classic_tree_is_the_golden_one(name):
+    model, shape = GOLDEN[name]
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    assert_golden(variables["params"], GOLD / f"{name}.txt")
+
+
+def test_every_file_but_the_shared_pieces_has_a_tiny_of_each_of_its_models():
+    listed = {f"{type(model).__module__}.{type(model).__qualname__}" for model, _ in TINY.values()}
+    assert {f"{getattr(models, n).__module__}.{n}" for n in dir(models)} == listed
+    files = {p.stem for p in Path(models.__path__[0]).glob("[a-z]*.py")}
+    assert files - {name.split(".")[2] for name in listed} == {"layers", "transformer"}
+    assert models.__all__ == dir(models)
+    with pytest.raises(AttributeError, match="no attribute 'Block': a model is what the TINY of its file calls"):
+        _ = models.Block
+
+
+NEW = """
+import flax.linen as nn
+import jax
+
+class Part(nn.Module):
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, dtype=self.dtype, name="dense")(x)
+
+class Foo(nn.Module):
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = Part(self.dtype, name="part")(x)
+        self.sow("intermediates", "features", x)
+        return x.astype("float32")
+
+TINY = Foo()
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 4), "float32"),)
+"""
+
+
+def test_a_new_file_is_found_and_joins_these_tests(tmp_path):
+    for folder in ("bigjax", "tests"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "mutants"))
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    (tmp_path / "bigjax" / "models" / "foo.py").write_text(NEW)
+
+    def run(*command: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "BIGJAX_UPDATE_GOLDEN": "1"}
+        environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    found = run("-c", "from bigjax import models; from bigjax.models import Foo; print(*dir(models), Foo.__module__)")
+    assert found.split() == [*sorted({*dir(models), "Foo"}), "bigjax.models.foo"]
+    done = run("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-v", "tests/test_models.py", "-k", "foo")
+    assert int(re.search(r"(\d+) passed", done)[1]) >= 9, done
+    assert (tmp_path / "tests/golden/tiny/foo.txt").read_text().startswith("params/part/dense/bias (3,) float32")
 
 
 def test_importing_models_stays_light():
     heavy = ("tensorflow_datasets", "grain", "orbax.checkpoint", "matplotlib")
-    names = ", ".join(models.__all__)
+    names = ", ".join(dir(models))
     code = f"from bigjax.models import {names}; import sys; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr

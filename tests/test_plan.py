@@ -16,7 +16,7 @@ import pytest
 from conftest import REPOSITORY
 
 from bigjax import UsageError
-from bigjax.models.transformer import attention, splash_attention
+from bigjax.ops.attention import attention, splash_attention
 from bigjax.tools import hlo, plan
 
 SCRIPTS = sorted(p.name for p in (REPOSITORY / "experiments").glob("*.py"))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError
-from bigjax.models.transformer import MLP, Attention, attention, empty_cache, rotary
+from bigjax.models.transformer import Attention, FeedForward, empty_cache, rotary
+from bigjax.ops.attention import attention
 
 B, L, M, H, G, K = 2, 3, 5, 4, 2, 6
 
@@ -113,9 +114,9 @@ def test_encoder_attention_sees_everything_that_the_mask_allows():
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_mlp_is_its_formula(activation):
+def test_feed_forward_is_its_formula(activation):
     x_BLD = normal(0, B, L, K)
-    module = MLP(8, activation)
+    module = FeedForward(8, activation)
     params = module.init(jax.random.key(1), x_BLD)["params"]
     params = jax.tree.map(lambda p: p + 0.5 * normal(2, *p.shape), params)
     w = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
@@ -131,5 +132,5 @@ def test_mlp_is_its_formula(activation):
 
 
 def test_an_unknown_activation_is_named():
-    with pytest.raises(UsageError, match="activation 'relu6' is unknown: use gelu or swiglu"):
-        MLP(8, "relu6").init(jax.random.key(0), jnp.zeros((1, 1, 4)))
+    with pytest.raises(UsageError, match="activation 'relu6' is unknown: use gelu, swiglu or a function"):
+        FeedForward(8, "relu6").init(jax.random.key(0), jnp.zeros((1, 1, 4)))

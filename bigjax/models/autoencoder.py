@@ -6,7 +6,7 @@ the logits as they are.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,19 +15,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.cnn import Conv, Upsample
-from bigjax.models.gan import grid
-from bigjax.models.mlp import activation, initializer, normalize
+from bigjax.models.layers import activation, conv, grid, initializer, normalize, upsample
 from bigjax.sharding import constrain
 
 
-class Dense(nn.Module):
+class Stack(nn.Module):
     """(B, ...) to (B, outputs): hidden layers `dense_0`, `dense_1`, ..., dropout after the first, then `out`."""
 
     features: tuple[int, ...]
-    outputs: int
-    activation: str
-    kernel_init: str
+    outputs: int | tuple[int, int, int]
+    activation: str | Callable[[Array], Array]
+    kernel_init: str | Callable[..., Array]
     dropout: float
     dtype: str
 
@@ -43,45 +41,30 @@ class Dense(nn.Module):
         return nn.Dense(self.outputs, dtype=dtype, kernel_init=init, name="out")(x)
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(Stack):
     """(B, H, W, C) to (B, outputs): 3×3 convolutions of stride 2, then `out`."""
 
-    features: tuple[int, ...]
-    outputs: int
-    activation: str
-    kernel_init: str
-    dropout: float
-    dtype: str
-
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        act, init = activation(self.activation), initializer(self.kernel_init)
+        act, init, dtype = activation(self.activation), initializer(self.kernel_init), jnp.dtype(self.dtype)
         for i, width in enumerate(self.features):
-            x = act(Conv(width, 3, 2, "SAME", self.kernel_init, dtype=self.dtype, name=f"conv_{i}")(x))
+            x = act(conv(width, 3, strides=2, kernel_init=init, dtype=dtype, name=f"conv_{i}")(x))
             self.sow("intermediates", f"stage_{i}", x)
         x = nn.Dropout(self.dropout)(x.reshape(x.shape[0], -1), deterministic=not train)
-        return nn.Dense(self.outputs, dtype=jnp.dtype(self.dtype), kernel_init=init, name="out")(x)
+        return nn.Dense(self.outputs, dtype=dtype, kernel_init=init, name="out")(x)
 
 
-class ConvDecoder(nn.Module):
-    """(B, Z) to (B, H, W, C): Dense to the smallest grid, then a 4×4 transposed convolution for each doubling."""
-
-    features: tuple[int, ...]
-    image: tuple[int, int, int]
-    activation: str
-    kernel_init: str
-    dropout: float
-    dtype: str
+class ConvDecoder(Stack):
+    """(B, Z) to (B, *outputs), images: Dense to the smallest grid, a 4×4 transposed convolution for each doubling."""
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        act, init = activation(self.activation), initializer(self.kernel_init)
-        height, width = grid(self.image, len(self.features))
-        size = height * width * self.features[0]
-        x = act(nn.Dense(size, dtype=jnp.dtype(self.dtype), kernel_init=init, name="dense_0")(x))
-        x = nn.Dropout(self.dropout)(x, deterministic=not train).reshape(-1, height, width, self.features[0])
-        for i, features in enumerate((*self.features[1:], self.image[2])):
-            x = Upsample(features, self.kernel_init, dtype=self.dtype, name=f"upsample_{i}")(x)
+        act, init, dtype = activation(self.activation), initializer(self.kernel_init), jnp.dtype(self.dtype)
+        shape = (*grid(self.outputs, len(self.features)), self.features[0])
+        x = act(nn.Dense(math.prod(shape), dtype=dtype, kernel_init=init, name="dense_0")(x))
+        x = nn.Dropout(self.dropout)(x, deterministic=not train).reshape(-1, *shape)
+        for i, features in enumerate((*self.features[1:], self.outputs[2])):
+            x = upsample(features, kernel_init=init, dtype=dtype, name=f"upsample_{i}")(x)
             x = act(x) if i < len(self.features) - 1 else x
             self.sow("intermediates", f"stage_{i}", x)
         return x
@@ -104,32 +87,30 @@ class Autoencoder(nn.Module):
     code: int = 32
     encoder_features: tuple[int, ...] = (64,)
     decoder_features: tuple[int, ...] = (64, 64)
-    activation: str = "relu"
-    kernel_init: str = "glorot_uniform"
+    activation: str | Callable[[Array], Array] = "relu"
+    kernel_init: str | Callable[..., Array] = "glorot_uniform"
     dropout: float = 0.0
     mean: float | tuple[float, ...] = 0.0
     std: float | tuple[float, ...] = 1.0
     dtype: str = "float32"
 
     def setup(self) -> None:
-        rest = (self.activation, self.kernel_init, self.dropout, self.dtype)
-        self.encoder = Dense(self.encoder_features, self.code, *rest)
-        self.decoder = Dense(self.decoder_features, math.prod(self.image), *rest)
+        self.encoder = self._half(Stack, self.encoder_features, self.code)
+        self.decoder = self._half(Stack, self.decoder_features, math.prod(self.image))
 
-    def _encode(self, x_BHWC: Array, train: bool) -> Array:
+    def _half(self, kind: type[Stack], features: tuple[int, ...], outputs: int | tuple[int, int, int]) -> Stack:
+        return kind(features, outputs, self.activation, self.kernel_init, self.dropout, self.dtype)
+
+    def encode(self, x_BHWC: Array, *, train: bool = False) -> Array:
+        """Images (B, H, W, C) to codes (B, Z) float32."""
         if x_BHWC.shape[1:] != tuple(self.image):
             raise UsageError(f"this autoencoder is for images {tuple(self.image)}, not {x_BHWC.shape[1:]}: set image")
         x = constrain(normalize(x_BHWC, self.mean, self.std, dtype=self.dtype), "batch")
         return self.encoder(x, train=train).astype(jnp.float32)
 
-    def encode(self, x_BHWC: Array, *, train: bool = False) -> Array:
-        """Images (B, H, W, C) to codes (B, Z) float32."""
-        return self._encode(x_BHWC, train)
-
     def decode(self, code_BZ: Array, *, train: bool = False) -> Array:
         """Codes (B, Z) to logits (B, H, W, C) float32."""
-        x = self.decoder(code_BZ.astype(self.dtype), train=train)
-        return x.astype(jnp.float32).reshape(-1, *self.image)
+        return self.decoder(code_BZ.astype(self.dtype), train=train).astype(jnp.float32).reshape(-1, *self.image)
 
     def __call__(self, x_BHWC: Array, *, train: bool = False) -> Array:
         code_BZ = self.encode(x_BHWC, train=train)
@@ -148,9 +129,8 @@ class ConvAutoencoder(Autoencoder):
     decoder_features: tuple[int, ...] = (32, 16)
 
     def setup(self) -> None:
-        rest = (self.activation, self.kernel_init, self.dropout, self.dtype)
-        self.encoder = ConvEncoder(self.encoder_features, self.code, *rest)
-        self.decoder = ConvDecoder(self.decoder_features, self.image, *rest)
+        self.encoder = self._half(ConvEncoder, self.encoder_features, self.code)
+        self.decoder = self._half(ConvDecoder, self.decoder_features, self.image)
 
 
 class Variational(NamedTuple):
@@ -178,13 +158,12 @@ class VAE(Autoencoder):
     decoder_features: tuple[int, ...] = (400,)
 
     def setup(self) -> None:
-        rest = (self.activation, self.kernel_init, self.dropout, self.dtype)
-        self.encoder = Dense(self.encoder_features, 2 * self.code, *rest)
-        self.decoder = Dense(self.decoder_features, math.prod(self.image), *rest)
+        self.encoder = self._half(Stack, self.encoder_features, 2 * self.code)
+        self.decoder = self._half(Stack, self.decoder_features, math.prod(self.image))
 
     def encode(self, x_BHWC: Array, *, train: bool = False) -> tuple[Array, Array]:
         """Images (B, H, W, C) to the mean and the log variance of their codes, each (B, Z) float32."""
-        mean_BZ, log_variance_BZ = jnp.split(self._encode(x_BHWC, train), 2, -1)
+        mean_BZ, log_variance_BZ = jnp.split(super().encode(x_BHWC, train=train), 2, -1)
         return mean_BZ, log_variance_BZ
 
     def __call__(self, x_BHWC: Array, *, train: bool = False) -> Variational:
@@ -192,18 +171,15 @@ class VAE(Autoencoder):
         self.sow("intermediates", "features", mean_BZ)
         z_BZ = mean_BZ
         if self.has_rng("sample"):
-            noise_BZ = jax.random.normal(self.make_rng("sample"), mean_BZ.shape)
-            z_BZ = mean_BZ + jnp.exp(log_variance_BZ / 2) * noise_BZ
+            z_BZ += jnp.exp(log_variance_BZ / 2) * jax.random.normal(self.make_rng("sample"), mean_BZ.shape)
         return Variational(self.decode(z_BZ, train=train), mean_BZ, log_variance_BZ)
 
 
 def interpolate(model: Autoencoder, variables: Mapping[str, Any], a: Array, b: Array, steps: int = 8) -> Array:
     """Images (S, B, H, W, C) in [0, 1] on the line between the codes of a and b (B, H, W, C), both ends included."""
-    a_BZ, b_BZ = (model.apply(variables, x, method="encode") for x in (a, b))
-    if isinstance(model, VAE):
-        a_BZ, b_BZ = a_BZ[0], b_BZ[0]
-    t_S11 = jnp.linspace(0.0, 1.0, steps).reshape(steps, 1, 1)
-    code_SBZ = (1 - t_S11) * a_BZ[None] + t_S11 * b_BZ[None]
+    codes = [model.apply(variables, x, method="encode") for x in (a, b)]
+    a_BZ, b_BZ = (code[0] for code in codes) if isinstance(model, VAE) else codes  # a VAE's means
+    code_SBZ = jnp.linspace(a_BZ, b_BZ, steps)
     logits = model.apply(variables, code_SBZ.reshape(-1, model.code), method="decode")
     return jax.nn.sigmoid(logits).reshape(steps, *a.shape)
 
@@ -214,3 +190,11 @@ def sample(model: VAE, variables: Mapping[str, Any], key: Array, n: int) -> Arra
         raise UsageError(f"a {type(model).__name__} has no distribution of codes to sample from: use a VAE")
     z_BZ = jax.random.normal(key, (n, model.code))
     return jax.nn.sigmoid(model.apply(variables, z_BZ, method="decode"))
+
+
+TINY = {
+    "autoencoder": Autoencoder((8, 8, 1), 3, (6,), (6, 5), dropout=0.1),
+    "conv_autoencoder": ConvAutoencoder((8, 8, 1), 3, (4, 5), (5, 4), dropout=0.1),
+    "vae": VAE((8, 8, 1), 3, (8,), (8,), dropout=0.1),
+}
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 8, 8, 1), "float32"),)

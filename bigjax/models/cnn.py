@@ -1,121 +1,19 @@
 """Convolutional network for small images.
 
-B batch, H height, W width, C channels, D channels of the output, K kernel size.
+B batch, H height, W width, C channels.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.mlp import MONOTONE, activation, initializer, normalize
+from bigjax.models.layers import MONOTONE, activation, conv, initializer, normalize
+from bigjax.ops.convolution import max_pool
 from bigjax.sharding import constrain
-
-
-def _native(x: Array, kernel: Array, stride: int, padding: str) -> Array:
-    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def convolve(x_BHWC: Array, kernel_KKCD: Array, *, stride: int = 1, padding: str = "VALID") -> Array:
-    """XLA's convolution; on CPU, where it pays, a few matrix products instead: shifted slices times the kernel's rows.
-
-    XLA's gradients of convolutions are slow on CPU, inside a loop ten times as slow; with strides or few output
-    channels it is still the faster one. What the program is compiled for decides, not where it was traced.
-    """
-    kh, kw, cin, cout = kernel_KKCD.shape
-
-    def native(x: Array, kernel: Array) -> Array:
-        return _native(x, kernel, stride, padding)
-
-    def product(x: Array, kernel: Array) -> Array:
-        pads = lax.padtype_to_pads(x.shape[1:3], (kh, kw), (1, 1), padding)
-        if any(map(any, pads)):
-            x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
-        if cin == 1:  # slices of one channel are best laid one after the other
-            patches = jnp.stack([x[:, i : i + h, j : j + w, 0] for i in range(kh) for j in range(kw)])
-            return jnp.einsum("kbhw,kd->bhwd", patches, kernel.reshape(kh * kw, cout))
-        # One product for each of the kernel's rows moves a third of the bytes that a single one would.
-        wide = jnp.concatenate([x[:, :, j : j + w] for j in range(kw)], -1)
-        return sum(wide[:, i : i + h] @ kernel[i].reshape(kw * cin, cout) for i in range(kh))
-
-    if stride > 1 or cout < 8:
-        return native(x_BHWC, kernel_KKCD)
-    return lax.platform_dependent(x_BHWC, kernel_KKCD, cpu=product, default=native)
-
-
-def max_pool(x_BHWC: Array) -> Array:
-    """2×2 maximum with stride 2; an odd last row or column is dropped, NaN is kept.
-
-    The first of equal values gets the gradient. On CPU that of `reduce_window` is slow.
-    """
-    b, h, w, c = x_BHWC.shape
-    x = x_BHWC[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c)
-
-    def larger(a: Array, b: Array) -> Array:
-        return jnp.where((a >= b) | jnp.isnan(a), a, b)
-
-    x = larger(x[:, :, 0], x[:, :, 1])
-    return larger(x[:, :, :, 0], x[:, :, :, 1])
-
-
-class Conv(nn.Module):
-    """`nn.Conv` with a square kernel: same parameters (kernel (K, K, C, D), bias (D,)) and values; see `convolve`."""
-
-    features: int
-    kernel: int = 3
-    stride: int = 1
-    padding: str = "VALID"
-    kernel_init: str = "lecun_normal"
-    use_bias: bool = True
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x_BHWC: Array) -> Array:
-        shape = (self.kernel, self.kernel, x_BHWC.shape[-1], self.features)
-        kernel = self.param("kernel", initializer(self.kernel_init), shape).astype(self.dtype)
-        y = convolve(x_BHWC.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y = y + bias.reshape(1, 1, 1, -1)
-        return y
-
-
-def upsample(x_BHWC: Array, kernel_44CD: Array) -> Array:
-    """`lax.conv_transpose` with a 4×4 kernel, stride 2, "SAME": (B, H, W, C) to (B, 2H, 2W, D).
-
-    On CPU as four 2×2 convolutions, one for each output pixel that an input pixel becomes: faster there.
-    """
-
-    def native(x: Array, kernel: Array) -> Array:
-        return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def product(x: Array, kernel: Array) -> Array:
-        b, h, w, _ = x.shape
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        pixels = [(x[:, i : i + h + 1, j : j + w + 1], kernel[i::2, j::2]) for i in range(2) for j in range(2)]
-        y = jnp.stack([_native(x, kernel, 1, "VALID") for x, kernel in pixels]).reshape(2, 2, b, h, w, -1)
-        return y.transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1)
-
-    return lax.platform_dependent(x_BHWC, kernel_44CD, cpu=product, default=native)
-
-
-class Upsample(nn.Module):
-    """`nn.ConvTranspose` with a 4×4 kernel and stride 2: same parameters and values; see `upsample`."""
-
-    features: int
-    kernel_init: str = "lecun_normal"
-    use_bias: bool = True
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x_BHWC: Array) -> Array:
-        kernel = self.param("kernel", initializer(self.kernel_init), (4, 4, x_BHWC.shape[-1], self.features))
-        y = upsample(x_BHWC.astype(self.dtype), kernel.astype(self.dtype))
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y = y + bias.reshape(1, 1, 1, -1)
-        return y
 
 
 class CNN(nn.Module):
@@ -140,8 +38,8 @@ class CNN(nn.Module):
     kernel: int = 3
     padding: str = "VALID"
     pools: int = 2
-    activation: str = "relu"
-    kernel_init: str = "lecun_normal"
+    activation: str | Callable[[Array], Array] = "relu"
+    kernel_init: str | Callable[..., Array] = "lecun_normal"
     dropout: float = 0.0
     batch_norm: bool = False
     mean: float | tuple[float, ...] = 0.0
@@ -163,11 +61,12 @@ class CNN(nn.Module):
             if min(x.shape[1:3]) < lost + pool:
                 size, hint = "×".join(map(str, x_BHWC.shape[1:3])), "use padding='SAME' or fewer features or pools"
                 raise UsageError(f"images of {size} are too small for convolution {i}: {hint}")
-            x = Conv(width, self.kernel, 1, self.padding, self.kernel_init, dtype=self.dtype, name=f"conv_{i}")(x)
+            fields = {"padding": self.padding, "kernel_init": init, "dtype": dtype}
+            x = conv(width, self.kernel, **fields, name=f"conv_{i}")(x)
             x = norm(constrain(x, "batch"), i)
             if i >= self.pools:
                 x = act(x)
-            elif self.activation in MONOTONE:  # equal, and a quarter of the work
+            elif act in MONOTONE:  # equal, and a quarter of the work
                 x = act(max_pool(x))
             else:
                 x = max_pool(act(x))
@@ -182,3 +81,7 @@ class CNN(nn.Module):
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = nn.Dense(self.outputs, dtype=dtype, kernel_init=init, name="logits")(x)
         return x.astype(jnp.float32)
+
+
+TINY = CNN(features=(4, 5), dense=(6,), padding="SAME", dropout=0.1, batch_norm=True)
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 8, 8, 1), "float32"),)

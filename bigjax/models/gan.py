@@ -8,23 +8,16 @@ the 74,433 of the one for MNIST (two 3×3 convolutions 64, 128 without biases, s
 two don't fit each other; here both take their shapes from the image, so a pair made for the same `image` always does.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.cnn import Conv, Upsample
-from bigjax.models.mlp import initializer, normalize
+from bigjax.models.layers import conv, grid, initializer, normalize, upsample
 from bigjax.sharding import constrain
-
-
-def grid(image: tuple[int, int, int], halvings: int) -> tuple[int, int]:
-    """Height and width of `image` after halving both `halvings` times; UsageError if one isn't divisible."""
-    height, width, _ = image
-    if height % 2**halvings or width % 2**halvings:
-        raise UsageError(f"an image of {height}×{width} can't be halved {halvings} times: give fewer features")
-    return height // 2**halvings, width // 2**halvings
 
 
 def one_hot(label_B: Array | None, classes: int, dtype: jnp.dtype) -> Array:
@@ -52,29 +45,29 @@ class Generator(nn.Module):
     slope: float = 0.2  # of the leaky ReLU below zero
     batch_norm: bool = False
     classes: int = 0
-    kernel_init: str = "glorot_uniform"
+    kernel_init: str | Callable[..., Array] = "glorot_uniform"
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, z_BZ: Array, label_B: Array | None = None, *, train: bool = False) -> Array:
         if z_BZ.shape[-1] != self.latent:
             raise UsageError(f"the generator's latent is {self.latent} numbers, not {z_BZ.shape[-1]}")
-        dtype = jnp.dtype(self.dtype)
+        init, dtype = initializer(self.kernel_init), jnp.dtype(self.dtype)
         x = z_BZ.astype(dtype)
         if self.classes:
             x = jnp.concatenate([x, one_hot(label_B, self.classes, dtype)], -1)
         height, width = grid(self.image, len(self.features) - 1)
         size = height * width * self.features[0]
-        x = nn.Dense(size, dtype=dtype, kernel_init=initializer(self.kernel_init), name="dense_0")(x)
+        x = nn.Dense(size, dtype=dtype, kernel_init=init, name="dense_0")(x)
         x = constrain(x, "batch").reshape(-1, height, width, self.features[0])
         for i, features in enumerate(self.features):
             if i:
-                x = Upsample(features, self.kernel_init, dtype=self.dtype, name=f"upsample_{i - 1}")(x)
+                x = upsample(features, kernel_init=init, dtype=dtype, name=f"upsample_{i - 1}")(x)
             if self.batch_norm:
                 x = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x)
             x = nn.leaky_relu(x, self.slope)
             self.sow("intermediates", f"stage_{i}", x)
-        x = Conv(self.image[2], 3, 1, "SAME", self.kernel_init, dtype=self.dtype, name="image")(x)
+        x = conv(self.image[2], 3, kernel_init=init, dtype=dtype, name="image")(x)
         return nn.sigmoid(x.astype(jnp.float32))
 
 
@@ -100,7 +93,7 @@ class Discriminator(nn.Module):
     use_bias: bool = False  # of the convolutions
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
-    kernel_init: str = "glorot_uniform"
+    kernel_init: str | Callable[..., Array] = "glorot_uniform"
     dtype: str = "float32"
 
     @nn.compact
@@ -120,8 +113,9 @@ class Discriminator(nn.Module):
 
         x = normalize(x_BHWC, self.mean, self.std, dtype=self.dtype)
         for i, width in enumerate(self.features):
-            conv = Conv(width, 3, 2, "SAME", self.kernel_init, self.use_bias, self.dtype, name=f"conv_{i}")
-            x = nn.leaky_relu(constrain(layer(conv, x), "batch"), self.slope)
+            fields = {"strides": 2, "use_bias": self.use_bias, "kernel_init": init, "dtype": dtype}
+            x = layer(conv(width, 3, **fields, name=f"conv_{i}"), x)
+            x = nn.leaky_relu(constrain(x, "batch"), self.slope)
             self.sow("intermediates", f"stage_{i}", x)
             x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = x.max((1, 2)) if self.pool == "max" else x.reshape(x.shape[0], -1)
@@ -148,3 +142,13 @@ class Discriminator(nn.Module):
         if train and not self.is_initializing():
             right.value = vector
         return left @ matrix @ vector
+
+
+TINY = {
+    "generator": Generator((8, 8, 1), latent=5, features=(6, 4, 4), batch_norm=True),
+    "discriminator": Discriminator(features=(4, 6), spectral_norm=True, classes=3, dropout=0.1),
+}
+TINY_INPUTS = {
+    "generator": (jax.ShapeDtypeStruct((2, 5), "float32"),),
+    "discriminator": (jax.ShapeDtypeStruct((2, 8, 8, 1), "float32"), jax.ShapeDtypeStruct((2,), "int32")),
+}

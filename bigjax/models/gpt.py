@@ -4,70 +4,23 @@ B batch, L positions, D width, V vocabulary. Sources: Radford et al. 2019 (GPT-2
 et al. 2023 (Llama: rotary positions, RMSNorm, SwiGLU, no biases).
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.transformer import MLP, Attention, Cache, empty_cache, norm
+from bigjax.models.transformer import Attention, Cache, FeedForward, dot_float32, empty_cache, norm
 from bigjax.sharding import constrain
 
 _REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
-class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)); returns (x_BLD, cache) as `nn.scan` wants it."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head: int
-    mlp: int
-    rotary: bool
-    kernel: str
-    split_residual: bool
-    norm: str
-    activation: str
-    bias: bool
-    dropout: float
-    dtype: str
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x_BLD: Array, cache: Cache | None, position: Array) -> tuple[Array, Cache | None]:
-        init = nn.initializers.normal(0.02)
-        residual = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)  # the sum keeps one layer's size
-        shared = {"bias": self.bias, "kernel_init": init, "out_init": residual, "dtype": self.dtype}
-        attention = {"rotary": self.rotary, "kernel": self.kernel, **shared}
-        norms = {"bias": self.bias, "dtype": self.dtype}
-        if self.split_residual:
-            x_BLD = constrain(x_BLD, "residual")
-        attend = Attention(self.heads, self.kv_heads, self.head, **attention, name="attention")
-        y, cache = attend(norm(self.norm, **norms, name="attention_norm")(x_BLD), cache, position=position)
-        x_BLD = x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic)
-        y = MLP(self.mlp, self.activation, **shared, name="mlp")(norm(self.norm, **norms, name="mlp_norm")(x_BLD))
-        return x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic), cache
-
-
-class GPT(nn.Module):
-    """tokens_BL int32 -> logits_BLV float32, where position l sees tokens 0…l.
-
-    `length_B` says how many tokens of a row are real; padding comes after them, no real position sees it, and its own
-    logits mean nothing (the loss leaves them out).
-
-    width: D. kv_heads: None for as many as heads. head: size of one; None for width / heads.
-    mlp: hidden units; None for 4 × width (GELU) or 8/3 × width, up to a multiple of 8 (SwiGLU).
-    position: "learned" or "rotary". norm: "layer" or "rms". activation: "gelu" or "swiglu".
-    attention: "plain", or "splash": a Pallas kernel for TPU (`transformer.splash_attention`).
-    split_residual: splits the stream between blocks over the mesh's tensor axis too: less memory, more traffic.
-    tied: the output kernel is the embedding. bias: in all kernels and LayerNorms, but never in the output.
-    dropout: on the embedding and before each addition to the residual stream.
-    scan: layers by `nn.scan`, their parameters stacked on a leading axis under "layers", so that compile time doesn't
-        grow with depth; else unrolled, under "layer_0", …, which is faster on CPU.
-    remat: what the backward pass recomputes: "none", "full" (every block) or "dots" (all but matrix products).
-    Sown: intermediates/features, (B, L, D), what the output kernel sees. Mistakes raise `UsageError`.
-    """
+class Spec(nn.Module):
+    """The fields of a `GPT`, which says what they mean, and of its blocks."""
 
     vocabulary: int = 50257
     layers: int = 12
@@ -79,7 +32,7 @@ class GPT(nn.Module):
     mlp: int | None = None
     position: str = "learned"
     norm: str = "layer"
-    activation: str = "gelu"
+    activation: str | Callable[[Array], Array] = "gelu"
     tied: bool = True
     bias: bool = True
     dropout: float = 0.0
@@ -88,6 +41,49 @@ class GPT(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: str = "float32"
+
+
+class Block(Spec):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)); returns (x_BLD, cache) as `nn.scan` wants it."""
+
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, cache: Cache | None, position: Array) -> tuple[Array, Cache | None]:
+        init = nn.initializers.normal(0.02)
+        residual = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)  # the sum keeps one layer's size
+        shared = {"bias": self.bias, "kernel_init": init, "out_init": residual, "dtype": self.dtype}
+        attention = {"rotary": self.position == "rotary", "kernel": self.attention, **shared}
+        norms = {"bias": self.bias, "dtype": self.dtype}
+        hidden = self.mlp or (-(-self.width // 3) * 8 if self.activation == "swiglu" else 4 * self.width)
+        if self.split_residual:
+            x_BLD = constrain(x_BLD, "residual")
+        attend = Attention(self.heads, self.kv_heads or self.heads, self.head, **attention, name="attention")
+        y, cache = attend(norm(self.norm, **norms, name="attention_norm")(x_BLD), cache, position=position)
+        x_BLD = x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic)
+        feed = FeedForward(hidden, self.activation, **shared, name="mlp")
+        y = feed(norm(self.norm, **norms, name="mlp_norm")(x_BLD))
+        return x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic), cache
+
+
+class GPT(Spec):
+    """tokens_BL int32 -> logits_BLV float32, where position l sees tokens 0…l.
+
+    `length_B` says how many tokens of a row are real; padding comes after them, no real position sees it, and its own
+    logits mean nothing (the loss leaves them out).
+
+    width: D. kv_heads: None for as many as heads. head: size of one; None for width / heads.
+    mlp: hidden units; None for 4 × width or 8/3 × width, up to a multiple of 8 (SwiGLU).
+    position: "learned" or "rotary". norm: "layer" or "rms". activation: "gelu", "swiglu", or a function.
+    attention: "plain", or "splash": a Pallas kernel for TPU (`ops.attention.splash_attention`).
+    split_residual: splits the stream between blocks over the mesh's tensor axis too: less memory, more traffic.
+    tied: the output kernel is the embedding. bias: in all kernels and LayerNorms, but never in the output.
+    dropout: on the embedding and before each addition to the residual stream.
+    scan: layers by `nn.scan`, their parameters stacked on a leading axis under "layers", so that compile time doesn't
+        grow with depth; else unrolled, under "layer_0", …, which is faster on CPU.
+    remat: what the backward pass recomputes: "none", "full" (every block) or "dots" (all but matrix products).
+    Sown: intermediates/features, (B, L, D), what the output kernel sees. Mistakes raise `UsageError`.
+    """
 
     def __call__(self, tokens_BL: Array, length_B: Array | None = None, *, train: bool = False) -> Array:
         if length_B is not None:  # whatever the padding holds, all results are the same
@@ -119,27 +115,13 @@ class GPT(nn.Module):
         x_BLD = norm(self.norm, bias=self.bias, dtype=self.dtype, name="norm")(x_BLD)
         self.sow("intermediates", "features", x_BLD)
         if self.tied:
-            return embed.attend(x_BLD).astype(jnp.float32), cache
-        head = nn.Dense(self.vocabulary, use_bias=False, kernel_init=init, dtype=self.dtype, name="unembedding")
-        return head(x_BLD).astype(jnp.float32), cache
+            return dot_float32(x_BLD, embed.embedding.astype(self.dtype), (((2,), (1,)), ((), ()))), cache
+        fields = {"use_bias": False, "kernel_init": init, "dtype": self.dtype, "dot_general": dot_float32}
+        return nn.Dense(self.vocabulary, **fields, name="unembedding")(x_BLD), cache
 
     def _stack(self, x_BLD: Array, cache: Cache | None, position: Array, *, deterministic: bool) -> tuple:
-        fields = {
-            "layers": self.layers,
-            "heads": self.heads,
-            "kv_heads": self.kv_heads or self.heads,
-            "head": self.head or self.width // self.heads,
-            "mlp": self.mlp or (4 * self.width if self.activation == "gelu" else -(-self.width // 3) * 8),
-            "rotary": self.position == "rotary",
-            "kernel": self.attention,
-            "split_residual": self.split_residual,
-            "norm": self.norm,
-            "activation": self.activation,
-            "bias": self.bias,
-            "dropout": self.dropout,
-            "dtype": self.dtype,
-            "deterministic": deterministic,
-        }
+        spec = {f.name: getattr(self, f.name) for f in dataclasses.fields(Spec) if f.name not in ("parent", "name")}
+        spec["deterministic"] = deterministic
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=_REMAT[self.remat], prevent_cse=not self.scan)
@@ -151,11 +133,11 @@ class GPT(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=self.layers,
             )
-            return stack(**fields, name="layers")(x_BLD, cache, position)
+            return stack(**spec, name="layers")(x_BLD, cache, position)
         caches = []
         for n in range(self.layers):
             layer_cache = None if cache is None else {k: v[n] for k, v in cache.items()}
-            x_BLD, layer_cache = block(**fields, name=f"layer_{n}")(x_BLD, layer_cache, position)
+            x_BLD, layer_cache = block(**spec, name=f"layer_{n}")(x_BLD, layer_cache, position)
             caches.append(layer_cache)
         return x_BLD, None if cache is None else jax.tree.map(lambda *x: jnp.stack(x), *caches)
 
@@ -177,3 +159,7 @@ class GPT(nn.Module):
         if tokens_BL.shape[1] > self.context:
             got = tokens_BL.shape[1]
             raise UsageError(f"{got} tokens are more than the context ({self.context}): cut them or raise context")
+
+
+TINY = GPT(vocabulary=11, layers=2, width=8, heads=2, context=6, dropout=0.1)
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 4), "int32"),)

@@ -5,95 +5,16 @@ GRU 3: reset, update, candidate; RNN 1). Kernels keep gates and units on separat
 that sharding the last axis splits units and never mixes gates.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array, lax
+from jax import Array
 
 from bigjax import UsageError
+from bigjax.ops.recurrence import SCALES, recur
 from bigjax.sharding import constrain
 
-# What the weights of each gate are scaled by: sigmoid(x) = (1 + tanh(x/2)) / 2, so one tanh serves all gates of a step.
-_SCALES = {"lstm": (0.5, 0.5, 1.0, 0.5), "gru": (0.5, 0.5, 1.0), "rnn": (1.0,)}
 _POOLS = ("last", "mean", "max", "flatten")
-
-
-def _merge(cell: str, z_BGH: Array, r_BGH: Array) -> Array:
-    """What the cell needs of its input part z and recurrent part r: their sum; the GRU's two candidates stay apart."""
-    if cell != "gru":
-        return z_BGH + r_BGH
-    return jnp.concatenate([z_BGH[:, :2] + r_BGH[:, :2], z_BGH[:, 2:], r_BGH[:, 2:]], axis=1)
-
-
-def _step(cell: str, a_BGH: Array, state_BH: Array) -> tuple[Array, Array]:
-    """Elementwise part of one step -> (h in a's dtype, state in float32); the state is c for the LSTM, else h."""
-    a = a_BGH.astype(jnp.float32)
-    if cell == "lstm":
-        t = jnp.tanh(a)
-        i, f, o = (0.5 * t[:, k] + 0.5 for k in (0, 1, 3))
-        state = f * state_BH + i * t[:, 2]
-        h = o * jnp.tanh(state)
-    elif cell == "gru":
-        t = 0.5 * jnp.tanh(a[:, :2]) + 0.5
-        candidate = jnp.tanh(a[:, 2] + t[:, 0] * a[:, 3])
-        h = state = candidate + t[:, 1] * (state_BH - candidate)
-    else:
-        h = state = jnp.tanh(a[:, 0])
-    return h.astype(a_BGH.dtype), state
-
-
-def _loop(cell: str, z_LBGH: Array, kernel_HGH: Array, bias_GH: Array | None, *, residuals: bool) -> Array | tuple:
-    _, B, _, H = z_LBGH.shape
-
-    def step(carry: tuple[Array, Array], z_BGH: Array) -> tuple:
-        h, state = carry
-        r = jnp.einsum("bh,hgk->bgk", h, kernel_HGH)
-        a = _merge(cell, z_BGH, r if bias_GH is None else r + bias_GH[None])
-        carry = _step(cell, a, state)
-        return carry, (carry[0], a, state) if residuals else carry[0]
-
-    return lax.scan(step, (jnp.zeros((B, H), z_LBGH.dtype), jnp.zeros((B, H), jnp.float32)), z_LBGH)[1]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recur(cell: str, z_LBGH: Array, kernel_HGH: Array, bias_GH: Array | None = None) -> Array:
-    """All hidden states h_LBH from the projected inputs z (gates pre-scaled by `_SCALES`), from a zero state.
-
-    It has its own gradient: the backward loop yields only those of the pre-activations, so the recurrent kernel's is
-    one matrix product over all steps, not one accumulated in every step, which is faster on CPU.
-    """
-    return _loop(cell, z_LBGH, kernel_HGH, bias_GH, residuals=False)
-
-
-def _recur_forward(cell: str, z_LBGH: Array, kernel_HGH: Array, bias_GH: Array | None) -> tuple:
-    h, a, state = _loop(cell, z_LBGH, kernel_HGH, bias_GH, residuals=True)
-    return h, (h, a, state, kernel_HGH, bias_GH)
-
-
-def _recur_backward(cell: str, residuals: tuple, dh_LBH: Array) -> tuple:
-    h_LBH, a_LBGH, state_LBH, kernel_HGH, bias_GH = residuals
-
-    def recurrent(da: Array) -> Array:  # the transpose of _merge in r
-        return da if cell != "gru" else jnp.concatenate([da[..., :2, :], da[..., 3:, :]], axis=-2)
-
-    def step(carry: tuple[Array, Array], at: tuple) -> tuple:
-        dh, a, state = at
-        da, dstate = jax.vjp(functools.partial(_step, cell), a, state)[1]((dh + carry[0], carry[1]))
-        # without the constraint XLA's partitioner gives wrong gradients where fsdp and tensor split the kernel
-        return (constrain(jnp.einsum("bgk,hgk->bh", recurrent(da), kernel_HGH), "batch"), dstate), da
-
-    zeros = jnp.zeros_like(dh_LBH[0]), jnp.zeros(dh_LBH.shape[1:], jnp.float32)
-    da_LBGH = lax.scan(step, zeros, (dh_LBH, a_LBGH, state_LBH), reverse=True)[1]
-    before_LBH = jnp.concatenate([jnp.zeros_like(h_LBH[:1]), h_LBH[:-1]])
-    dr_LBGH = recurrent(da_LBGH)
-    dz_LBGH = da_LBGH if cell != "gru" else da_LBGH[..., :3, :]
-    dbias = None if bias_GH is None else dr_LBGH.sum((0, 1))
-    return dz_LBGH, jnp.einsum("lbh,lbgk->hgk", before_LBH, dr_LBGH), dbias
-
-
-recur.defvjp(_recur_forward, _recur_backward)
 
 
 def _orthogonal(key: Array, shape: tuple[int, int, int], dtype: jnp.dtype) -> Array:
@@ -123,7 +44,7 @@ class Recurrence(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
-        D, G, H = x_BLD.shape[-1], len(_SCALES[self.cell]), self.hidden
+        D, G, H = x_BLD.shape[-1], len(SCALES[self.cell]), self.hidden
         glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=2, batch_axis=1)
         kernel = self.param("input_kernel", glorot, (D, G, H), jnp.float32)
         recurrent_kernel = self.param("recurrent_kernel", _orthogonal, (H, G, H), jnp.float32)
@@ -131,7 +52,7 @@ class Recurrence(nn.Module):
         recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, (G, H)) if self.cell == "gru" else None
 
         def scaled(w: Array | None) -> Array | None:
-            scale = jnp.asarray(_SCALES[self.cell])[:, None]
+            scale = jnp.asarray(SCALES[self.cell])[:, None]
             return None if w is None else (w * scale.reshape((1,) * (w.ndim - 2) + (G, 1))).astype(self.dtype)
 
         x_LBD = jnp.swapaxes(x_BLD, 0, 1).astype(self.dtype)
@@ -180,8 +101,8 @@ class LSTM(nn.Module):
     def __call__(self, x: Array, length_B: Array | None = None, *, train: bool = False) -> Array:
         if not self.hidden:
             raise UsageError("an LSTM needs at least one layer: hidden=(64,)")
-        if self.cell not in _SCALES:
-            raise UsageError(f"cell {self.cell!r} is unknown: use one of {', '.join(_SCALES)}")
+        if self.cell not in SCALES:
+            raise UsageError(f"cell {self.cell!r} is unknown: use one of {', '.join(SCALES)}")
         if self.pool not in _POOLS:
             raise UsageError(f"pool {self.pool!r} is unknown: use one of {', '.join(_POOLS)}")
         x_BLD = self._inputs(x)
@@ -241,3 +162,7 @@ def _last(h_BLH: Array, length_B: Array | None) -> Array:
         return h_BLH[:, -1]
     h_BH = jnp.take_along_axis(h_BLH, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where(length_B[:, None] > 0, h_BH, 0)
+
+
+TINY = LSTM(hidden=(6,), dropout=0.1)
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 8, 8), "float32"),)

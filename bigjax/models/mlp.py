@@ -1,4 +1,4 @@
-"""Multi-layer perceptron, and the small pieces that the models of this folder share.
+"""Multi-layer perceptron.
 
 B batch, D features of a layer.
 """
@@ -10,44 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigjax import UsageError
+from bigjax.models.layers import activation, initializer, normalize
 from bigjax.sharding import constrain
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu,
-}  # fmt: skip
-MONOTONE = ("relu", "sigmoid", "tanh")  # max(f(a), f(b)) = f(max(a, b)): pooling may come first (not gelu)
-INITS = (
-    "lecun_normal", "lecun_uniform", "he_normal", "he_uniform", "glorot_normal", "glorot_uniform", "orthogonal",
-)  # fmt: skip
-
-
-def activation(name: str) -> Callable[[Array], Array]:
-    """The element-wise function called `name`; UsageError lists the names there are."""
-    if name not in ACTIVATIONS:
-        raise UsageError(f"no activation is called {name!r}: use one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def initializer(name: str) -> Callable[..., Array]:
-    """The initialiser of kernels called `name` (`jax.nn.initializers`); UsageError lists the names there are."""
-    if name not in INITS:
-        raise UsageError(f"no initialisation is called {name!r}: use one of {', '.join(INITS)}")
-    return getattr(jax.nn.initializers, name)()
-
-
-def normalize(x: Array, mean: float | tuple[float, ...], std: float | tuple[float, ...], *, dtype: str) -> Array:
-    """(x - mean) / std in float32, then `dtype`; a tuple has one number for each entry of x's last axis."""
-
-    def along(value: float | tuple[float, ...]) -> Array:
-        v = jnp.asarray(value, jnp.float32)
-        if v.ndim and v.shape[0] != x.shape[-1]:
-            raise UsageError(f"mean and std have {v.shape[0]} entries, the input's last axis has {x.shape[-1]}")
-        return v.reshape((1,) * (x.ndim - v.ndim) + v.shape) if v.ndim else v
-
-    if mean == 0.0 and std == 1.0:
-        return x.astype(dtype)
-    return ((x.astype(jnp.float32) - along(mean)) / along(std)).astype(dtype)
 
 
 class MLP(nn.Module):
@@ -66,8 +30,8 @@ class MLP(nn.Module):
 
     features: tuple[int, ...] = (128, 64)
     outputs: int = 10
-    activation: str = "relu"
-    kernel_init: str = "lecun_normal"
+    activation: str | Callable[[Array], Array] = "relu"
+    kernel_init: str | Callable[..., Array] = "lecun_normal"
     dropout: float = 0.0
     batch_norm: bool = False
     mean: float | tuple[float, ...] = 0.0
@@ -76,11 +40,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        act, dtype = activation(self.activation), jnp.dtype(self.dtype)
+        act, init, dtype = activation(self.activation), initializer(self.kernel_init), jnp.dtype(self.dtype)
         x = normalize(x, self.mean, self.std, dtype=self.dtype)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.features):
-            x = nn.Dense(width, dtype=dtype, kernel_init=initializer(self.kernel_init), name=f"dense_{i}")(x)
+            x = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x)
             if self.batch_norm:
                 x = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x)
             x = act(constrain(x, "batch"))
@@ -90,5 +54,9 @@ class MLP(nn.Module):
             x = nn.Dropout(self.dropout)(x, deterministic=not train)
         if not self.features:
             self.sow("intermediates", "features", x)
-        x = nn.Dense(self.outputs, dtype=dtype, kernel_init=initializer(self.kernel_init), name="logits")(x)
+        x = nn.Dense(self.outputs, dtype=dtype, kernel_init=init, name="logits")(x)
         return x.astype(jnp.float32)
+
+
+TINY = MLP(features=(8, 6), dropout=0.1, batch_norm=True)
+TINY_INPUTS = (jax.ShapeDtypeStruct((2, 8, 8, 1), "float32"),)

@@ -4,78 +4,22 @@ B batch, L positions that ask, M positions that are looked at, D width, H query 
 Kernels are 2-D, (inputs, outputs) with heads side by side, so that layers stacked by `nn.scan` are stacks of matrices.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from jax.nn.initializers import Initializer
 
 from bigjax import UsageError
-from bigjax.sharding import by_rows_and_heads, splits_rows_and_heads
+from bigjax.ops.attention import attention, splash_attention
+from bigjax.sharding import splits_rows_and_heads
 
 Cache = dict[str, Array]  # k and v, each (B, M, G, K): what Attention has seen so far
 
 _normal = nn.initializers.normal
-
-
-def attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
-    """softmax(Q Kᵀ / √K) V for each head (Vaswani et al. 2017, section 3.2) -> (B, L, H, K).
-
-    Grouped queries (Ainslie et al. 2023): with G < H each key/value head serves H / G query heads, in order. `mask`,
-    (B or 1, H or 1, L, M), is True where a position may be looked at; `causal` masks what comes later. The softmax is
-    in float32. Causal attention over many positions goes in quarters of the queries, each against only the keys up to
-    its end: 5/8 of the work. Values equal those of `jax.nn.dot_product_attention`, which is slower on CPU.
-    """
-    B, L, H, K = q_BLHK.shape
-    M, G = k_BMGK.shape[1:3]
-    q_BGRLK = jnp.swapaxes(q_BLHK * K**-0.5, 1, 2).reshape(B, G, H // G, L, K)  # R query heads a key/value head
-    k_BGMK, v_BGMK = jnp.swapaxes(k_BMGK, 1, 2), jnp.swapaxes(v_BMGK, 1, 2)
-    if mask is not None:  # (B, H, L, M) -> (B, G, R, L, M), where 1 stays 1
-        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], G, H // G, L, M)
-    if causal:
-        seen = (jnp.arange(M)[None] <= jnp.arange(L)[:, None])[None, None, None]
-        mask = seen if mask is None else mask & seen
-    if not causal or L != M or L % 4 or L < 128:
-        y_BGRLK = _attend(q_BGRLK, k_BGMK, v_BGMK, mask)
-    else:
-        ends = [(end - L // 4, end) for end in range(L // 4, L + 1, L // 4)]
-        parts = [_attend(q_BGRLK[..., a:b, :], k_BGMK[:, :, :b], v_BGMK[:, :, :b], mask[..., a:b, :b]) for a, b in ends]
-        y_BGRLK = jnp.concatenate(parts, axis=3)
-    return jnp.swapaxes(y_BGRLK.reshape(B, H, L, K), 1, 2)
-
-
-def _attend(q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask: Array | None) -> Array:
-    B, G, R, L, K = q_BGRLK.shape
-    q_BGQK = q_BGRLK.reshape(B, G, R * L, K)  # one matrix product serves all R
-    score = jnp.matmul(q_BGQK, jnp.swapaxes(k_BGMK, 2, 3), preferred_element_type=jnp.float32)
-    score_BGRLM = score.reshape(B, G, R, L, -1)
-    if mask is not None:
-        score_BGRLM = jnp.where(mask, score_BGRLM, jnp.finfo(jnp.float32).min)
-    weight_BGRLM = jax.nn.softmax(score_BGRLM, axis=-1).astype(v_BGMK.dtype)
-    return (weight_BGRLM.reshape(B, G, R * L, -1) @ v_BGMK).reshape(q_BGRLK.shape)
-
-
-def splash_attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, interpret: bool = False) -> Array:
-    """Causal `attention` on TPU as a Pallas kernel that works block by block, so that nothing of size L × L is stored.
-
-    FlashAttention (Dao et al. 2022) as in JAX's splash attention. L must be a multiple of 128. `interpret` runs the
-    kernel on any device, slowly. Over a mesh each device works on its own rows and heads.
-    """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    L, K = q_BLHK.shape[1], q_BLHK.shape[3]
-    block = next(n for n in (512, 256, 128) if L % n == 0)
-    places = ("q", "kv", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = kernels.BlockSizes(**{f"block_{place}": block for place in places})
-
-    def local(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array) -> Array:
-        mask = masks.MultiHeadMask([masks.CausalMask((L, L))] * q_BLHK.shape[2])
-        attend = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-        q_BHLK, k_BGMK, v_BGMK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK * K**-0.5, k_BMGK, v_BMGK))
-        return jnp.swapaxes(jax.vmap(attend)(q_BHLK, k_BGMK, v_BGMK), 1, 2)
-
-    return by_rows_and_heads(local)(q_BLHK, k_BMGK, v_BMGK)
 
 
 def rotary(x_BLHK: Array, positions_L: Array, *, base: float = 10_000.0) -> Array:
@@ -141,7 +85,7 @@ class Attention(nn.Module):
         causal = self.causal
         if cache is not None:
             k, v = (
-                jax.lax.dynamic_update_slice(cache[n], x.astype(cache[n].dtype), (0, position, 0, 0))
+                lax.dynamic_update_slice(cache[n], x.astype(cache[n].dtype), (0, position, 0, 0))
                 for n, x in (("k", k), ("v", v))
             )
             cache = {"k": k, "v": v}
@@ -159,11 +103,14 @@ def empty_cache(batch: int, size: int, kv_heads: int, head: int, dtype: str) -> 
     return {n: jnp.zeros((batch, size, kv_heads, head), dtype) for n in ("k", "v")}
 
 
-class MLP(nn.Module):
-    """x_BLD -> (B, L, D) through `width` units: GELU (tanh form, as GPT-2) or SwiGLU (Shazeer 2020; kernel `gate`)."""
+class FeedForward(nn.Module):
+    """x_BLD -> (B, L, D) through `width` units (Vaswani et al. 2017, section 3.3).
+
+    activation: "gelu" (tanh form, as GPT-2), "swiglu" (Shazeer 2020; kernel `gate`), or a function.
+    """
 
     width: int
-    activation: str = "gelu"
+    activation: str | Callable[[Array], Array] = "gelu"
     bias: bool = True
     kernel_init: Initializer = _normal(0.02)
     out_init: Initializer = _normal(0.02)
@@ -175,10 +122,25 @@ class MLP(nn.Module):
             return nn.Dense(width, use_bias=self.bias, dtype=self.dtype, kernel_init=init, name=name)
 
         up = dense("up", self.width, self.kernel_init)(x_BLD)
-        if self.activation == "gelu":
-            h = nn.gelu(up)
-        elif self.activation == "swiglu":
+        if self.activation == "swiglu":
             h = nn.silu(dense("gate", self.width, self.kernel_init)(x_BLD)) * up
+        elif self.activation == "gelu" or callable(self.activation):
+            h = nn.gelu(up) if self.activation == "gelu" else self.activation(up)
         else:
-            raise UsageError(f"activation {self.activation!r} is unknown: use gelu or swiglu")
+            raise UsageError(f"activation {self.activation!r} is unknown: use gelu, swiglu or a function")
         return dense("down", x_BLD.shape[-1], self.out_init)(h)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def dot_float32(x: Array, kernel: Array, dimensions: tuple, precision: lax.PrecisionLike = None) -> Array:
+    """`lax.dot_general` with sums and result in float32, for output layers; gradients multiply in the inputs' dtype."""
+    return lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=jnp.float32)
+
+
+@dot_float32.defjvp
+def _dot_float32_tangent(dimensions: tuple, precision: lax.PrecisionLike, primals: tuple, tangents: tuple) -> tuple:
+    def product(x: Array, kernel: Array) -> Array:
+        return lax.dot_general(x, kernel, dimensions, precision)
+
+    tangent = jax.jvp(product, primals, tangents)[1]
+    return dot_float32(*primals, dimensions, precision), tangent.astype(jnp.float32)

@@ -1,0 +1,73 @@
+"""Small pieces that the models of this folder share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bigjax import UsageError
+from bigjax.ops.convolution import conv_general_dilated
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu,
+}  # fmt: skip
+MONOTONE = (nn.relu, nn.sigmoid, jnp.tanh)  # max(f(a), f(b)) = f(max(a, b)): pooling may come first (not gelu)
+INITS = (
+    "lecun_normal", "lecun_uniform", "he_normal", "he_uniform", "glorot_normal", "glorot_uniform", "orthogonal",
+)  # fmt: skip
+
+
+def activation(f: str | Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The element-wise function called `f`, or `f` itself; UsageError lists the names there are."""
+    if callable(f):
+        return f
+    if f not in ACTIVATIONS:
+        raise UsageError(f"no activation is called {f!r}: use one of {', '.join(ACTIVATIONS)}, or a function")
+    return ACTIVATIONS[f]
+
+
+def initializer(f: str | Callable[..., Array]) -> Callable[..., Array]:
+    """The initialiser of kernels called `f` in `jax.nn.initializers`, or `f` itself (key, shape, dtype -> array).
+
+    UsageError lists the names there are.
+    """
+    if callable(f):
+        return f
+    if f not in INITS:
+        raise UsageError(f"no initialisation is called {f!r}: use one of {', '.join(INITS)}, or a function")
+    return getattr(jax.nn.initializers, f)()
+
+
+def normalize(x: Array, mean: float | tuple[float, ...], std: float | tuple[float, ...], *, dtype: str) -> Array:
+    """(x - mean) / std in float32, then `dtype`; a tuple has one number for each entry of x's last axis."""
+
+    def along(value: float | tuple[float, ...]) -> Array:
+        v = jnp.asarray(value, jnp.float32)
+        if v.ndim and v.shape[0] != x.shape[-1]:
+            raise UsageError(f"mean and std have {v.shape[0]} entries, the input's last axis has {x.shape[-1]}")
+        return v.reshape((1,) * (x.ndim - v.ndim) + v.shape) if v.ndim else v
+
+    if mean == 0.0 and std == 1.0:
+        return x.astype(dtype)
+    return ((x.astype(jnp.float32) - along(mean)) / along(std)).astype(dtype)
+
+
+def conv(features: int, size: int, **fields: Any) -> nn.Conv:
+    """`nn.Conv` with a square kernel, in the form that is fastest where it runs; `fields` are `nn.Conv`'s."""
+    return nn.Conv(features, (size, size), conv_general_dilated=conv_general_dilated, **fields)
+
+
+def upsample(features: int, **fields: Any) -> nn.Conv:
+    """`nn.ConvTranspose` with a 4×4 kernel, stride 2, "SAME": (B, H, W, C) to (B, 2H, 2W, features)."""
+    return conv(features, 4, input_dilation=2, padding=2, **fields)
+
+
+def grid(image: tuple[int, int, int], halvings: int) -> tuple[int, int]:
+    """Height and width of `image` after halving both `halvings` times; UsageError if one isn't divisible."""
+    height, width, _ = image
+    if height % 2**halvings or width % 2**halvings:
+        raise UsageError(f"an image of {height}×{width} can't be halved {halvings} times: give fewer features")
+    return height // 2**halvings, width // 2**halvings
