@@ -55,6 +55,16 @@ class MeshConfig:
     tensor: int = 1
 
 
+@dataclass(frozen=True)
+class DistributedConfig:
+    """This process among those that train together; unset where the launcher (Cloud TPU, SLURM, ...) says it."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None  # how many; 1: alone, whatever the launcher says
+    index: int | None = None  # of this one, from 0
+    timeout: int = 120  # seconds to wait at the start for the others
+
+
 def make_mesh(config: MeshConfig, *, batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or those given), neighbours on the machine's network being neighbours on its axes.
 
