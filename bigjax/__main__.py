@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from bigjax import UsageError
-from bigjax.experiment import DistributedConfig
 from bigjax.run import processes
+from bigjax.sharding import DistributedConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from bigjax import UsageError, sharding
-from bigjax.sharding import MeshConfig
+from bigjax.sharding import DistributedConfig, MeshConfig
 from bigjax.task import Batch, Key, ModelState, Params, Task
 
 
@@ -63,16 +63,6 @@ class Within:
 
 
 Positive, NonNegative, Fraction = Within(0, open=True), Within(0), Within(0, 1)
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """This process among those that train together; unset where the launcher (Cloud TPU, SLURM, ...) says it."""
-
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None  # how many; 1: alone, whatever the launcher says
-    index: int | None = None  # of this one, from 0
-    timeout: int = 120  # seconds to wait at the start for the others
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,16 @@ class MeshConfig:
     tensor: int = 1
 
 
+@dataclass(frozen=True)
+class DistributedConfig:
+    """This process among those that train together; unset where the launcher (Cloud TPU, SLURM, ...) says it."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None  # how many; 1: alone, whatever the launcher says
+    index: int | None = None  # of this one, from 0
+    timeout: int = 120  # seconds to wait at the start for the others
+
+
 def make_mesh(config: MeshConfig, *, batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or those given), neighbours on the machine's network being neighbours on its axes.
 
@@ -208,12 +218,6 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def batch_ways() -> int:
-    """Among how many devices of the mesh that is set, if any, a batch's rows are split."""
-    mesh = our_mesh()
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def our_mesh() -> Any:
     """The mesh that is set, if it has our axes: a model in a foreign one (or under pmap) is left alone."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -238,7 +242,9 @@ def constrain(x: jax.Array, axis: Literal["batch", "residual"]) -> jax.Array:
 def splits_rows_and_heads(batch: int, heads: int) -> bool:
     """Whether the mesh that is set, if any, divides so many rows and attention heads."""
     mesh = our_mesh()
-    return mesh is None or (batch % batch_ways() == 0 and heads % mesh.shape["tensor"] == 0)
+    return mesh is None or (
+        batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 and heads % mesh.shape["tensor"] == 0
+    )
 
 
 def by_rows_and_heads(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -60,7 +60,7 @@ def build(config: Config) -> Experiment:
     family = FAMILIES[config.family]
     train, test = family.data(24, seed=0), family.data(TEST, seed=1)
     task: Any = family.task(family.models)
-    return Experiment(family.models, task, family.tx, Slow(train), test)
+    return Experiment(task, family.tx, Slow(train), test)
 
 
 def end_thread(name: str, seconds: float) -> None:

@@ -17,6 +17,7 @@ from conftest import blobs  # its settings are every test's
 
 from bigjax import cli, sharding
 from bigjax.experiment import Experiment, Pictures, RunConfig
+from bigjax.look.gallery import worst_mistakes
 from bigjax.models import CNN, GPT
 from bigjax.tasks import classify, next_token
 
@@ -50,14 +51,10 @@ def build(config: Config) -> Experiment:
         bits = b"".join(x.tobytes() for x in jax.tree.leaves(sharding.to_host(params)))
         return {"norm": float(optax.tree.norm(params)), "crc": float(zlib.crc32(bits))}
 
-    return Experiment(
-        task,
-        optax.sgd(0.1),
-        data(48, seed=0),
-        data(13, seed=1),
-        evaluators={"norm": norm},
-        gallery={"zeros": lambda params, model_state, key: Pictures(np.zeros((1, 2, 2)))},
-    )
+    test, gallery = data(13, seed=1), {"zeros": lambda params, model_state, key: Pictures(np.zeros((1, 2, 2)))}
+    if config.model == "cnn":
+        gallery["mistakes"] = worst_mistakes(model, test)
+    return Experiment(task, optax.sgd(0.1), data(48, seed=0), test, evaluators={"norm": norm}, gallery=gallery)
 
 
 def note_opened(folder: str) -> None:

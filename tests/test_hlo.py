@@ -83,7 +83,7 @@ def test_flops_of_a_gpt_are_six_a_parameter_and_token_and_remat_adds_the_forward
 
     def count(**fields: str) -> float:
         model = GPT(vocabulary=V, layers=3, width=D, heads=2, context=L, bias=False, scan=True, **fields)
-        e = Experiment(model, next_token(model), lambda steps: {"model": optax.sgd(0.1)}, tokens, tokens)
+        e = Experiment(next_token(model), optax.sgd(0.1), tokens, tokens)
         program = Program(e, RunConfig(batch_size=B), e.train, steps=1)
         return plan.flops(plan.lower(program).jaxpr.jaxpr)
 
@@ -100,7 +100,7 @@ def test_flops_of_a_gpt_are_six_a_parameter_and_token_and_remat_adds_the_forward
 def gpt_step(mesh: MeshConfig, *, rows: int = 8, length: int = 16) -> tuple[hlo.Module, Program]:
     model = GPT(vocabulary=64, layers=2, width=32, heads=4, mlp=64, context=length, bias=False, norm="rms", tied=False)
     tokens = {"tokens": np.zeros((rows, length + 1), np.int32)}
-    e = Experiment(model, next_token(model), lambda steps: {"model": optax.sgd(0.1)}, tokens, tokens)
+    e = Experiment(next_token(model), optax.sgd(0.1), tokens, tokens)
     program = Program(e, RunConfig(batch_size=rows, mesh=mesh), e.train, steps=1)
     with jax.set_mesh(program.mesh):
         return hlo.parse(plan.lower(program).lower().compile().as_text()), program

@@ -51,21 +51,13 @@ def nearest_other(x_NF: np.ndarray) -> np.ndarray:
     return np.sqrt(np.clip(distance_NN.min(1), 0, None))
 
 
-def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of f(variables, *arrays (N, …)) -> arrays (N, …) the compiled form that takes and gives NumPy arrays.
+def to_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of f(variables, *arrays) -> arrays the compiled form that takes and gives NumPy arrays.
 
-    It runs where the variables lie, over the mesh that is set: rows are added to what the mesh divides, and cut off
-    again. Every process must call it.
+    It runs where the variables lie, over the mesh that is set; every process must call it.
     """
     compiled = jax.jit(function)
-
-    def call(variables: Any, *inputs: np.ndarray) -> Any:
-        size = len(inputs[0])
-        more = -size % sharding.batch_ways()
-        padded = [np.concatenate([x, np.repeat(x[:1], more, 0)]) if more else x for x in map(np.asarray, inputs)]
-        return jax.tree.map(lambda x: x[:size], sharding.to_host(compiled(variables, *padded)))
-
-    return call
+    return lambda variables, *inputs: sharding.to_host(compiled(variables, *inputs))
 
 
 def generate_images(generator: nn.Module, params: Params, model_state: ModelState, key: Key, count: int) -> np.ndarray:
@@ -80,7 +72,7 @@ def generate_images(generator: nn.Module, params: Params, model_state: ModelStat
 
 @functools.cache
 def _generating(generator: nn.Module) -> Callable[..., np.ndarray]:
-    return by_rows(functools.partial(generator.apply, train=False))
+    return to_numpy(functools.partial(generator.apply, train=False))
 
 
 Classifier = tuple[nn.Module, Any, float]  # a module of images that sows `features`, its variables, its test accuracy
@@ -110,7 +102,7 @@ def _told_by(
 ) -> Evaluator:
     real = images_of(test, 1000)
 
-    @by_rows
+    @to_numpy
     def look(weights: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, state = classifier.apply(weights, image, train=False, mutable="intermediates")
         return logits.argmax(-1), state["intermediates"]["features"][0].reshape(len(image), -1)
@@ -157,7 +149,7 @@ def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, 
     labelled = [split for split in (train, test) if isinstance(split, Mapping) and "label" in split]
     splits = [(images_of(split), np.asarray(split["label"])) for split in labelled]
 
-    codes = by_rows(encoder(model))
+    codes = to_numpy(encoder(model))
 
     def probe(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
         if len(splits) < 2:

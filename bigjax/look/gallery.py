@@ -13,7 +13,7 @@ import numpy as np
 
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures
-from bigjax.look.evaluators import by_rows, encoder, generate_images, images_of
+from bigjax.look.evaluators import encoder, generate_images, images_of, to_numpy
 from bigjax.step import to_float
 from bigjax.task import Key, ModelState, Params, variables
 
@@ -28,7 +28,7 @@ def worst_mistakes(
     One logit (N, 1) is two classes.
     """
 
-    @by_rows
+    @to_numpy
     def shares(variables: Any, image: jax.Array) -> jax.Array:
         logits_NC = model.apply(variables, image, train=False)
         if logits_NC.shape[-1] == 1:  # sigmoid(z) is the softmax of (0, z)
@@ -66,12 +66,12 @@ def pairs(above: np.ndarray, below: np.ndarray) -> Pictures:
 
 def decoder(model: nn.Module) -> Callable[[Any, np.ndarray], np.ndarray]:
     """(variables, codes (N, Z)) -> images in [0, 1] (N, H, W, C)."""
-    return by_rows(lambda variables, code: jax.nn.sigmoid(model.apply(variables, code, method="decode")))
+    return to_numpy(lambda variables, code: jax.nn.sigmoid(model.apply(variables, code, method="decode")))
 
 
 def reconstructions(model: nn.Module, split: pipeline.Split, *, count: int = 20) -> Draw:
     """Pairs of rows: images of `split`, and below them what an autoencoder's code gives back."""
-    images, encode, decode = images_of(split, count), by_rows(encoder(model)), decoder(model)
+    images, encode, decode = images_of(split, count), to_numpy(encoder(model)), decoder(model)
 
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
         mine = variables(params, model_state)
@@ -93,7 +93,7 @@ def prior_samples(model: nn.Module, *, count: int = 100) -> Draw:
 
 def latent_walk(model: nn.Module, split: pipeline.Split, *, rows: int = 5, steps: int = 10) -> Draw:
     """Each row walks in a straight line between the codes of two images of `split`."""
-    images, encode, decode = images_of(split, 2 * rows), by_rows(encoder(model)), decoder(model)
+    images, encode, decode = images_of(split, 2 * rows), to_numpy(encoder(model)), decoder(model)
     rows = len(images) // 2
 
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from bigjax import Interrupted, UsageError
-from bigjax.experiment import DistributedConfig
+from bigjax.sharding import DistributedConfig
 
 
 def several() -> bool:
