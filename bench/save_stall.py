@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT / "experiments" / "text"))
 import python_gpt  # noqa: E402
 
 from bigjax import cli  # noqa: E402
-from bigjax.program import Program  # noqa: E402
+from bigjax.program import AHEAD, Program  # noqa: E402
 from bigjax.run import manifest, workdir  # noqa: E402
 from bigjax.run.checkpoint import Checkpoints  # noqa: E402
 
@@ -39,25 +40,30 @@ def size(tree: Any) -> int:
 def stalls(program: Program, config: python_gpt.Config, folder: str) -> tuple[dict[str, Any], Any]:
     """The loop as train.py has it: updates, the host two ahead, saves in between; and the last state."""
     state, window, batches = program.initialize(program.key), program.fresh_window(), program.batches(0)
-    checkpoints = Checkpoints(folder, keep=config.keep)
-    times: list[float] = []
+    checkpoints, controls = Checkpoints(folder, keep=config.keep), program.controls()
+    under_way: deque[Any] = deque()
 
-    def note(made: int) -> bool:
-        times.append(time.perf_counter())
-        return False
+    def updates(count: int) -> list[float]:
+        """Makes so many; when each was done."""
+        nonlocal state, window
+        times = []
+        for _ in range(count):
+            state, window, done = program.update(state, window, next(batches), program.key, controls)
+            under_way.append(done)
+            if len(under_way) > AHEAD:
+                under_way.popleft().block_until_ready()
+            times.append(time.perf_counter())
+        return times
 
-    state, window = program.chunk(state, window, batches, 30)  # compiles, and warms up
+    updates(30)  # compiles, and warms up
     quiet, stalled, returned = [], [], []
     for save in range(SAVES):
-        times.clear()
-        state, window = program.chunk(state, window, batches, BETWEEN, enough=note)
+        times = updates(BETWEEN)
         quiet += [b - a for a, b in zip(times[5:], times[6:])]  # the host has its lead again
         begin = time.perf_counter()
         checkpoints.save(save, {"state": state, "window": window})
         returned.append(time.perf_counter() - begin)
-        times[:] = [begin]
-        state, window = program.chunk(state, window, batches, BETWEEN, enough=note)
-        stalled.append(times[-1] - begin)  # as many updates and one save
+        stalled.append(updates(BETWEEN)[-1] - begin)  # as many updates and one save
         checkpoints.wait()
     batches.close()
     checkpoints.close()
