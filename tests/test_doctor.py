@@ -52,7 +52,7 @@ def test_a_whole_examination_by_command(tmp_path: Path) -> None:
 def test_a_failure_is_the_exit_status_and_no_traceback(tmp_path: Path) -> None:
     """A blocked library, and a working directory that cannot be one."""
     (tmp_path / "file").write_text("")
-    script = "import sys; sys.modules['optax'] = None; from bigjax.__main__ import main; main()"
+    script = "import sys; sys.modules['optax'] = None; from bigjax.tools.commands import main; main()"
     command = [sys.executable, "-c", script, "doctor", "--workdir", str(tmp_path / "file" / "below")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr

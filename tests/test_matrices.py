@@ -14,6 +14,7 @@ import pytest
 
 from bigjax import optim
 from bigjax.models import CNN, GPT, LSTM
+from bigjax.ops import optimizers
 
 LAYERS = 3
 GPT2 = {"vocabulary": 11, "layers": LAYERS, "width": 8, "heads": 2, "context": 6, "mlp": 12}
@@ -83,10 +84,10 @@ def test_muons_matrices_are_exactly_the_kernels_of_the_blocks(form: str) -> None
     number = optax.contrib.MuonDimensionNumbers
     expected = {f"layers/{k}": number((1,), (2,)) for k in inside}
     expected |= dict.fromkeys([f"layers/{k}" for k in beside] + [*outside])
-    assert listed(optim.matrices(scanned(form)), leaf) == expected
+    assert listed(optimizers.matrices(scanned(form)), leaf) == expected
     expected = {f"layer_{i}/{k}": number((0,), (1,)) for k in inside for i in range(LAYERS)}
     expected |= dict.fromkeys([f"layer_{i}/{k}" for k in beside for i in range(LAYERS)] + [*outside])
-    assert listed(optim.matrices(unrolled(scanned(form))), leaf) == expected
+    assert listed(optimizers.matrices(unrolled(scanned(form))), leaf) == expected
 
 
 def test_of_other_families_kernels_of_any_rank_but_not_the_outputs() -> None:
@@ -94,23 +95,23 @@ def test_of_other_families_kernels_of_any_rank_but_not_the_outputs() -> None:
     shapes = jax.eval_shape(
         CNN(features=(4,), dense=(5,), pools=1, batch_norm=True).init, jax.random.key(0), jnp.zeros((1, 6, 6, 1))
     )
-    found = {k: v for k, v in listed(optim.matrices(shapes["params"]), leaf).items() if v}
+    found = {k: v for k, v in listed(optimizers.matrices(shapes["params"]), leaf).items() if v}
     assert found == {"conv_0/kernel": number((0, 1, 2), (3,)), "dense_0/kernel": number((0,), (1,))}
     shapes = jax.eval_shape(LSTM(hidden=(4,)).init, jax.random.key(0), jnp.zeros((1, 6, 3)))
-    assert not any(listed(optim.matrices(shapes["params"]), leaf).values())  # Adam's: gates are no one matrix
+    assert not any(listed(optimizers.matrices(shapes["params"]), leaf).values())  # Adam's: gates are no one matrix
 
 
 @forms
 def test_optax_gives_muon_what_is_listed_and_adam_the_rest(form: str) -> None:
     params = scanned(form)
-    state = optim.muon(0.1, adam_rate=0.01).init(params)
+    state = optimizers.muon(0.1, adam_rate=0.01).init(params)
     shapes = {}
     for kind in ("muon", "adam"):
         held = jax.tree.leaves(state.inner_states[kind], is_leaf=lambda s: hasattr(s, "mu"))
         (moments,) = (s.mu for s in held if hasattr(s, "mu"))
         shapes[kind] = {k: x.shape for k, x in listed(moments).items()}
     everything = {k: x.shape for k, x in listed(params).items()}
-    wanted = {k for k, v in listed(optim.matrices(params), leaf).items() if v}
+    wanted = {k for k, v in listed(optimizers.matrices(params), leaf).items() if v}
     assert shapes == {
         "muon": {k: v for k, v in everything.items() if k in wanted},
         "adam": {k: v for k, v in everything.items() if k not in wanted},
@@ -127,8 +128,8 @@ def updates(tx: optax.GradientTransformation, params: Any, gradients: list[Any])
 
 
 OPTIMIZERS = {
-    "muon": optim.muon(0.02, adam_rate=0.003, weight_decay=0.1),
-    "lamb": optim.lamb(0.02, weight_decay=0.1),
+    "muon": optimizers.muon(0.02, adam_rate=0.003, weight_decay=0.1),
+    "lamb": optimizers.lamb(0.02, weight_decay=0.1),
 }
 
 
@@ -146,7 +147,7 @@ def test_muon_makes_every_layers_update_orthogonal_however_unequal_the_gradients
     params, gradient = scanned("gpt2"), scanned("gpt2", seed=1)
     sizes_L = jnp.array([1e-3, 1.0, 1e2])
     gradient["layers"] = jax.tree.map(lambda g: g * sizes_L.reshape(-1, *[1] * (g.ndim - 1)), gradient["layers"])
-    update = updates(optim.muon(1.0, adam_rate=0.0), params, [gradient])
+    update = updates(optimizers.muon(1.0, adam_rate=0.0), params, [gradient])
     for path, u in listed(update).items():
         if path.removeprefix("layers/") in KERNELS:
             _, inputs, outputs = u.shape
@@ -158,7 +159,7 @@ def test_muon_makes_every_layers_update_orthogonal_however_unequal_the_gradients
 
 def test_adam_has_its_own_rate_beside_muon() -> None:
     params, gradient = scanned("gpt2"), scanned("gpt2", seed=1)
-    update = listed(updates(optim.muon(0.0, adam_rate=0.01), params, [gradient]))
+    update = listed(updates(optimizers.muon(0.0, adam_rate=0.01), params, [gradient]))
     first = 0.01 * (0.9 * 0.1 / (1 - 0.9**2) + 1)  # rate × sign, and Nesterov's look ahead (Dozat 2016)
     for path, u in update.items():
         if path.removeprefix("layers/") in KERNELS:
@@ -171,7 +172,7 @@ def test_adam_has_its_own_rate_beside_muon() -> None:
 def test_lambs_trust_ratios_are_one_a_leaf_or_a_layer(form: str) -> None:
     """The list of what LAMB takes for one block of weights: all leaves, the scanned ones layer by layer."""
     params, update = scanned(form), scanned(form, seed=1)
-    out, _ = optim.trust_ratios().update(update, optax.EmptyState(), params)
+    out, _ = optimizers.trust_ratios().update(update, optax.EmptyState(), params)
     ratios = {}
     for (k, u), g in zip(listed(out).items(), listed(update).values(), strict=True):
         ratio = np.sort((np.asarray(u) / np.asarray(g)).ravel())
@@ -187,7 +188,7 @@ def test_lambs_trust_ratios_are_one_a_leaf_or_a_layer(form: str) -> None:
 def test_a_trust_ratio_of_nothing_is_1() -> None:
     params = {"layers": {"scale": jnp.array([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])}, "still": jnp.ones(2)}
     update = {"layers": {"scale": jnp.array([[2.0, 1.0], [0.0, 2.0], [0.0, 0.0]])}, "still": jnp.zeros(2)}
-    out, _ = optim.trust_ratios().update(update, optax.EmptyState(), params)
+    out, _ = optimizers.trust_ratios().update(update, optax.EmptyState(), params)
     expected = {"layers": {"scale": [[2.0, 1.0], [0.0, 5.0], [0.0, 0.0]]}, "still": [0.0, 0.0]}
     chex.assert_trees_all_close(out, jax.tree.map(jnp.array, expected, is_leaf=lambda x: isinstance(x, list)))
 

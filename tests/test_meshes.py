@@ -19,6 +19,7 @@ from bigjax import optim, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import CNN, GPT, LSTM, MLP, VAE, Autoencoder, Discriminator, Generator
+from bigjax.ops import optimizers
 from bigjax.program import Program
 from bigjax.sharding import MeshConfig
 
@@ -64,7 +65,7 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "autoencoder": (Autoencoder(**AUTO, dropout=0.1), ALL),
     "vae": (VAE(**AUTO), ALL),
 }
-TX = {"gpt": lambda steps: {"model": optim.muon(0.01, adam_rate=0.01)}}
+TX = {"gpt": lambda steps: {"model": optimizers.muon(0.01, adam_rate=0.01)}}
 
 
 def experiment_of(name: str, *, sgd: bool) -> tuple[Family, Experiment]:

@@ -15,9 +15,9 @@ import optax
 
 from bigjax import UsageError, cli, optim
 from bigjax.data import sources, text
-from bigjax.data.pipeline import Split
-from bigjax.experiment import Experiment, NonNegative, Positive, Published, RunConfig
+from bigjax.experiment import Experiment, NonNegative, Positive, Published, RunConfig, Split
 from bigjax.models import GPT
+from bigjax.ops import optimizers
 from bigjax.sharding import to_host
 from bigjax.task import Key, ModelState, Params, variables
 from bigjax.tasks import next_token
@@ -83,7 +83,7 @@ def build(c: Config) -> Experiment:
 
     def tx(steps: int) -> optax.GradientTransformation:
         rates = [optim.schedule(c.schedule, peak, steps=steps) for peak in (c.learning_rate, c.adam_rate)]
-        return optim.muon(rates[0], adam_rate=rates[1], weight_decay=c.weight_decay)
+        return optimizers.muon(rates[0], adam_rate=rates[1], weight_decay=c.weight_decay)
 
     return Experiment(
         task=next_token(model, bytes_a_token=1),

@@ -1,0 +1,95 @@
+"""The commands of python -m bigjax: what concerns no single experiment."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from bigjax import UsageError
+from bigjax.run import processes
+from bigjax.sharding import DistributedConfig
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Run rows of the table of results again, and print published, recorded and new values."""
+
+    rows: tyro.conf.Positional[list[str]] = field(
+        default_factory=list
+    )  # names of rows; none means all that are recorded
+    record: bool = False  # keep the new values in experiments/results
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine: libraries, devices, data, storage, and a run of two steps; exit status 1 if any failed."""
+
+    workdir: str = "runs"  # where runs are to be written; may be gs://bucket/folder
+    quick: bool = False  # leave the run of two steps out
+    distributed: DistributedConfig = DistributedConfig()  # one of several processes: do they meet?
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """List the checkpoints of a run, and which one it would resume from; exit status 1 if one is damaged."""
+
+    workdir: tyro.conf.Positional[str]  # a run's; may be gs://bucket/folder
+    verify: bool = False  # read all of them again
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Build a TFDS set (array_record), or token files from text."""
+
+    name: tyro.conf.Positional[str]  # a TFDS set (mnist); or text: python (its standard library), a .txt, a .jsonl
+    to: str  # folder to write; may be gs://bucket/folder. Of a TFDS set: the folder that TFDS_DATA_DIR will name
+    tokenizer: str | None = None  # of text: bytes (the default), bpe (learned from the text), or a tokenizer.json
+    vocabulary: int = 8000  # tokens that bpe learns
+    separator: str = "\n"  # what ends each text of a .jsonl
+
+
+def main() -> None:
+    command = tyro.cli(
+        tyro.conf.OmitSubcommandPrefixes[
+            Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
+            | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+            | Annotated[Checkpoints, tyro.conf.subcommand("checkpoints")]
+            | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        ]
+        | Annotated[None, tyro.conf.subcommand("version")],
+        prog="python -m bigjax",
+    )
+    try:
+        if command is None:
+            from bigjax import __version__
+
+            print(__version__)
+        elif isinstance(command, Reproduce):
+            from bigjax.tools import results
+
+            results.reproduce(command.rows, record=command.record)
+        elif isinstance(command, Doctor):
+            from bigjax.tools import doctor
+
+            logging.disable(logging.ERROR)  # storage libraries log each attempt; the line says what came of them
+            with processes.joined(command.distributed, {"command": "doctor"}):
+                well = doctor.examine(command.workdir, quick=command.quick)
+            sys.stdout.flush()
+            os._exit(0 if well else 1)  # a check without an answer leaves a thread that Python may wait for
+        elif isinstance(command, Checkpoints):
+            from bigjax.run import checkpoint
+
+            lines, whole = checkpoint.listing(command.workdir, verify=command.verify)
+            print("\n".join(lines))
+            raise SystemExit(0 if whole else 1)
+        else:
+            from bigjax.tools import prepare
+
+            flags = {"tokenizer": command.tokenizer, "vocabulary": command.vocabulary, "separator": command.separator}
+            print(prepare.prepare(command.name, command.to, **flags))
+    except UsageError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
