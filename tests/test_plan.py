@@ -19,7 +19,7 @@ from bigjax import UsageError
 from bigjax.ops.attention import attention, splash_attention
 from bigjax.tools import hlo, plan
 
-SCRIPTS = sorted(p.name for p in (REPOSITORY / "experiments").glob("*.py"))
+SCRIPTS = {p.name: p for p in sorted((REPOSITORY / "experiments").glob("*/*.py"))}
 no_compiler = importlib.util.find_spec("libtpu") is None
 needs_compiler = pytest.mark.skipif(
     no_compiler, reason='no TPU compiler here (make slow installs it): pip install -e ".[tpu]"'
@@ -31,7 +31,7 @@ KEYS = (
 
 
 def run(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "experiments" / arguments[0]), "plan", *arguments[1:]]
+    command = [sys.executable, str(SCRIPTS[arguments[0]]), "plan", *arguments[1:]]
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | environment
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == code, done.stdout + done.stderr
