@@ -27,10 +27,11 @@ from gcs_server import serving  # noqa: E402
 from bigjax import train  # noqa: E402
 from bigjax.experiment import Experiment, RunConfig  # noqa: E402
 from bigjax.models import MLP  # noqa: E402
+from bigjax.program import Program  # noqa: E402
 from bigjax.tasks import classify  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_disable_most_optimizations", os.environ.get("BIGJAX_OPTIMIZED") != "1")  # compiles in half
 
 hypothesis.settings.register_profile("bigjax", deadline=None)  # the machines are shared: time is no reason to fail
 hypothesis.settings.load_profile("bigjax")
@@ -82,6 +83,15 @@ def bucket() -> Iterator[str]:
     """gs://bucket, kept by an emulator on loopback, for this process and those that a test starts."""
     with serving() as address:
         yield address
+
+
+def updated(program: Program, count: int) -> tuple[Any, Any]:
+    """(state, window) after so many updates from the beginning; under the program's mesh."""
+    state, window, controls = program.initialize(program.key), program.fresh_window(), program.controls()
+    with program.batches(0) as batches:
+        for _ in range(count):
+            state, window, _ = program.update(state, window, next(batches), program.key, controls)
+    return state, window
 
 
 def run_with_devices(call: str, *, folder: Path) -> None:

@@ -37,6 +37,8 @@ SLOW = "0.004"  # seconds an example: 30 ms an update, so that most moments are 
 def started(folder: Folder, *flags: str, within: Sequence[str] = (), **environment: str) -> Iterator[subprocess.Popen]:
     """The script, which does not outlive the test; `within`: a command that runs it."""
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    if "gpt" in flags:  # as users run it, with all of XLA's optimizations
+        environment = {"BIGJAX_OPTIMIZED": "1"} | environment
     process = subprocess.Popen(
         [*within, sys.executable, str(SCRIPT), "--workdir", str(folder), *flags],
         env=os.environ | {"PYTHONPATH": paths} | environment,

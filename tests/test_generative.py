@@ -19,7 +19,7 @@ from jax import Array
 
 from bigjax import UsageError
 from bigjax.data import text
-from bigjax.evaluation import make_evaluate
+from bigjax.evaluation import evaluator
 from bigjax.models import VAE, Discriminator, Generator
 from bigjax.sharding import MeshConfig, make_mesh
 from bigjax.step import init_state, train_step
@@ -132,7 +132,7 @@ def test_every_held_out_byte_counts_once(stride: int | None) -> None:
     """Windows overlap, the last one is padded, and so is the last batch: the sum is that over the text itself."""
     task, params, cost_VV = table(128, bytes_a_token=1)
     split = text.byte_windows(DATA, length=8, stride=stride)
-    evaluate = make_evaluate(task, batch_size=4, seed=0, mesh=make_mesh(MeshConfig(), batch_size=4))
+    evaluate = evaluator(task, batch_size=4, seed=0, mesh=make_mesh(MeshConfig(), batch_size=4))
     out = evaluate(params, STATE, split)
     expected = [cost_VV[a, b] for a, b in zip(b"\n" + DATA, DATA)]
     assert out["loss"][1] == out["accuracy"][1] == len(DATA)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import blobs, run_with_devices, tiny_experiment
+from conftest import blobs, run_with_devices, tiny_experiment, updated
 from test_families import FAMILIES, Family
 
 from bigjax import optim, sharding
@@ -73,7 +73,7 @@ def experiment_of(name: str, *, sgd: bool) -> tuple[Family, Experiment]:
     players = models if isinstance(models, dict) else {"model": models}
     tx = (lambda steps: dict.fromkeys(players, optax.sgd(0.1))) if sgd else TX.get(name, family.tx)
     train, test = family.data(16, seed=0), family.data(8, seed=1)
-    return family, Experiment(models, family.task(models), tx, train, test, name=name)
+    return family, Experiment(family.task(models), tx, train, test, name=name)
 
 
 def flat(name: str, tree: Any) -> dict[str, np.ndarray]:
@@ -90,11 +90,10 @@ def numbers(name: str, mesh_name: str) -> dict[str, np.ndarray]:
         mesh = sharding.make_mesh(config.mesh, batch_size=8, devices=devices)
         program = Program(experiment, config, experiment.train, steps=5, mesh=mesh)
         with jax.set_mesh(mesh):
-            state, window = program.initialize(program.key), program.fresh_window()
+            state = program.initialize(program.key)
             held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
             whole = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
-            with program.batches(0) as batches:
-                state, window = program.chunk(state, window, batches, 5)
+            state, window = updated(program, 5)
         places = jax.tree.map(lambda s: s.sharding, program.state_shapes)
         chex.assert_trees_all_equal(places, jax.tree.map(lambda x: x.sharding, state))  # and it stays where it was born
         if sgd:
@@ -116,7 +115,9 @@ QUICK = ("gpt",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SIZES])
-def test_every_mesh_gives_the_numbers_of_one_device(name: str, tmp_path: Path) -> None:
+def test_every_mesh_gives_the_numbers_of_one_device(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """The GPT with all of XLA's optimizations, as users run it; they take twice as long to compile."""
+    monkeypatch.setenv("BIGJAX_OPTIMIZED", "1" if name == "gpt" else "0")
     run_with_devices(f"import conftest, test_meshes; test_meshes.in_eight('n.npz', {name!r})", folder=tmp_path)
     with np.load(tmp_path / "n.npz") as loaded:
         values = dict(loaded)
@@ -146,10 +147,9 @@ def pmap_in_eight() -> None:
     experiment = tiny_experiment(model=model, tx=lambda steps: {"model": optax.sgd(0.1)}, train=data)
     config = RunConfig(batch_size=16, steps=3, mesh=MeshConfig(data=8))
     program = Program(experiment, config, data, steps=3)
-    with jax.set_mesh(program.mesh), program.batches(0) as batches:
-        state = program.initialize(program.key)
-        first = jax.device_get(state.params["model"])
-        ours, _ = program.chunk(state, program.fresh_window(), batches, 3)
+    with jax.set_mesh(program.mesh):
+        first = jax.device_get(program.initialize(program.key).params["model"])
+        ours, _ = updated(program, 3)
 
     def step(params: Any, image: jax.Array, label: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import blobs, run_with_devices, tiny_experiment
+from conftest import blobs, run_with_devices, tiny_experiment, updated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from bigjax import UsageError, sharding
-from bigjax.evaluation import make_evaluate
+from bigjax.evaluation import evaluator
 from bigjax.experiment import RunConfig
 from bigjax.models import GPT
 from bigjax.sharding import MeshConfig, make_mesh
@@ -29,20 +29,19 @@ def numbers(sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
     program = Program(experiment, RunConfig(batch_size=16, steps=3, ema=0.9), experiment.train, steps=3)
     out = {}
     with jax.set_mesh(program.mesh):
-        state, window = program.initialize(program.key), program.fresh_window()
+        state = program.initialize(program.key)
         out["born"] = np.array([len(x.sharding.device_set) for x in jax.tree.leaves(state)])
         with program.batches(0) as batches:
             batch = next(batches)
             out["rows"] = np.array([s.data.shape[0] for s in batch["image"].addressable_shards])
             out["order"] = np.asarray(batch["index"])
-        with program.batches(0) as batches:
-            state, window = program.chunk(state, window, batches, 3)
+        state, window = updated(program, 3)
         for path, value in jax.tree_util.tree_leaves_with_path(
             {"params": state.params, "ema": state.ema, "out": window}
         ):
             out["run" + jax.tree_util.keystr(path)] = np.asarray(value)
         for size in sizes:
-            evaluate = make_evaluate(experiment.task, batch_size=size, seed=0, mesh=program.mesh)
+            evaluate = evaluator(experiment.task, batch_size=size, seed=0, mesh=program.mesh)
             counted = evaluate(state.params, state.model_state, experiment.test)
             for name, (total, count) in counted.items():
                 out[f"eval/{size}/{name}"], out[f"count/{size}/{name}"] = np.asarray(total), np.asarray(count)
@@ -100,7 +99,7 @@ def test_every_batch_size_on_1_and_8_devices_evaluates_to_the_same(eight: dict, 
     assert one["count/7/accuracy"] == 20 and one["eval/7/confusion"].sum() == 20
     for x, n in results:
         for kind in ("eval", "count"):
-            for name in ("loss", "accuracy", "confusion", "calibration", "top2_accuracy"):
+            for name in ("loss", "accuracy", "confusion", "calibration_correct", "top2_accuracy"):
                 np.testing.assert_allclose(x[f"{kind}/{n}/{name}"], one[f"{kind}/7/{name}"], rtol=1e-4, atol=1e-5)
 
 
@@ -189,7 +188,7 @@ def test_constrain_does_nothing_without_a_mesh_and_keeps_values_with_one() -> No
 
 def test_put_batch_keeps_rows_and_types() -> None:
     mesh, batch = make_mesh(MeshConfig(), batch_size=20), blobs(20, seed=0)
-    placed = sharding.put_batch(batch, mesh)
+    placed = sharding.put_batch(batch, mesh, 20)
     for name, value in batch.items():
         assert placed[name].dtype == value.dtype and placed[name].sharding.spec == sharding.BATCH
         np.testing.assert_array_equal(placed[name], value)
