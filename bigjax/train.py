@@ -86,8 +86,9 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             size = size_of(train)
             steps = folder.once(home, "steps", lambda: planned_steps(config, size, seconds_a_step))
             program = make(steps=steps)
-            with clock.timing("compile"):
-                identify(home, program, {"train": train, **splits}, accept=config.accept_changes)
+            with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
+                with watchdog.watching(lambda: "reading the data's first examples"):
+                    identify(home, program, {"train": train, **splits}, accept=config.accept_changes)
             if finished:
                 display.line(f"{home} is finished; this is its result (--no-resume starts over)")
                 display.close()
@@ -116,8 +117,7 @@ def start(program: Program, home: epath.Path, display: Any, clock: Any) -> tuple
     if (step := checkpoints.newest(tell=display.line)) is not None:
         display.line(f"resuming at step {step}")
         checkpoints.set_aside(step)
-        saved = checkpoints.restore(step, {"state": program.state_shapes, "window": program.window_shapes})
-        return checkpoints, step, saved["state"], saved["window"]
+        return checkpoints, step, *restore.resume(checkpoints, step, program)
     with clock.timing("compile"):
         state = jax.block_until_ready(program.initialize(program.key))
     if config.init_from:
@@ -202,13 +202,13 @@ def loop(
                     measured = evaluation(program, measure, state, splits)
                     lines.tell_evaluation(step, measured[0])
                     draw(program, home, state, step, processes.first())
-                values = measured[0].get("validation")
+                values, number = measured[0].get("validation"), number or signalled(step)
             if at_save or lines.ends or number is not None:
                 display.phase("saving")
                 with clock.timing("checkpoint"), watchdog.watching(lambda step=step: f"the save of step {step}"):
                     log.flush()
                     checkpoints.save(step, {"state": state, "window": window}, metrics=values)
-                saved = time.monotonic()
+                saved, number = time.monotonic(), number or signalled(step)
             if number is not None and not (done or lines.ends):
                 wait(checkpoints, watchdog)
                 raise Interrupted(number, step)

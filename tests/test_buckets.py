@@ -260,7 +260,7 @@ def test_what_users_call(peaceful: Callable) -> None:
     assert done.stdout.splitlines()[2].endswith("has checksums; the next run resumes here")
     _, variables = bigjax.load(run)
     kept = state(run)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         np.testing.assert_array_equal(leaf, kept[f"state/ema/model/{path_string(path)}"])
     again = resume(run, "cnn")
     assert again.state is None and again.result["step"] == 60 and (run / "report.html").exists()

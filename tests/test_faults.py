@@ -228,6 +228,13 @@ def test_an_update_that_hangs_ends_with_stacks_and_the_batch(family: str, tmp_pa
     assert last.startswith("error: update ") and "examples" in last and "longer than --hang-seconds 10" in last
 
 
+def test_data_that_hang_before_training_end_it_too(tmp_path: Path) -> None:
+    status, _, err = finish(tmp_path / "run", "--hang-seconds", "10", HANG_FIRST="5")
+    assert status == 4, err
+    assert "Thread 0x" in err and "identity.py" in err
+    assert err.strip().splitlines()[-1].startswith("error: reading the data's first examples took longer than --hang-")
+
+
 def test_the_log_has_every_line_once_and_a_torn_one_is_mended(tmp_path: Path, peaceful: Callable[..., Path]) -> None:
     run = tmp_path / "run"
     with started(run, SLEEP=SLOW) as process:

@@ -46,7 +46,7 @@ def follow(name: str, folder: str) -> None:
             batch = next(batches)
             batches.close()
             orders[step] = np.asarray(batch["index"])
-            state, _, _ = program.update(state, program.fresh_window(), batch, program.key)
+            state, _, _ = program.update(state, program.fresh_window(), batch, program.key, program.controls())
             saved = jax.tree.map(np.asarray, state)
             checkpoints.save(step + 1, {"state": state})
             checkpoints.wait()

@@ -472,8 +472,8 @@ CHANGED = {  # how a script was edited, or its data -> what is said
     "loss": (other(task=classify(MLP(features=(8,), outputs=3, dropout=0.1), classes=3, l2=0.1, top_k=2)), "program: "),
     "evaluation": (other(task=classify(MLP(features=(8,), outputs=3, dropout=0.1), classes=3, top_k=1)), "program: "),
     "augmentation": (other(augment=lambda batch, key: batch | {"image": batch["image"] * 0.5}), "program: "),
-    "a pixel": (other(train=shifted(blobs(60, seed=0), 31)), "train data, checksum: "),
-    "a pixel of the test set": (other(test=shifted(blobs(20, seed=1), 7)), "eval data, checksum: "),
+    "a pixel": (other(train=shifted(blobs(60, seed=0), 31)), "train data, checksum of its values: "),
+    "a pixel of the test set": (other(test=shifted(blobs(20, seed=1), 7)), "eval data, checksum of its values: "),
     "rows": (other(train=blobs(61, seed=0)), "train data, rows: 60 -> 61"),
 }
 

@@ -4,6 +4,8 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,43 +20,62 @@ from bigjax.run.workdir import changes_of_state, devices, read_config, versions,
 from bigjax.step import to_float
 from bigjax.task import Fields
 
-SUMMED, ROWS = 2**28, 64  # bytes of a split that are all summed, and rows of a larger one
+SUMMED, ROWS, THREADS = 2**28, 64, 16  # bytes of a split that are all summed; rows of a larger one, and their readers
 
 
 def fingerprint_of(split: Any) -> dict[str, Any]:
-    """Size, fields and a checksum of a split: of all its bytes in memory, up to SUMMED; else of rows spread over it."""
+    """Size and fields of a split, and checksums: of all its bytes in memory, up to SUMMED; else of rows spread over it.
+
+    A row that cannot be read has none: training says more when it comes to it, and it may be repaired.
+    """
     if split is None:
         return {}
     size = size_of(split)
-    whole = isinstance(split, Mapping) and sum(np.asarray(v).nbytes for v in split.values()) <= SUMMED
-    rows = np.unique(np.linspace(0, size - 1, ROWS).astype(int)).tolist()
-    parts = [dict(split)] if whole else [row_of(split, i) for i in rows]
-    checksum = 0
-    for part in parts:
-        for name, value in sorted(part.items()):
-            array = np.asarray(value)
-            text = repr(array.tolist()).encode() if array.dtype.kind in "OU" else np.ascontiguousarray(array)
-            checksum = zlib.crc32(text, zlib.crc32(name.encode(), checksum))
-    fields = {k: str(np.asarray(v).dtype) + str(list(np.shape(v))) for k, v in row_of(split, 0).items()}
-    fields = {k: "text" if v[:2] in ("ob", "<U") else v for k, v in sorted(fields.items())}
-    return {"rows": size, "fields": fields, "checksum": checksum}
+    if isinstance(split, Mapping) and sum(np.asarray(v).nbytes for v in split.values()) <= SUMMED:
+        sums, row = {"all": checksum(split)}, {k: v[0] for k, v in split.items()}
+    else:
+        rows = np.unique(np.linspace(0, size - 1, ROWS).astype(int)).tolist()
+        with ThreadPoolExecutor(THREADS, "bigjax-identity") as pool:
+            read = {str(i): row for i, row in zip(rows, pool.map(partial(row_of, split), rows)) if row is not None}
+        sums, row = {i: checksum(row) for i, row in read.items()}, next(iter(read.values()), {})
+    fields = {k: str(np.asarray(v).dtype) + str(list(np.shape(v))) for k, v in sorted(row.items())}
+    fields = {k: "text" if v[:2] in ("ob", "<U") else v for k, v in fields.items()}
+    return {"rows": size, "fields": fields, "checksums": sums}
 
 
-def row_of(split: Any, row: int) -> dict[str, Any]:
-    """An example; of one that cannot be read only why: training says more when it comes to it."""
-    if isinstance(split, Mapping):
-        return {k: v[row] for k, v in split.items()}
+def row_of(split: Any, row: int) -> dict[str, Any] | None:
+    """An example; None of one that cannot be read."""
     try:
-        return split[row]
-    except Exception as e:
-        return {"unreadable": type(e).__name__}
+        return {k: v[row] for k, v in split.items()} if isinstance(split, Mapping) else split[row]
+    except (Exception, SystemExit):
+        return None
+
+
+def checksum(fields: Mapping[str, Any]) -> int:
+    """crc32 of names and values."""
+    crc = 0
+    for name, value in sorted(fields.items()):
+        array = np.asarray(value)
+        bits = repr(array.tolist()).encode() if array.dtype.kind in "OU" else np.ascontiguousarray(array)
+        crc = zlib.crc32(bits, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def differences(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What of a split differs, a line each; checksums are compared where both have them."""
+    lines = [f"{name} data, {k}: {old.get(k)} -> {new.get(k)}" for k in ("rows", "fields") if old.get(k) != new.get(k)]
+    before, after = old.get("checksums", {}), new.get("checksums", {})
+    if not lines and (changed := [i for i in before.keys() & after.keys() if before[i] != after[i]]):
+        which = "values" if changed == ["all"] else f"example {min(map(int, changed))}"
+        lines.append(f"{name} data, checksum of its {which}: {before[min(changed)]} -> {after[min(changed)]}")
+    return lines
 
 
 def fingerprint_of_program(program: Program) -> str:
     """A hash of what an update and an evaluation compute, as lowered for the mesh: the same in every process."""
     text, test = program.lowered().as_text(), program.experiment.test
     if test is not None:
-        example = {k: np.asarray(v)[None] for k, v in row_of(test, 0).items()}
+        example = {k: np.asarray(v)[None] for k, v in (row_of(test, 0) or {}).items()}
         example |= {"index": np.zeros(1, np.int32), "mask": np.ones(1, np.float32)}
         batch = sharding.batch_shapes(example, program.mesh, batch_size=program.config.batch_size)
         task, key = program.experiment.task, program.key
@@ -86,12 +107,7 @@ def identify(home: epath.Path, program: Program, splits: Mapping[str, Any], *, a
             changes.append("program: what an update or an evaluation computes (model, loss, optimizer, a number there)")
             changes += changes_of_state(home, program.state_shapes)
         for name, new in here["data"].items():
-            old = known["data"].get(name, new)
-            changes += [
-                f"{name} data, {part}: {old.get(part)} -> {new.get(part)}"
-                for part in ("rows", "fields", "checksum")
-                if old.get(part) != new.get(part)
-            ]
+            changes += differences(name, known["data"].get(name, new), new)
         if changes and not accept:
             raise UsageError(
                 f"--workdir {home} belongs to a run with other code or data: put them back, use another --workdir, "

@@ -9,11 +9,13 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
+from bigjax.metrics import Metrics
 from bigjax.optim import path_string
+from bigjax.program import Program
 from bigjax.run.checkpoint import Checkpoints, to_stderr
 from bigjax.run.modules import module_from
 from bigjax.run.workdir import read_config
-from bigjax.step import averages_of
+from bigjax.step import TrainState, averages_of
 
 
 def load(
@@ -52,6 +54,21 @@ def load(
     if "batch_stats" not in average and set(average) != {"params"}:  # release 0.1 averaged parameters alone
         average = {"params": average}
     return module, {**kept, **average}
+
+
+def resume(checkpoints: Checkpoints, step: int, program: Program) -> tuple[TrainState, Metrics]:
+    """The state saved at `step` and its open window. Release 0.1 averaged parameters alone: its averages go on."""
+    shapes = program.state_shapes
+    saved = checkpoints.shapes(step)["state"].get("ema") or {}
+    old = any("params" not in own for own in saved.values()) and shapes.ema
+    if old:
+        shapes = shapes.replace(ema={player: own["params"] for player, own in shapes.ema.items()})
+    tree = checkpoints.restore(step, {"state": shapes, "window": program.window_shapes})
+    state = tree["state"]
+    if old:
+        live = averages_of(state.params, jax.tree.map(jax.numpy.copy, state.model_state))
+        state = state.replace(ema={player: {**own, "params": state.ema[player]} for player, own in live.items()})
+    return state, tree["window"]
 
 
 def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
