@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from bigjax import UsageError
 from bigjax.models import CNN
-from bigjax.models.cnn import Conv, Upsample
-from bigjax.ops.convolution import convolve, max_pool
+from bigjax.models.layers import upsample
+from bigjax.ops.convolution import conv_general_dilated, max_pool
 
 
 @pytest.mark.parametrize("fields, count", [({}, 93_322), ({"features": (32, 64), "dense": (128,)}, 225_034)])
@@ -19,30 +19,10 @@ def test_parameter_counts_of_the_classic_listings(fields, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, "VALID"), (3, 2, "SAME"), (4, 2, "SAME"), (5, 1, "SAME")])
-def test_conv_equals_linens(channels, kernel, stride, padding):
-    x = jax.random.normal(jax.random.key(0), (2, 9, 8, channels))
-    ours = Conv(8, kernel, stride, padding)
-    theirs = nn.Conv(8, (kernel, kernel), (stride, stride), padding)
+def assert_same(ours, theirs, x):
+    """Trees, values and gradients of two modules."""
     variables = theirs.init(jax.random.key(1), x)
-    chex.assert_trees_all_equal_shapes(variables, ours.init(jax.random.key(1), x))
-
-    def loss(variables, x, module):
-        return jnp.sin(module.apply(variables, x)).sum()
-
-    def everything(module):
-        return module.apply(variables, x), jax.grad(loss, (0, 1))(variables, x, module)
-
-    chex.assert_trees_all_close(everything(ours), everything(theirs), rtol=1e-5, atol=1e-5)
-
-
-def test_upsample_equals_linens_transposed_convolution():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 3))
-    theirs = nn.ConvTranspose(6, (4, 4), (2, 2))
-    variables = theirs.init(jax.random.key(1), x)
-    ours = Upsample(6)
-    chex.assert_trees_all_equal_shapes(variables, ours.init(jax.random.key(1), x))
+    chex.assert_trees_all_equal(variables, ours.init(jax.random.key(1), x))
 
     def everything(module):
         gradients = jax.grad(lambda v, x: jnp.sin(module.apply(v, x)).sum(), (0, 1))(variables, x)
@@ -51,14 +31,58 @@ def test_upsample_equals_linens_transposed_convolution():
     chex.assert_trees_all_close(everything(ours), everything(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_the_platform_compiled_for_decides_the_form():
-    traced = jax.jit(jax.grad(lambda k, x: convolve(x, k).sum())).trace(
-        jnp.zeros((3, 3, 2, 8)), jnp.zeros((1, 8, 8, 2))
-    )
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"padding": "VALID"},
+        {},
+        {"padding": 1, "kernel_size": (4, 5)},
+        {"padding": [(2, 0), (0, 1)]},
+        {"padding": "CIRCULAR"},
+        {"strides": 2},
+        {"strides": (1, 2)},
+        {"kernel_dilation": 2},
+        {"feature_group_count": 2},
+        {"input_dilation": 2, "padding": 1},
+        {"input_dilation": 2, "padding": 2, "kernel_size": (4, 4)},
+        {"kernel_size": (4, 5), "use_bias": False},
+        {"features": 3},
+    ],
+    ids=str,
+)
+def test_conv_equals_linens(channels, fields):
+    fields = {"features": 8, "kernel_size": (3, 3)} | fields
+    if fields.get("feature_group_count", 1) > channels:
+        pytest.skip("one channel makes no groups")
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, channels))
+    assert_same(nn.Conv(**fields, conv_general_dilated=conv_general_dilated), nn.Conv(**fields), x)
+
+
+@pytest.mark.parametrize("shape, size", [((2, 9, 3), (3,)), ((2, 4, 5, 6, 3), (3, 3, 3))])
+def test_conv_of_other_ranks_equals_linens(shape, size):
+    x = jax.random.normal(jax.random.key(0), shape)
+    assert_same(nn.Conv(8, size, conv_general_dilated=conv_general_dilated), nn.Conv(8, size), x)
+
+
+def test_upsample_equals_linens_transposed_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 3))
+    assert_same(upsample(6), nn.ConvTranspose(6, (4, 4), (2, 2)), x)
+
+
+@pytest.mark.parametrize("forms", [{"features": 8}, {"features": 3, "input_dilation": 2, "padding": 2}], ids=str)
+def test_the_platform_compiled_for_decides_the_form(forms):
+    size = (4, 4) if "padding" in forms else (3, 3)
+    module, x = nn.Conv(**forms, kernel_size=size, conv_general_dilated=conv_general_dilated), jnp.zeros((1, 8, 8, 2))
+    variables = module.init(jax.random.key(0), x)
+    traced = jax.jit(jax.grad(lambda v, x: module.apply(v, x).sum())).trace(variables, x)
     texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")}
-    assert {name: "stablehlo.convolution" in text for name, text in texts.items()} == {
-        "cpu": False, "tpu": True, "cuda": True,
-    }  # fmt: skip
+    assert texts["tpu"] == texts["cuda"] != texts["cpu"]
+    native = jax.jit(jax.grad(lambda v, x: nn.Conv(**forms, kernel_size=size).apply(v, x).sum())).lower(variables, x)
+    dilated = "lhs_dilate = [2, 2]"
+    assert (dilated in texts["tpu"]) == (dilated in native.as_text()) == ("padding" in forms)
+    assert dilated not in texts["cpu"] and "stablehlo.convolution" in texts["tpu"]
+    assert ("stablehlo.convolution" in texts["cpu"]) == ("padding" in forms)  # four small ones; else products only
 
 
 @settings(max_examples=10, deadline=None)
@@ -80,7 +104,7 @@ def test_pooling_keeps_nan(place):
     assert bool(jnp.isnan(max_pool(x)).all())
 
 
-@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh", "gelu", nn.relu, nn.silu])
 def test_equals_the_network_written_out(activation):
     model = CNN(features=(8, 9), dense=(6,), activation=activation, mean=0.1, std=0.3)
     x = jax.random.uniform(jax.random.key(0), (2, 12, 12, 1))
@@ -88,7 +112,7 @@ def test_equals_the_network_written_out(activation):
     p = variables["params"]
     for layer in ("conv_0", "conv_1"):  # below zero gelu falls before it rises: there pooling first would be wrong
         p[layer]["bias"] = p[layer]["bias"] - 0.7
-    act = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu}[activation]
+    act = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu}.get(activation, activation)
     y = (x - 0.1) / 0.3
     for i in range(2):
         y = nn.Conv((8, 9)[i], (3, 3), padding="VALID").apply({"params": p[f"conv_{i}"]}, y)

@@ -70,6 +70,12 @@ def test_spectral_state_moves_in_training_only():
     assert not np.allclose(trained["batch_stats"]["conv_0_right"], variables["batch_stats"]["conv_0_right"])
 
 
+def test_the_discriminator_sows_its_features():
+    model, x = Discriminator(features=(4, 6)), jnp.ones((2, 8, 8, 1))
+    _, state = model.apply(model.init(jax.random.key(0), x), x, mutable="intermediates")
+    chex.assert_shape(state["intermediates"]["features"][0], (2, 6))
+
+
 def test_gradient_penalty_can_be_differentiated():
     model = Discriminator(features=(3,), pool="flatten")
     x = jax.random.uniform(jax.random.key(0), (2, 4, 4, 1))

@@ -1,5 +1,6 @@
 """B batch, L positions, V vocabulary, D width."""
 
+import re
 from pathlib import Path
 
 import chex
@@ -11,6 +12,7 @@ from flax import linen as nn
 
 from bigjax import UsageError
 from bigjax.models.gpt import GPT
+from bigjax.models.transformer import dot_float32
 
 V, B, L = 11, 2, 6
 TINY = {"vocabulary": V, "layers": 2, "width": 16, "heads": 4, "context": 8}
@@ -170,6 +172,45 @@ def test_bfloat16_runs_near_float32_and_keeps_float32_parameters():
     exact = jax.jit(model.apply)(variables, tokens_BL)
     assert 0 < jnp.abs(logits - exact).max() < 0.1 * jnp.abs(exact).max()
     chex.assert_tree_all_finite(loss_and_gradient(half, variables))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_logits_are_summed_in_float32(tied):
+    """What the bfloat16 features and kernel give in float32: their rounding is all that the logits lose."""
+    model, variables = build(dtype="bfloat16", tied=tied, width=64)
+    logits, sown = jax.jit(lambda v: model.apply(v, tokens_BL, mutable="intermediates"))(variables)
+    (features_BLD,) = sown["intermediates"]["features"]
+    params = variables["params"]
+    kernel = params["embedding"]["embedding"].T if tied else params["unembedding"]["kernel"]
+    assert features_BLD.dtype == jnp.bfloat16
+    exact = np.asarray(features_BLD, np.float64) @ np.asarray(kernel.astype(jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_layers_gradients_multiply_in_bfloat16(tied):
+    model, variables = build(dtype="bfloat16", tied=tied)
+    text = jax.jit(jax.grad(lambda v: (model.apply(v, tokens_BL) ** 2).sum())).lower(variables).as_text()
+    products = re.findall(r"dot_general .* : \((.*)\) -> (.*)", text)
+    mine = [(types, result) for types, result in products if f"{V}x" in f"{types}{result}".replace("<", "x")]
+    assert len(mine) == 3 and all("f32" not in types for types, _ in mine), products
+    assert sum("xf32" in result for _, result in mine) == 1
+
+
+def test_the_output_layer_has_derivatives_in_both_modes():
+    x, w = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (5, 4))
+    ours, theirs = (
+        jax.jacfwd(jax.jacrev(lambda x, w, f=f: jnp.tanh(f(x, w)).sum(), (0, 1)), (0, 1))(x, w)
+        for f in (lambda x, w: dot_float32(x, w, (((2,), (1,)), ((), ()))), lambda x, w: x @ w.T)
+    )
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_function_is_an_activation():
+    (named, variables), (given, _) = build(), build(activation=nn.gelu)
+    chex.assert_trees_all_equal(given.apply(variables, tokens_BL), named.apply(variables, tokens_BL))
+    other, _ = build(activation=jnp.square)
+    assert jnp.abs(other.apply(variables, tokens_BL) - named.apply(variables, tokens_BL)).max() > 1e-3
 
 
 def test_features_are_sown_and_make_the_logits():

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from bigjax import UsageError
 from bigjax.models import MLP
@@ -61,6 +62,19 @@ def test_initialisations_have_their_variance(name):
     }[name.split("_")[0]]  # fmt: skip
     kernel = initializer(name)(jax.random.key(0), (fan_in, fan_out))
     assert float(kernel.var()) == pytest.approx(expected, rel=0.05)
+
+
+def test_functions_are_used_as_they_are():
+    x = jax.random.normal(jax.random.key(1), (4, 3))
+    named = MLP(features=(5,), activation="gelu", kernel_init="he_normal")
+    given = MLP(features=(5,), activation=nn.gelu, kernel_init=nn.initializers.he_normal())
+    variables = named.init(jax.random.key(0), x)
+    chex.assert_trees_all_equal(given.init(jax.random.key(0), x), variables)
+    chex.assert_trees_all_equal(given.apply(variables, x), named.apply(variables, x))
+    squared = MLP(features=(5,), activation=jnp.square, kernel_init=lambda key, shape, dtype: jnp.ones(shape, dtype))
+    variables = squared.init(jax.random.key(0), x)
+    expected = 5 * jnp.square(x.sum(1, keepdims=True)).repeat(10, 1)
+    np.testing.assert_allclose(squared.apply(variables, x), expected, rtol=1e-5)
 
 
 def test_unknown_names_are_told_what_there_is():

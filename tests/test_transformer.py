@@ -113,7 +113,7 @@ def test_encoder_attention_sees_everything_that_the_mask_allows():
     assert jnp.abs(influence[3]).max() > 0
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", jnp.square])
 def test_feed_forward_is_its_formula(activation):
     x_BLD = normal(0, B, L, K)
     module = FeedForward(8, activation)
@@ -124,6 +124,8 @@ def test_feed_forward_is_its_formula(activation):
     up = x @ w["up"]["kernel"] + w["up"]["bias"]
     if activation == "gelu":
         h = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+    elif activation is jnp.square:
+        h = up**2
     else:
         gate = x @ w["gate"]["kernel"] + w["gate"]["bias"]
         h = gate / (1 + np.exp(-gate)) * up

@@ -36,7 +36,7 @@ def conv_general_dilated(
         )
 
     plain = all(v in (None, 1) for v in options.values())  # one group, and neither precision nor type asked for
-    plain &= lhs.ndim == 4 and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == _NHWC
+    plain &= lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == _NHWC
     if not plain or {*window_strides, *(rhs_dilation or ())} != {1}:
         return native(lhs, rhs)
     pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding) if isinstance(padding, str) else padding
