@@ -909,3 +909,14 @@ def test_a_host_transform_crops_images_of_varying_size(fit_tiny):
 
     run = fit_tiny(tiny_experiment(train=Ragged(), transform=crop), steps=2)
     assert run.result["step"] == 2 and np.isfinite(run.result["metrics"]["train/loss"])
+
+
+def test_the_split_seed_alone_decides_the_validation_split(fit_tiny):
+    """So that runs of several seeds choose on the same rows, and none has trained on another's."""
+
+    def held(**seeds: int) -> dict[str, Any]:
+        run = fit_tiny(folder=str(seeds), steps=1, validation=0.2, **seeds)
+        return json.loads((run.workdir / "config.json").read_text())["identity"]["data"]["validation"]
+
+    first = held(seed=0, split_seed=0)
+    assert held(seed=1, split_seed=0) == first != held(seed=0, split_seed=1)
