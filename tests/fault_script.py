@@ -32,7 +32,8 @@ class Config(RunConfig):
 
 class Slow:
     """A split read by index, each example after a while. Those whose row is the value of a variable are not well:
-    HANG never comes in training, HANG_FIRST never when the data are looked at before; RAISE raises, EXIT ends the thread that reads it, NAN is not finite.
+    HANG never comes in training, HANG_FIRST never when the data are looked at before, RAISE raises, EXIT ends the
+    thread that reads it, NAN is not finite.
     """
 
     def __init__(self, split: dict[str, np.ndarray]):
