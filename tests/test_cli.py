@@ -175,7 +175,7 @@ def test_a_whole_script_fails_cleanly(tmp_path):
         [sys.executable, "digit.py", "--activation", "rulu"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr == "error: no activation is called 'rulu': use one of relu, sigmoid, tanh, gelu\n"
+    assert done.stderr == "error: no activation is called 'rulu': use one of relu, sigmoid, tanh, gelu, or a function\n"
 
 
 SABOTAGE = """

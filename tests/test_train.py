@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -158,10 +159,8 @@ def test_the_loop_is_train_step_over_the_batches_by_number(straight):
     batches = pipeline.batches(rest, seed=0, batch_size=8)
     state, key = train.Program(experiment, config, rest, steps=6).initialize(jax.random.key(0)), jax.random.key(0)
     step = jax.jit(
-        lambda state, batch: train.train_step(
-            state,
-            batch,
-            key,
+        partial(
+            train.train_step,
             task=experiment.task,
             tx=experiment.transformations(6),
             augment=experiment.augment,

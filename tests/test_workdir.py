@@ -1,5 +1,6 @@
 """The working directory: what is refused, what is recorded, and a model given back."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -120,6 +121,29 @@ def test_a_flag_that_came_or_went_counts_as_its_default(tmp_path):
     assert opened(tmp_path) is None
     assert "accumulate: 1 -> 2" in refused(tmp_path, accumulate=2)
     assert "batch_size: 8 -> 16" in refused(tmp_path, batch_size=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    rate: float = 0.1
+    decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(RunConfig):
+    optimizer: Group = Group()
+
+
+def test_flags_that_became_a_group_are_found_where_they_were():
+    """A run of release 0.1 has them flat."""
+    config = Grouped(optimizer=Group(rate=0.2), seed=3)
+    record = workdir.settings(RunConfig(seed=3)) | {"rate": 0.2}
+    defaults = workdir.settings(Grouped())
+    assert workdir.difference(record, workdir.settings(config), defaults) == []
+    other = workdir.settings(dataclasses.replace(config, optimizer=Group(rate=0.3, decay=0.1)))
+    lines = ["optimizer.decay: 0.0 -> 0.1", "optimizer.rate: 0.2 -> 0.3"]
+    assert workdir.difference(record, other, defaults) == lines
+    assert workdir.restored(Grouped(), record) == config
 
 
 def test_damaged_config_is_named(tmp_path):

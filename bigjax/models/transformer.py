@@ -139,8 +139,6 @@ def dot_float32(x: Array, kernel: Array, dimensions: tuple, precision: lax.Preci
 
 @dot_float32.defjvp
 def _dot_float32_tangent(dimensions: tuple, precision: lax.PrecisionLike, primals: tuple, tangents: tuple) -> tuple:
-    def product(x: Array, kernel: Array) -> Array:
-        return lax.dot_general(x, kernel, dimensions, precision)
-
-    tangent = jax.jvp(product, primals, tangents)[1]
+    (x, kernel), (dx, dkernel) = primals, tangents
+    tangent = lax.dot_general(dx, kernel, dimensions, precision) + lax.dot_general(x, dkernel, dimensions, precision)
     return dot_float32(*primals, dimensions, precision), tangent.astype(jnp.float32)

@@ -85,7 +85,8 @@ def restored(default: Any, record: Mapping[str, Any]) -> Any:
     """A dataclass like `default` with the values that JSON has for its fields."""
     values = {}
     for f in dataclasses.fields(default):
-        usual, value = getattr(default, f.name), record.get(f.name, ...)
+        usual = getattr(default, f.name)
+        value = record.get(f.name, record if dataclasses.is_dataclass(usual) else ...)  # of old, groups were flat
         if value is not ...:
             group = dataclasses.is_dataclass(usual) and isinstance(value, Mapping)
             values[f.name] = restored(usual, value) if group else tuple(value) if isinstance(value, list) else value
@@ -104,10 +105,12 @@ def difference(
     """The settings that differ, as `learning_rate: 0.001 -> 0.01`; those of FREE are left out.
 
     A flag that a release or an edit of the script has added counts as its default there; one that has gone is left out.
+    Flags that have since become a group are looked for where they were.
     """
     lines = []
     for k in sorted(new):
-        a, b, usual = old.get(k, defaults.get(k)), new[k], defaults.get(k)
+        b, usual = new[k], defaults.get(k)
+        a = old.get(k, {**usual, **old} if isinstance(usual, dict) and isinstance(b, dict) else usual)
         if (not prefix and k in FREE) or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
