@@ -90,7 +90,9 @@ def _image(path: epath.Path, behind: tuple[int, ...]) -> np.ndarray | None:
     except Exception as e:  # Pillow raises whatever a damaged file leads to
         if Image.registered_extensions().get(path.suffix.lower()) not in Image.OPEN:
             return None
-        why = KINDS if isinstance(e, Image.UnidentifiedImageError) else f"{type(e).__name__}: {e}"
+        why = f"{type(e).__name__}: {e}"
+        if isinstance(e, Image.UnidentifiedImageError):
+            why = f"damaged, or of a kind that is not read: {KINDS}"
         raise UsageError(f"{path} is not a readable image ({why}): repair, convert or remove it") from e
 
 

@@ -61,7 +61,7 @@ def _counted(data: Dataset) -> Dataset:
     data = replace(data, train={**data.train, "label": label_N.astype(np.int32)}, classes=len(values))
     if values[-1] == len(values) - 1:
         return data
-    note = f"{data.name}: the {len(values)} labels that there are ({few(values)}) are taken as the classes"
+    note = f"{data.name}: the {len(values)} labels that there are ({few(values.tolist())}) are taken as the classes"
     return replace(data, class_names=tuple(map(str, values)), notes=(*data.notes, note))
 
 
@@ -98,7 +98,7 @@ def image_statistics(split: Split) -> tuple[Any, Any]:
         blocks = [split[int(row)]["image"] for row in rows]
     count, total, squares, low, high = 0, 0.0, 0.0, np.inf, -np.inf
     for block in blocks:  # in blocks: float64 copies of a large set would not fit
-        pixels_NC = block.reshape(-1, block.shape[-1]) / (255.0 if block.dtype == np.uint8 else 1.0)
+        pixels_NC = block.reshape(-1, block.shape[-1]).astype(np.float64) / (255 if block.dtype == np.uint8 else 1)
         count, total, squares = count + len(pixels_NC), total + pixels_NC.sum(0), squares + np.square(pixels_NC).sum(0)
         low, high = np.minimum(low, pixels_NC.min(0)), np.maximum(high, pixels_NC.max(0))
     mean_C, std_C = total / count, np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
