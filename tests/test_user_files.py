@@ -3,12 +3,16 @@
 N examples, H height, W width, C channels.
 """
 
+import dataclasses
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image
 
 from bigjax import UsageError
@@ -17,6 +21,7 @@ from bigjax.data.pipeline import Dataset
 from bigjax.data.sources import column_statistics, image_statistics, load
 from bigjax.models import CNN
 from bigjax.tasks import classify
+from bigjax.train import fit
 
 ARROW = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # no turn or mirror image of it is like it
 
@@ -62,11 +67,12 @@ def read(folder: Path, image: Image.Image, ending: str = "png", **options: objec
 # ---- division by nothing
 
 
-def test_a_channel_that_never_varies_has_a_deviation_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])  # whose mean square less squared mean is not 0, but rounding
+def test_a_channel_that_never_varies_has_a_deviation_of_one(value: float, capsys: pytest.CaptureFixture[str]) -> None:
     image = np.random.default_rng(0).random((50, 4, 4, 3)).astype(np.float32)
-    image[..., 1] = 0.3  # whose square mean less its mean squared is not 0, but rounding
+    image[..., 1] = value
     mean, std = image_statistics({"image": image})
-    assert std[1] == 1.0 and mean[1] == pytest.approx(0.3) and std[0] == pytest.approx(image[..., 0].std(), rel=1e-4)
+    assert std[1] == 1.0 and mean[1] == pytest.approx(value) and std[0] == pytest.approx(image[..., 0].std(), rel=1e-4)
     assert (
         capsys.readouterr().err
         == "never varies in the training data: channel 1 of image: taken with a deviation of 1\n"
@@ -129,7 +135,7 @@ def test_pictures_are_turned_as_their_exif_data_say(orientation: int, tmp_path: 
 
 @pytest.mark.parametrize(("ending", "order"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
 def test_sixteen_bits_of_grey_become_eight(ending: str, order: str, tmp_path: Path) -> None:
-    image = Image.fromarray((ARROW.astype(np.uint16) * 257).astype(order))
+    image = Image.fromarray((ARROW.astype(np.uint16) * 257 + 100).astype(order))
     np.testing.assert_array_equal(read(tmp_path, image, ending)[..., 0], ARROW)
 
 
@@ -172,7 +178,8 @@ def test_labels_of_arrays_are_counted(labels: list[int], tmp_path: Path, capsys:
     assert data.classes == 3 and data.class_names == tuple(map(str, labels)) and data.train["label"].dtype == np.int32
     assert data.train["label"].tolist() == [0, 1, 2] * 10 and data.test["label"].tolist() == [1, 2]
     listed = ", ".join(map(str, labels))
-    assert f"the 3 labels that there are ({listed}) are taken as the classes" in capsys.readouterr().err
+    gap = "do not start at 0" if labels[0] else "leave numbers out"
+    assert f"labels {gap}: the 3 of the data ({listed}) are the classes" in capsys.readouterr().err
     refused(tmp_path / "a.npz", "c.npz has the class '5', which", eval_data=str(tmp_path / "c.npz"))
 
 
@@ -341,3 +348,24 @@ def test_words_of_chinese_and_japanese_are_characters() -> None:
     words = text.train_tokenizer(["我喜欢猫 and cats", "猫がラーメンを食べる"], kind="words", vocabulary=100)
     assert words.encode("猫喜欢ラーメン and cats").tokens == [*"猫喜欢ラーメン", "and", "cats"]
     assert words.encode("naïve cats!?").tokens == ["[UNK]", "cats", "[UNK]"]
+
+
+@pytest.mark.parametrize("columns", ["constant", "twice", "target"])
+def test_linear_regression_takes_columns_that_say_nothing(columns: str, tmp_path: Path) -> None:
+    """A constant column, one column twice and a constant target: its closed form divides by nothing either."""
+    spec = importlib.util.spec_from_file_location(
+        "linear", REPOSITORY / "experiments" / "tables" / "diabetes_linear.py"
+    )
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    x[:, 1] = {"constant": 5.0, "twice": x[:, 0], "target": x[:, 1]}[columns]
+    target = np.full(60, 3.0) if columns == "target" else x[:, 0] + x[:, 2]
+    rows = [",".join(map(str, (*row, y))) for row, y in zip(x, target, strict=True)]
+    path = written(tmp_path / "a.csv", "\n".join(["age,country,size,target", *rows]))
+    flags = {"data": str(path), "steps": 300, "batch_size": 50, "eval_every": 300, "workdir": str(tmp_path / "run")}
+    config = script.Config(**flags, log_every=300, save_every=300)
+    result = fit(dataclasses.replace(script.build(config), name="linear"), config).result
+    assert result["metrics"]["eval/loss"] < 1e-6
+    if columns == "constant":
+        assert result["metrics"]["eval/distance_to_solution"] < 1e-4

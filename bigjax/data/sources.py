@@ -61,7 +61,8 @@ def _counted(data: Dataset) -> Dataset:
     data = replace(data, train={**data.train, "label": label_N.astype(np.int32)}, classes=len(values))
     if values[-1] == len(values) - 1:
         return data
-    note = f"{data.name}: the {len(values)} labels that there are ({few(values.tolist())}) are taken as the classes"
+    gap = "do not start at 0" if values[0] else "leave numbers out"
+    note = f"{data.name}: labels {gap}: the {len(values)} of the data ({few(values.tolist())}) are the classes, by name"
     return replace(data, class_names=tuple(map(str, values)), notes=(*data.notes, note))
 
 
