@@ -290,7 +290,7 @@ LABEL = np.arange(4) % 2
         (dict(image=GOOD, label=LABEL + 0.5), "label is float64 of shape (4,): it must be (N,) integers"),
         (dict(image=GOOD, label=np.eye(4, dtype=int)), "label is int64 of shape (4, 4)"),
         (dict(image=GOOD, label=LABEL - 1), "label -1 of example 0 is out of range"),
-        (dict(image=GOOD, label=LABEL * 1000), "label 1000 of example 1 is out of range"),
+        (dict(image=GOOD, label=LABEL.astype(int) * 2 - 1, class_names=["a", "b"]), "label -1 of example 0 is out of"),
         (dict(image=GOOD, label=LABEL * 2, class_names=["a", "b"]), "label 2 of example 1 is out of range"),
         (
             dict(image=np.array([GOOD[0], None], object), label=LABEL[:2]),
@@ -394,15 +394,12 @@ def test_wrong_folders(tmp_path: Path) -> None:
     check(tmp_path / "sizes", "images differ in size", "is 6×6,", "odd.png is 5×7 pixels")
     write_folder(tmp_path / "torn", *coded(2))
     (tmp_path / "torn" / "digit0" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
-    check(tmp_path / "torn", "bad.png is not a readable image", "repair or remove")
+    check(tmp_path / "torn", "bad.png is not a readable image", "repair, convert or remove it")
     write_folder(tmp_path / "hollow", *coded(2))
     (tmp_path / "hollow" / "empty").mkdir()
     check(tmp_path / "hollow", "empty holds no image files")
     write_folder(tmp_path / "nested" / "train", *coded(2))
-    check(tmp_path / "nested", "train holds no image files: each sub-folder of")
-    write_folder(tmp_path / "deep", *coded(2))
-    Image.fromarray(np.zeros((6, 6), np.uint16)).save(tmp_path / "deep" / "digit0" / "deep.png")
-    check(tmp_path / "deep", "deep.png", "not 8 bits a channel")
+    check(tmp_path / "nested", "train holds a folder, digit0: each sub-folder of")
 
 
 def test_folder_mixes_grey_and_colour_and_skips_hidden_files(tmp_path: Path) -> None:
@@ -460,11 +457,12 @@ def test_the_split_seed_alone_decides_what_is_held_out(tmp_path: Path, capsys: p
     one, same, other = (load(name, split_seed=s) for s in (0, 0, 1))
     assert examples(one.test) == examples(same.test) != examples(other.test)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [one.note, same.note, other.note] and load("digits").note == ""
+    assert tuple(lines) == one.notes + same.notes + other.notes and load("digits").notes == ()
     told = f"{name}: held out for testing by --split-seed 0: {size_of(one.test)} of 200 examples"
-    assert one.note.startswith(told)
+    [note] = one.notes
+    assert note.startswith(told)
     off = [c for c in range(10) if abs((one.test["label"] == c).sum() - 2) > 1]
-    assert off and all(f" {c} {(one.test['label'] == c).sum()} of 20" in one.note for c in off)
+    assert off and all(f" {c} {(one.test['label'] == c).sum()} of 20" in note for c in off)
 
 
 def test_evaluation_data_take_the_training_classes(tmp_path: Path) -> None:
@@ -483,7 +481,7 @@ def test_evaluation_data_of_another_form_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", image=GOOD, target=LABEL)
     train = tmp_path / "a.npz"
     assert size_of(load(str(train), eval_data=str(train)).test) == 4
-    check(train, "b.npz has label 3, but", "2 classes (0 to 1)", eval_data=str(tmp_path / "b.npz"))
+    check(train, "b.npz has the class '2', which", "has not (0, 1)", eval_data=str(tmp_path / "b.npz"))
     check(
         train,
         "image of an example has shape (3, 3, 1) in",

@@ -37,7 +37,7 @@ class Dataset:
     train, test: splits; of text for a language model its bytes or tokens. `test` is None while it is in one piece.
     classes: None where labels are not classes. class_names: None where they have no names.
     facts: what else is known of it, such as a hash.
-    note: a line on what was held out of it.
+    notes: lines on what was made of it: what was left out, how labels became classes, what was held out.
     """
 
     train: Split | Sequence[int]
@@ -46,7 +46,7 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     name: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Named(dict[str, np.ndarray]):

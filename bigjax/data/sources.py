@@ -7,7 +7,7 @@ Shapes: N examples, H height, W width, C channels, D features. A `Dataset` has `
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,61 +15,110 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.data.files import FILES, few, folder_of_images
+from bigjax.data.files import few, npz, stray
+from bigjax.data.pictures import folder_of_images
 from bigjax.data.pipeline import Dataset, hold_out, shares
+from bigjax.data.tables import csv_rows, jsonl
 from bigjax.experiment import Split, size_of
 
 HELD_OUT = 0.1  # of data without a test split
+FILES = {".npz": npz, ".csv": csv_rows, ".jsonl": jsonl}
 
 
-def load(name: str, *, eval_data: str | None = None, split_seed: int = 0) -> Dataset:
+def load(name: str, *, eval_data: str | None = None, split_seed: int = 0, background: str = "white") -> Dataset:
     """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, a name in `tfds.NAMES`,
     `tfds:NAME`, or a path.
 
-    Own data: `.npz` with `image` (N,H,W[,C]) or `x` (N,D) and integer `label` (0, 1, ...; names in `class_names` (C,),
-    if given) or float `target`; a folder of images with a sub-folder a class; `.jsonl` or `.csv` with `text` and
-    `label` (integers or names), or `source` and `target`; `.csv` with numbers in columns of any name and `label` or
-    `target`. `eval_data` (own data or a name) becomes the test split, with the classes of the training data; where
-    neither it nor the set gives a test split about a tenth is held out by `split_seed` (`hold_out`), and a line on
-    stderr, also in `note`, says what that gave. UsageError: what is missing or wrong, in which file and line, and what
-    to do.
+    Own data: `.npz` with `image` (N,H,W[,C]) or `x` (N,D) and integer `label` (0, 1, ..., whose names are in
+    `class_names` (C,), if given; without them any from 0, which are renumbered) or float `target`; a folder of images
+    with a sub-folder a class, whose transparent parts show `background`; `.jsonl` or `.csv` with `text` and `label`
+    (integers or names), or `source` and `target`; `.csv` with numbers in columns of any name and `label` or `target`.
+    `eval_data` (own data or a name) becomes the test split, with the classes of the training data; where neither it nor
+    the set gives a test split about a tenth is held out by `split_seed` (`hold_out`). Lines on stderr, also in `notes`,
+    say what was held out, left out or renumbered. UsageError: what is missing or wrong, in which file and line, and
+    what to do.
     """
-    data = replace(_open(name), name=name)
+    data = _counted(replace(_open(name, background), name=name))
     if eval_data is not None:
-        return replace(data, test=_matched(data, _open(eval_data), name, eval_data))
-    if data.test is not None:
+        other = _open(eval_data, background)
+        test = _matched(data, other, name, eval_data)
+        data = replace(data, test=test, notes=data.notes + other.notes)
+    elif data.test is None:
+        rest, held = hold_out(data.train, fraction=HELD_OUT, split_seed=split_seed, purpose="test")
+        gave = shares(rest, held, fraction=HELD_OUT, class_names=data.class_names)
+        note = f"{name}: held out for testing by --split-seed {split_seed}: {gave}"
+        data = replace(data, train=rest, test=held, notes=(*data.notes, note))
+    for note in data.notes:
+        print(note, file=sys.stderr)
+    return data
+
+
+def _counted(data: Dataset) -> Dataset:
+    """Data whose labels without names are classes from 0: others are renumbered and become the names."""
+    if data.classes is None or data.class_names is not None or not isinstance(data.train, Mapping):
         return data
-    rest, held = hold_out(data.train, fraction=HELD_OUT, split_seed=split_seed, purpose="test")
-    gave = shares(rest, held, fraction=HELD_OUT, class_names=data.class_names)
-    note = f"{name}: held out for testing by --split-seed {split_seed}: {gave}"
-    print(note, file=sys.stderr)
-    return replace(data, train=rest, test=held, note=note)
+    values, label_N = np.unique(data.train["label"], return_inverse=True)
+    data = replace(data, train={**data.train, "label": label_N.astype(np.int32)}, classes=len(values))
+    if values[-1] == len(values) - 1:
+        return data
+    gap = "do not start at 0" if values[0] else "leave numbers out"
+    note = f"{data.name}: labels {gap}: the {len(values)} of the data ({few(values.tolist())}) are the classes, by name"
+    return replace(data, class_names=tuple(map(str, values)), notes=(*data.notes, note))
+
+
+def column_statistics(values: np.ndarray, *, names: Sequence[str] | None = None) -> tuple[Any, Any]:
+    """(mean, std) of numbers (N,) or columns (N,D): floats, or a tuple with one a column. Give the training split's.
+
+    What never varies has a deviation of 1, and a line on stderr says which, by `names` or by number.
+    """
+    values_ND = np.asarray(values, np.float64).reshape(len(values), -1)
+    std_D = _deviations(values_ND.std(0), values_ND.min(0) == values_ND.max(0), names or np.arange(values_ND.shape[1]))
+    mean, std = (tuple(map(float, v)) for v in (values_ND.mean(0), std_D))
+    return (mean, std) if np.ndim(values) > 1 else (mean[0], std[0])
+
+
+def _deviations(std_C: np.ndarray, constant_C: np.ndarray, names: Sequence[Any]) -> np.ndarray:
+    """Deviations to divide by: 1 for what is constant, whatever rounding makes of it; a line says which."""
+    constant_C = constant_C | (std_C == 0)
+    if constant_C.any():
+        which = few([name for name, constant in zip(names, constant_C, strict=True) if constant])
+        print(f"never varies in the training data: {which}: taken with a deviation of 1", file=sys.stderr)
+    return np.where(constant_C, 1.0, std_C)
 
 
 def image_statistics(split: Split) -> tuple[Any, Any]:
     """(mean, std) of the pixels of `image`, in units of [0, 1]: floats, or a tuple with one a channel.
 
-    Give the training split. Of a reader 2,000 examples, evenly spread, are read.
+    Give the training split. Of a reader 2,000 examples, evenly spread, are read. A channel that never varies has a
+    deviation of 1, and a line on stderr says which (counted from 0).
     """
     if isinstance(split, Mapping):
         blocks = [split["image"][i : i + 1000] for i in range(0, size_of(split), 1000)]
     else:
         rows = np.unique(np.linspace(0, len(split) - 1, 2000).astype(int))
         blocks = [split[int(row)]["image"] for row in rows]
-    count, total, squares = 0, 0.0, 0.0
+    count, total, squares, low, high = 0, 0.0, 0.0, np.inf, -np.inf
     for block in blocks:  # in blocks: float64 copies of a large set would not fit
-        pixels_NC = block.reshape(-1, block.shape[-1]) / (255.0 if block.dtype == np.uint8 else 1.0)
+        pixels_NC = block.reshape(-1, block.shape[-1]).astype(np.float64) / (255 if block.dtype == np.uint8 else 1)
         count, total, squares = count + len(pixels_NC), total + pixels_NC.sum(0), squares + np.square(pixels_NC).sum(0)
+        low, high = np.minimum(low, pixels_NC.min(0)), np.maximum(high, pixels_NC.max(0))
     mean_C, std_C = total / count, np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
+    std_C = _deviations(std_C, low == high, [f"channel {c} of image" for c in range(len(std_C))])
     if len(mean_C) == 1:
         return float(mean_C[0]), float(std_C[0])
     return tuple(map(float, mean_C)), tuple(map(float, std_C))
 
 
-def _open(name: str) -> Dataset:
+def _open(name: str, background: str) -> Dataset:
     """What `name` says, with no test split where it is in one piece."""
     from bigjax.data import embedded, tfds
 
+    if not name.removeprefix("tfds:").removeprefix("tokens:").strip():
+        raise UsageError(
+            f"the name of the data, {name!r}, is empty: give a path, tfds:NAME, or {few(list(embedded.SETS))}"
+        )
+    if wrong := stray(name):
+        raise UsageError(f"the name of the data, {ascii(name)}, is not UTF-8 ({wrong}): rename it")
     if name in embedded.SETS:
         return embedded.SETS[name]()
     if name in tfds.NAMES or name.startswith("tfds:"):
@@ -78,8 +127,9 @@ def _open(name: str) -> Dataset:
         raise UsageError(f"{name} is text in tokens, which only a language model reads: give other --data")
     path = epath.Path(name).expanduser()
     if path.is_dir():
-        return folder_of_images(path)
-    if path.suffix not in FILES and not path.exists() and "/" not in name:
+        return folder_of_images(path, background=background)
+    ending = path.suffix.lower()
+    if ending not in FILES and not path.exists() and "/" not in name:
         names = [*embedded.SETS, *tfds.NAMES]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -89,7 +139,7 @@ def _open(name: str) -> Dataset:
         )
     if not path.exists():
         raise UsageError(f"{path} does not exist: check the path given as data")
-    if path.suffix not in FILES:
+    if ending not in FILES:
         raise UsageError(
             f"{path}: files ending in {path.suffix or 'nothing'!r} are not read: use {', '.join(FILES)} or a folder "
             "of images"
@@ -97,10 +147,11 @@ def _open(name: str) -> Dataset:
     try:
         if path.stat().length == 0:
             raise UsageError(f"{path} is empty: write it again")
-        return FILES[path.suffix](path)
+        return FILES[ending](path)
     except UnicodeDecodeError as e:
+        line = e.object.count(b"\n", 0, e.start) + 1
         raise UsageError(
-            f"{path} is not UTF-8 text, as a {path.suffix} file must be (byte {e.start}): convert it"
+            f"{path}, line {line} is not UTF-8 text, as a {ending} file must be (byte {e.start}): convert it"
         ) from e
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror or e}): check the file and its permissions") from e
@@ -119,19 +170,24 @@ def _matched(data: Dataset, other: Dataset, name: str, eval_data: str) -> Split:
             )
     if data.classes is None:
         return split
-    label_N, known = split["label"], data.class_names
-    if known and other.class_names:
-        used = [other.class_names[i] for i in np.unique(label_N)]
+    label_N, known, theirs = split["label"], data.class_names, other.class_names
+    if all(names is None or all(n.isdecimal() for n in names) for names in (known, theirs)):  # numbers, on both sides
+        known = known or tuple(map(str, range(data.classes)))
+        if theirs is None:
+            values, label_N = np.unique(label_N, return_inverse=True)
+            theirs = tuple(map(str, values))
+    if known and theirs:
+        used = [theirs[i] for i in np.unique(label_N)]
         new = [c for c in used if c not in known]
         if new:
             raise UsageError(
                 f"{eval_data} has the class {new[0]!r}, which {name} has not ({few(known)}): remove it or train on "
                 "it too"
             )
-        label_N = np.array([known.index(c) if c in known else -1 for c in other.class_names], np.int32)[label_N]
+        label_N = np.array([known.index(c) if c in known else -1 for c in theirs], np.int32)[label_N]
     elif label_N.max() >= data.classes:
         raise UsageError(
             f"{eval_data} has label {label_N.max()}, but {name} has {data.classes} classes (0 to "
             f"{data.classes - 1}): remove it or train on it too"
         )
-    return {**split, "label": label_N}
+    return {**split, "label": label_N.astype(np.int32)}

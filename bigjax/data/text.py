@@ -6,6 +6,7 @@ Tokenizers made here have [PAD] as 0 and [UNK] as 1.
 
 import hashlib
 import lzma
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
+from bigjax.data.files import stray
 from bigjax.data.pipeline import Dataset
 from bigjax.experiment import Split, size_of
 
@@ -159,12 +161,17 @@ def xz_bits_per_byte(data: bytes, *, after: bytes = b"") -> float:
 
 # ---- tokenizers
 
+# Chinese and Japanese, which put no spaces between words: Han, its signs of repetition, Hiragana and Katakana.
+NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\x{30FC}\x{FF70}]"
+UNKNOWN = 0.2  # of the tokens of held-out text: with more, a warning
+
 
 def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocabulary: int = 8000) -> "Tokenizer":
     """A tokenizer of at most `vocabulary` tokens learned from training text; the same text gives the same tokenizer.
 
     `bpe`: on bytes, as GPT-2 (Radford et al. 2019), any text comes back as it was. `wordpiece`: lower case, as BERT
-    (Devlin et al. 2018). `words`: lower case, the most frequent words and runs of punctuation.
+    (Devlin et al. 2018). `words`: lower case, the most frequent words and runs of punctuation; Chinese and Japanese
+    by character.
     """
     import tokenizers as library
 
@@ -192,7 +199,9 @@ def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocabulary: int 
         trainer = trainers.WordPieceTrainer(initial_alphabet=chars, limit_alphabet=len(chars), **common)
     elif kind == "words":
         tokenizer = library.Tokenizer(models.WordLevel(unk_token="[UNK]"))
-        tokenizer.normalizer, tokenizer.pre_tokenizer = library.normalizers.Lowercase(), pre.Whitespace()
+        tokenizer.normalizer = library.normalizers.Lowercase()
+        characters = pre.Split(library.Regex(NO_SPACES), "isolated")
+        tokenizer.pre_tokenizer = pre.Sequence([pre.Whitespace(), characters])
         trainer = trainers.WordLevelTrainer(**common)
     else:
         raise UsageError(f"there is no tokenizer {kind!r}: use bpe, wordpiece or words, or byte_tokenizer()")
@@ -255,9 +264,37 @@ def encode(tokenizer: "Tokenizer", texts: Iterable[str], *, length: int) -> dict
     return {"tokens": tokens_NL, "length": length_N}
 
 
+def encode_splits(
+    tokenizer: "Tokenizer", data: Dataset, *, length: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(train, test) of data with `text`, as `encode` and with the other fields as they are.
+
+    A line on stderr gives the share of unknown tokens in the held-out text, where the tokenizer has one for them; with
+    more than UNKNOWN, which says little of the text, it warns.
+    """
+    train, test = (
+        {k: v for k, v in split.items() if k != "text"} | encode(tokenizer, split["text"], length=length)
+        for split in (data.train, data.test)
+    )
+    names = (getattr(tokenizer.model, "unk_token", None) or "[UNK]", "<unk>")
+    unknown = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
+    if unknown is not None:
+        share = (test["tokens"] == unknown).sum() / test["length"].sum()
+        much = share > UNKNOWN
+        said = f"{data.name}: {share:.1%} of the tokens of the held-out text are unknown, [UNK]"
+        print(f"warning: {said}: use --tokenizer bpe, which knows all text" if much else said, file=sys.stderr)
+    return train, test
+
+
 def _strings(texts: Iterable[str]) -> list[str]:
     texts = [texts] if isinstance(texts, str) else list(texts)
     bad = next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)
     if bad is not None:
         raise UsageError(f"text {bad} (counted from 0) is a {type(texts[bad]).__name__}, not a string: give strings")
+    wrong = next((n for n, text in enumerate(texts) if stray(text)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"text {wrong} (counted from 0) has {stray(texts[wrong])}, half of a surrogate pair, which is no "
+            "character: repair or remove it"
+        )
     return texts

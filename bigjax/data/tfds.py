@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bigjax import UsageError
-from bigjax.data.files import THREADS, few
+from bigjax.data.files import THREADS, few, image_form
 from bigjax.data.pipeline import Dataset
 from bigjax.experiment import Split
 
@@ -100,6 +100,11 @@ def read(name: str) -> Dataset:
             f"the TFDS set {name} has {few(list(features))}, but neither image nor text: use another, or "
             "export it as .npz"
         )
+
+    if "image" in fields:
+        image_form(f"the TFDS set {name}", (None, *features["image"].shape))
+        if (kind := np.dtype(features["image"].np_dtype)) not in (np.uint8, np.float32):
+            raise UsageError(f"the TFDS set {name} has images of {kind}, not uint8: export it as .npz")
 
     def opened(split: str) -> Split:
         reader = _Reader(built.as_data_source(split), fields)

@@ -102,8 +102,9 @@ def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) 
     UsageError: a missing folder or file; a torn file; a token outside the vocabulary.
     """
     folder = epath.Path(name.removeprefix("tokens:")).expanduser()
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give tokens:DIR with train.bin and test.bin (or val.bin) in DIR")
+    if name.strip() in ("", "tokens:") or not folder.is_dir():
+        shown = name.strip() or "(an empty name)"
+        raise UsageError(f"{shown} is not a folder: give tokens:DIR with train.bin and test.bin (or val.bin) in DIR")
     about = _about(folder / "tokens.json")
     if about and vocabulary and vocabulary < about["vocabulary"]:
         raise UsageError(f"{folder} has a vocabulary of {about['vocabulary']}: {vocabulary} is too small, give as many")
@@ -143,7 +144,7 @@ def _about(path: epath.Path) -> dict | None:
         {about[k] for k in ("tokenizer", "vocabulary", "before", "sha256")}, DTYPES[about["dtype"]]
         {about["splits"][split][k] for split in ("train", "test") for k in ("tokens", "bytes")}
         return about
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:  # RecursionError: nested too deep
         raise UsageError(f"{path} is damaged ({type(e).__name__}: {e}): prepare the folder again") from e
 
 

@@ -36,6 +36,10 @@ def classify(
     both labels. Evaluation: loss, accuracy, top-k accuracy where there are more than k classes, counts by class,
     calibration. UsageError: logits for another number of classes, a label that is none of them.
     """
+    if classes == 1:
+        raise UsageError(
+            "the data have one class only, so that there is nothing to tell apart: give data of two or more"
+        )
 
     def class_logits(logits: Array) -> Array:
         if logits.shape[-1] == 1:  # sigmoid(z) is the softmax of (0, z)

@@ -43,26 +43,29 @@ def closed_form(x_ND: np.ndarray, target_N: np.ndarray, *, ridge: float) -> tupl
     centre_D, level = x_ND.mean(0), target_N.mean()
     x_ND = x_ND - centre_D
     size, inputs = x_ND.shape
-    w_D = np.linalg.solve(x_ND.T @ x_ND + size * ridge * np.eye(inputs), x_ND.T @ (target_N - level))
+    gram_DD = x_ND.T @ x_ND + size * ridge * np.eye(inputs)
+    w_D = np.linalg.lstsq(gram_DD, x_ND.T @ (target_N - level))[0]  # of many solutions the smallest
     return w_D, float(level - centre_D @ w_D)
 
 
 def build(c: Config) -> Experiment:
     data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
     x_ND = np.asarray(data.train["x"], np.float64)
-    mean_D, std_D = x_ND.mean(0), x_ND.std(0)
-    level, spread = float(data.train["target"].mean()), float(data.train["target"].std())
+    mean_D, std_D = sources.column_statistics(x_ND, names=data.facts.get("columns"))
+    level, spread = sources.column_statistics(data.train["target"], names=["target"])
+    varies_D = x_ND.min(0) < x_ND.max(0)  # the others move no prediction, and their weights stay as they began
 
     def standard(split: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # in units of the training targets' deviation
         return {"x": split["x"], "target": ((split["target"] - level) / spread).astype(np.float32)}
 
-    model = MLP(features=(), outputs=1, mean=tuple(mean_D.tolist()), std=tuple(std_D.tolist()), dtype=c.dtype)
+    model = MLP(features=(), outputs=1, mean=mean_D, std=std_D, dtype=c.dtype)
     train = standard(data.train)
     solution = closed_form((x_ND - mean_D) / std_D, train["target"].astype(np.float64), ridge=c.ridge)
 
     def distance(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
         ours, (w_D, bias) = to_host(params["model"]["logits"]), map(np.float32, solution)
-        return {"distance_to_solution": float(max(*abs(ours["kernel"][:, 0] - w_D), abs(ours["bias"][0] - bias)))}
+        w_D, kernel_D = w_D[varies_D], ours["kernel"][varies_D, 0]
+        return {"distance_to_solution": float(max(*abs(kernel_D - w_D), abs(ours["bias"][0] - bias)))}
 
     return Experiment(
         task=regress(model, l2=c.ridge),

@@ -1,0 +1,114 @@
+"""A user's own pictures: a folder with a sub-folder a class.
+
+Shapes: N examples, H height, W width, C channels.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from bigjax import UsageError
+from bigjax.data.files import THREADS, few, stray
+from bigjax.data.pipeline import Dataset, Named
+
+NO_CLASSES = ("__MACOSX", "@eaDir", "__pycache__")  # folders that archives and machines leave behind
+KINDS = "pictures have 1, 3 or 4 channels of 8 bits or 1 of 16 bits"
+
+
+def folder_of_images(path: epath.Path, *, background: str = "white") -> Dataset:
+    """`image` (N,H,W,C) uint8, C of 1 where all are grey, else 3, and `label`: the places of the sub-folders' names.
+
+    Pictures are turned as their EXIF data say; what is transparent shows `background`, any colour by name or #rrggbb;
+    16 bits become 8. What is no picture is left out, and counted in a note.
+    """
+    from PIL import ImageColor
+
+    try:
+        behind = ImageColor.getrgb(background)[:3]
+    except ValueError as e:
+        raise UsageError(f"background {background!r} is no colour: give a name, as white, or #rrggbb") from e
+    seen = [p for p in sorted(path.iterdir(), key=lambda p: p.name) if not _hidden(p)]
+    folders = [p for p in seen if p.is_dir()]
+    files, others = [], [p.name for p in seen if not p.is_dir()]
+    for folder in folders:
+        inside = [p for p in sorted(folder.iterdir(), key=lambda p: p.name) if not _hidden(p)]
+        deeper = next((p for p in inside if p.is_dir()), None)
+        if deeper is not None or not inside:
+            raise UsageError(
+                f"{folder} holds {'no image files' if deeper is None else f'a folder, {deeper.name}'}: each "
+                f"sub-folder of {path} must be a class with its images in it"
+            )
+        files += inside
+    if not files:
+        raise UsageError(f"{path} has no sub-folders: put the images of each class into a sub-folder named after it")
+    for file in [*folders, *files]:
+        if wrong := stray(file.name):
+            shown = str(file).encode(errors="backslashreplace").decode()
+            raise UsageError(f"the name of {shown} is not UTF-8 ({wrong}): rename it")
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = list(pool.map(lambda file: _image(file, behind), files))
+    others += [f"{p.parent.name}/{p.name}" for p, image in zip(files, read, strict=True) if image is None]
+    kept = [(p, image) for p, image in zip(files, read, strict=True) if image is not None]
+    (first, image0), *_ = kept or [(None, None)]
+    for folder in folders:
+        if not any(p.parent.name == folder.name for p, _ in kept):
+            raise UsageError(
+                f"{folder} holds no image files: each sub-folder of {path} must be a class with its images in it"
+            )
+    for file, image in kept:
+        if image.shape[:2] != image0.shape[:2]:
+            (h, w), (h0, w0) = image.shape[:2], image0.shape[:2]
+            raise UsageError(
+                f"images differ in size: {first} is {w0}×{h0}, {file} is {w}×{h} pixels: resize or crop them "
+                "all to one size"
+            )
+    channels = max(image.shape[2] for _, image in kept)  # grey images among coloured ones become coloured
+    image_NHWC = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for _, image in kept])
+    names = tuple(p.name for p in folders)
+    label_N = np.array([names.index(p.parent.name) for p, _ in kept], np.int32)
+    inside = np.array([f"{p.parent.name}/{p.name}" for p, _ in kept])
+    notes = (f"{path}: left out {len(others)} files that are no pictures of a class: {few(others)}",) if others else ()
+    split = Named({"image": image_NHWC, "label": label_N}, inside)
+    return Dataset(split, classes=len(names), class_names=names, notes=notes)
+
+
+def _hidden(path: epath.Path) -> bool:
+    return path.name.startswith(".") or path.name in NO_CLASSES
+
+
+def _image(path: epath.Path, behind: tuple[int, ...]) -> np.ndarray | None:
+    """(H,W,C) uint8, C of 1 or 3; None for what is no picture, neither by its content nor by its name."""
+    from PIL import Image, ImageOps
+
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            return _pixels(path, ImageOps.exif_transpose(image), behind)
+    except UsageError:
+        raise
+    except Exception as e:  # Pillow raises whatever a damaged file leads to
+        if Image.registered_extensions().get(path.suffix.lower()) not in Image.OPEN:
+            return None
+        why = f"{type(e).__name__}: {e}"
+        if isinstance(e, Image.UnidentifiedImageError):
+            why = f"damaged, or of a kind that is not read: {KINDS}"
+        raise UsageError(f"{path} is not a readable image ({why}): repair, convert or remove it") from e
+
+
+def _pixels(path: epath.Path, image: Any, behind: tuple[int, ...]) -> np.ndarray:
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):  # one channel of 16 bits is I;16, or I
+        values_HW = np.asarray(image)
+        if image.mode == "F" or values_HW.min() < 0 or values_HW.max() > 65535:
+            kind = "floats" if image.mode == "F" else "integers"
+            raise UsageError(
+                f"{path} holds 32-bit {kind} from {values_HW.min():g} to {values_HW.max():g}, but {KINDS}: convert it"
+            )
+        return np.round(values_HW / 257).astype(np.uint8)[..., None]
+    grey = image.mode in ("1", "L", "LA")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image.convert("RGBA"))
+        grey = grey and len(set(behind)) == 1
+    return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))

@@ -1,0 +1,162 @@
+"""A user's own rows: .jsonl and .csv. What is wrong is said in one line, with file and line."""
+
+import csv
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from reprlib import repr as shortened
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from bigjax import UsageError
+from bigjax.data.files import checked, few, named_once, stray
+from bigjax.data.pipeline import Dataset
+
+INTEGER = r"[+-]?\d+"
+
+
+def jsonl(path: epath.Path) -> Dataset:
+    rows, known = [], {}
+    for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as e:  # ValueError: also an integer with more digits than Python reads
+            why = "nested too deep" if isinstance(e, RecursionError) else getattr(e, "msg", str(e).partition("; ")[0])
+            raise UsageError(f"{path}, line {number} is not JSON ({why}): each line must be one object") from e
+        if not isinstance(row, dict):
+            raise UsageError(
+                f'{path}, line {number} is not a JSON object: write {{"text": ..., "label": ...}} in each line'
+            )
+        if (keys := tuple(row)) not in known:
+            known[keys] = named_once(f"{path}, line {number}", keys, what="fields")
+        rows.append((number, dict(zip(known[keys], row.values(), strict=True))))
+    return _rows(path, rows)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the library would keep the last of two fields of one name."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two fields called {next(n for n in names if names.count(n) > 1)!r}")
+    return made
+
+
+def csv_rows(path: epath.Path) -> Dataset:
+    csv.field_size_limit(2**30)
+    reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, values) for values in reader if values]
+    except csv.Error as e:
+        raise UsageError(f"{path}, line {reader.line_num} is not CSV ({e}): repair its quotes") from e
+    (_, header), *lines = lines or [(0, [])]
+    if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
+        raise UsageError(f"{path} separates columns by {other!r}: write it with commas")
+    for number, values in lines:
+        if len(values) != len(header):
+            raise UsageError(f"{path}, line {number} has not as many fields as the header's {len(header)}: repair it")
+    index = 0  # columns in front that are pandas' index: without a name, or with that of one read and written again
+    while index < len(header) and re.fullmatch(r"|Unnamed: \d+(\.\d+)*", header[index].strip()):
+        index += 1
+    if (unnamed := next((i for i, name in enumerate(header[index:], index) if not name.strip()), None)) is not None:
+        raise UsageError(f"{path}: column {unnamed + 1} has no name: name or remove it")
+    names = named_once(path, header, what="columns")[index:]
+    data = _rows(path, [(number, dict(zip(names, values[index:], strict=True))) for number, values in lines])
+    which = "the first column" if index == 1 else f"the first {index} columns"
+    return replace(data, notes=(f"{path}: left out {which}, an index without a name",)) if index else data
+
+
+def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> Dataset:
+    """Rows with their line numbers: text and label, source and target, or numbers."""
+    if not rows:
+        raise UsageError(f"{path} has no examples: give it at least one line of data")
+    columns = list(rows[0][1])
+    texts = next((pair for pair in (("text", "label"), ("source", "target")) if set(pair) <= set(columns)), None)
+    if texts is None and (path.suffix.lower() == ".jsonl" or "text" in columns or "source" in columns):
+        raise UsageError(f"{path} has the columns {few(columns)}: it needs text and label, or source and target")
+    for number, row in rows:
+        for column in texts or columns:
+            if column not in row or (isinstance(row[column], str) and not row[column].strip()):
+                raise UsageError(f"{path}, line {number} has no {column}: fill it in or remove the line")
+            if column in ("text", "source", "target") and texts and not isinstance(row[column], str):
+                raise UsageError(f"{path}, line {number}: {column} is {shortened(row[column])}, not a string")
+            if isinstance(row[column], str) and (wrong := stray(row[column])):
+                raise UsageError(
+                    f"{path}, line {number}: {column} has {wrong}, half of a surrogate pair, which is no character: "
+                    "repair or remove the line"
+                )
+    if texts == ("source", "target"):
+        return Dataset({name: np.array([row[name] for _, row in rows], object) for name in texts})
+    arrays: dict[str, np.ndarray] = {}
+    if "label" in columns:
+        arrays["label"], names = _classes(path, rows)
+    if texts:
+        fields = {"text": np.array([row["text"] for _, row in rows], object), **arrays}
+        return Dataset(fields, classes=len(names), class_names=names)
+    numbers = [c for c in columns if c not in ("label", "target")]
+    table = np.array(
+        [[_number(path, n, c, row[c]) for c in [*numbers, *({"target"} & set(columns))]] for n, row in rows], np.float32
+    )
+    arrays["x"] = table[:, : len(numbers)]
+    if "target" in columns:
+        arrays["target"] = table[:, -1]
+    if not numbers or len(arrays) != 2:
+        raise UsageError(
+            f"{path} has the columns {few(columns)}: name one of them label (classes) or target (numbers), beside "
+            "the inputs"
+        )
+    data = replace(checked(path, arrays, "columns"), facts={"columns": tuple(numbers)})
+    return replace(data, classes=len(names), class_names=names) if "label" in columns else data
+
+
+def _classes(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as places among the sorted classes; in CSV, where all is text, integers are sorted as numbers."""
+    kinds = (int, str) if path.suffix.lower() == ".jsonl" else (str,)
+    for number, row in rows:
+        label = row["label"]
+        if (
+            type(label) not in kinds
+            or type(label) is not type(rows[0][1]["label"])
+            or (isinstance(label, str) and _no_class(label.strip()))
+        ):
+            raise UsageError(
+                f"{path}, line {number}: label is {shortened(label)}: labels must all be integers, or all names; "
+                "numbers to predict are called target"
+            )
+    values = [row["label"].strip() if isinstance(row["label"], str) else row["label"] for _, row in rows]
+    if all(isinstance(v, int) or re.fullmatch(INTEGER, v) for v in values):
+        values = [int(v) for v in values]
+        if min(values) < 0:
+            raise UsageError(
+                f"{path}, line {rows[int(np.argmin(values))][0]}: label {min(values)} is negative: classes count from 0"
+            )
+    classes = sorted(set(values))
+    place = {c: i for i, c in enumerate(classes)}
+    return np.array([place[v] for v in values], np.int32), tuple(map(str, classes))
+
+
+def _no_class(label: str) -> bool:
+    """Whether a label is a number, but no integer that can be read: `0.5`, `--1`, 5,000 digits."""
+    if re.fullmatch(INTEGER, label):
+        return len(label) > 1000
+    if re.fullmatch(r"[+-]+\d+", label):
+        return True
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
+def _number(path: epath.Path, line: int, column: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as e:
+        raise UsageError(
+            f"{path}, line {line}: {column} is {shortened(value)}, not a number: encode or remove the column"
+        ) from e
