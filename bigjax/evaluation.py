@@ -90,6 +90,7 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     """
     from bigjax.run import workdir as folder
     from bigjax.run.checkpoint import Checkpoints, to_stderr
+    from bigjax.run.identity import identify
 
     check(config)
     home = epath.Path(config.workdir or f"runs/{experiment.name}")
@@ -101,13 +102,14 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     with contextlib.closing(Checkpoints(home / "checkpoints", read_only=True)) as checkpoints:
         if not record["steps"] or (step := checkpoints.newest(tell=to_stderr)) is None:
             raise UsageError(f"{home} holds no checkpoint yet: let it train until one is saved")
-        program = Program(experiment, config, experiment.train, steps=record["steps"])
-        shapes = program.state_shapes
-        needed = {
-            "model_state": shapes.model_state,
-            **({"ema": shapes.ema} if config.ema else {"params": shapes.params}),
-        }
-        with jax.set_mesh(program.mesh):
+        mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
+        with jax.set_mesh(mesh):
+            program = Program(experiment, config, experiment.train, steps=record["steps"], mesh=mesh)
+            splits = {} if config.validation else {"train": experiment.train, "eval": experiment.test}
+            identify(home, program, splits, accept=config.accept_changes, tell=to_stderr)
+            shapes = program.state_shapes
+            needed = {"ema": shapes.ema} if config.ema else {"params": shapes.params}
+            needed["model_state"] = shapes.model_state
             state = shapes.replace(**checkpoints.restore(step, {"state": needed})["state"])
             measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
             values, _ = evaluation(program, measure, state, {"eval": experiment.test})

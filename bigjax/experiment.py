@@ -1,6 +1,7 @@
 """What one run is: its configuration and its parts."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,11 @@ Split = Mapping[str, np.ndarray] | Reader  # in memory, with equal leading axes;
 def size_of(split: Split) -> int:
     """The number of examples. UsageError: there are none, or no fields, or fields of unequal length."""
     fields = split if isinstance(split, Mapping) else {"examples": split}
-    sizes = {name: len(value) if getattr(value, "shape", True) else 0 for name, value in fields.items()}
+    if taken := {"index", "mask"} & fields.keys():
+        raise UsageError(f"a field is called {min(taken)!r}, which bigjax gives to every batch: rename it")
+    if isinstance(split, Mapping) and (bad := [k for k, v in fields.items() if not getattr(v, "shape", ())]):
+        raise UsageError(f"field {bad[0]!r} is no array with one row an example, but a {type(fields[bad[0]]).__name__}")
+    sizes = {name: len(value) for name, value in fields.items()}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise UsageError(f"the fields have unequal lengths ({told}): give each of them one row an example")
@@ -198,6 +203,8 @@ class Experiment:
     def transformations(self, steps: int) -> dict[str, optax.GradientTransformation]:
         """By player, for a run of so many updates. UsageError: a player with a loss but no tx, or the other way."""
         plain = isinstance(self.tx, optax.GradientTransformation | Mapping)
+        if not plain and (not callable(self.tx) or "learning_rate" in inspect.signature(self.tx).parameters):
+            raise UsageError(f"tx is {self.tx!r}: give an optax transformation, as optax.sgd(1e-3), or steps -> one")
         given = self.tx if plain else self.tx(steps)
         if isinstance(given, optax.GradientTransformation):
             return dict.fromkeys(self.task.losses, given)

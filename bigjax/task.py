@@ -105,9 +105,7 @@ def dropout_by_row(index_B: Array) -> Any:
 
 def mode(function: Callable[..., Any], train: bool) -> dict[str, bool]:
     """{"train": train} for a module's method that takes it, {} for one that does not."""
-    parameters = inspect.signature(function).parameters.values()
-    takes = any(p.name == "train" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return {"train": train} if takes else {}
+    return {"train": train} if "train" in inspect.signature(function).parameters else {}
 
 
 def initialize(model: nn.Module, key: Key, *inputs: Array) -> tuple[Tree, Tree]:
@@ -166,6 +164,8 @@ def counted(rows: tuple[Any, Any, Mapping[str, Any]], batch: Batch) -> Metrics:
         raise UsageError(
             "per_example gives something else than (loss of each row, count of each row, metrics): return these three"
         )
+    if "loss" in rows[2]:
+        raise UsageError("per_example gives a metric called 'loss', which is the loss itself: give it another name")
     mask_B, out = batch["mask"], {}
     for name, pair in {"loss": rows[:2], **rows[2]}.items():
         if not (isinstance(pair, tuple) and len(pair) == 2 and all(rows_of(v) == len(mask_B) for v in pair)):

@@ -68,6 +68,8 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             experiment.task.check(split)
     home, clock = epath.Path(config.workdir or f"runs/{experiment.name}"), Clock()
     fresh = not config.resume or not (home / "config.json").exists()
+    if fresh and (home / "config.json").exists():
+        Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake in it must not cost the run that is there
     shown = Display(enabled=not quiet and processes.first())
     traced = tracing(home) if config.profile else contextlib.nullcontext()
     with (
@@ -88,14 +90,16 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             program = make(steps=steps)
             with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
                 with watchdog.watching(lambda: "reading the data's first examples"):
-                    identify(home, program, {"train": train, **splits}, accept=config.accept_changes)
+                    accept = config.accept_changes and not finished
+                    known = identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)
             if finished:
                 display.line(f"{home} is finished; this is its result (--no-resume starts over)")
                 display.close()
                 summary(finished, report=str(home / "report.html"), console=display.console)
                 return Run(None, finished, home)
             started = start(program, home, display, clock)
-        except UsageError:
+            known()
+        except Exception:
             # nothing has begun: the corrected command must not find a run with other settings
             if fresh and processes.first():
                 folder.clear(home)
@@ -156,7 +160,8 @@ def loop(
         log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first())
         log, batches = (stack.enter_context(contextlib.closing(x)) for x in (log, program.batches(step)))
         watchdog = stack.enter_context(contextlib.closing(Watchdog(config.hang_seconds)))
-        lines, controls = Lines(log, display, clock, hooks, program), program.controls(dropped=dropped)
+        forgiven, controls = int(window["skipped"][0]), program.controls(dropped=dropped)
+        lines = Lines(log, display, clock, hooks, program, forgiven=forgiven)
         measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
         under_way: deque[Any] = deque()  # updates that the device has not finished
         measured: tuple[dict[str, dict[str, float]], Metrics] = ({}, {})

@@ -4,12 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import optax
 import pytest
 from conftest import tiny_experiment
 
 from bigjax import UsageError, cli
-from bigjax.experiment import Fraction, Positive, Published, RunConfig, Within, check
+from bigjax.experiment import Fraction, Positive, Published, RunConfig, Within, check, size_of
 from bigjax.task import Task
 
 
@@ -114,3 +115,20 @@ def test_tx_may_be_plain_by_player_or_a_function_of_the_steps():
         given(both, "actor")
     with pytest.raises(UsageError, match="tx gives a float: give an optax transformation"):
         given(lambda steps: 0.1, "actor")
+    for wrong in (optax.sgd, None, 1e-3):
+        with pytest.raises(UsageError, match="give an optax transformation, as optax.sgd"):
+            given(wrong, "actor")
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ({"x": np.ones((4, 2)), "mask": np.ones(4)}, "a field is called 'mask', which bigjax gives to every batch"),
+        ({"x": np.ones((4, 2)), "index": np.ones(4)}, "a field is called 'index'"),
+        ({"x": [[1.0], [2.0]]}, "field 'x' is no array with one row an example, but a list"),
+        ({"x": np.ones((4, 2)), "scale": 2.0}, "field 'scale' is no array"),
+    ],
+)
+def test_fields_that_are_none(split: Any, said: str):
+    with pytest.raises(UsageError, match=said):
+        size_of(split)

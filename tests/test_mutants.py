@@ -107,7 +107,7 @@ def run_tests(root: Path, *tests: str) -> Outcome:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     counts, messages = Counter[str](), []
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():

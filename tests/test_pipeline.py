@@ -363,7 +363,7 @@ def test_shares_tell_the_classes_that_are_off() -> None:
         ({"image": np.zeros((5, 2)), "label": np.zeros(4)}, "unequal lengths (image 5, label 4): give each of them"),
         ({}, "the data has no fields: give arrays with one row an example"),
         ({"x": np.zeros((0, 3))}, "the data has no examples: give arrays with one row an example"),
-        ({"x": np.zeros(3), "label": np.int32(1)}, "unequal lengths (x 3, label 0)"),
+        ({"x": np.zeros(3), "label": np.int32(1)}, "field 'label' is no array with one row an example, but a int32"),
         ([], "the data has no examples"),
     ],
 )

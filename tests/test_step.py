@@ -453,6 +453,13 @@ def test_a_loss_of_another_form_is_named(given: Any, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["step", "split", "skipped", "grad_norm", "examples_per_second"])
+def test_a_metric_with_a_name_of_the_logs_own_is_refused(name: str) -> None:
+    task = task_with(lambda params, s, b, k: ((params["model"]["w"].sum(), ONE), ({}, {name: (ONE, ONE)})))
+    with pytest.raises(UsageError, match=f"a metric called {name!r}"):
+        train_step(start(task, PAIR, {"model": optax.sgd(0.1)}), PAIR, KEY, task=task, tx={"model": optax.sgd(0.1)})
+
+
 def test_two_players_with_one_metric_are_named() -> None:
     task = two_players("a", "b")
 

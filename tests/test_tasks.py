@@ -406,3 +406,21 @@ def test_many_classes_are_counted_without_a_matrix() -> None:
     real, guess = np.asarray(batch["mask"]) > 0, logits_BC.argmax(-1)
     macro = sklearn.metrics.f1_score(label_B[real], guess[real], average="macro", zero_division=0)
     np.testing.assert_allclose(task.summarize(out)["macro_f1"], macro, rtol=1e-6)
+
+
+def test_a_metric_called_loss_is_refused() -> None:
+    """It would be what is minimised."""
+    batch = rows(x=np.ones((B, 2), np.float32))
+    both = one_player(
+        Same(), lambda out, b: (out.sum(-1), jnp.ones(B), {"loss": (out[:, 0], jnp.ones(B))}), inputs=fields("x")
+    )
+    with pytest.raises(UsageError, match="a metric called 'loss'"):
+        mean_loss(both, batch)
+
+
+def test_a_sequential_is_not_told_of_training() -> None:
+    """It takes any keyword, and hands it to its first layer."""
+    task = regress(nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)]))
+    batch = rows(x=np.ones((B, 3), np.float32), target=np.ones((B, 2), np.float32))
+    params, _ = task.init(KEY, batch)
+    assert np.isfinite(mean_loss(task, batch, params))

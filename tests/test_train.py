@@ -402,7 +402,7 @@ def test_speed_is_that_of_the_updates_that_were_timed(tmp_path):
             told.append((step, values.get("examples_per_second"), values["loss"]))
 
     program = SimpleNamespace(config=RunConfig(batch_size=8), steps=9)
-    lines = Lines(Told(), Display(enabled=False), clock, [], program)
+    lines = Lines(Told(), Display(enabled=False), clock, [], program, forgiven=0)
     window = lambda loss: {"loss": (2 * loss, 2.0), "skipped": (0.0, 2.0)}  # noqa: E731
     lines.begin(1, waited=0.5)
     for step, seconds in ((1, 0.0), (2, 1.0), (4, 3.0)):
@@ -484,6 +484,62 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("change", ["a pixel", "dropout", "evaluation"])
+def test_an_evaluation_of_changed_code_or_data_is_refused(change, plain):
+    experiment, said = CHANGED[change]
+    with pytest.raises(UsageError, match=rf"other code or data(?s:.*){said}"):
+        train.evaluate(experiment(), flags(plain))
+    assert train.evaluate(tiny_experiment(), flags(plain))["step"] == 6
+
+
+def test_a_changed_transform_on_the_host_is_refused(tmp_path):
+    def scaled(by: int) -> Any:
+        transform = lambda example, random: example | {"image": example["image"] // by}  # noqa: E731
+        return tiny_experiment(transform=transform)
+
+    fit(tmp_path / "run", scaled(1), steps=2)
+    with pytest.raises(UsageError, match="other code or data(?s:.*)program: "):
+        fit(tmp_path / "run", scaled(2), steps=2)
+
+
+def test_changes_that_do_not_go_on_are_not_recorded(plain, tmp_path):
+    """Accepted, but of another shape; or of a finished run: the run stays what it was."""
+    folder = killed_at_3(plain, tmp_path / "copy")
+    record = (folder / "config.json").read_text()
+    with pytest.raises(UsageError, match="of another model or optimizer"):
+        fit(folder, CHANGED["width"][0](), accept_changes=True)
+    assert (folder / "config.json").read_text() == record
+    assert fit(folder).result["step"] == 6
+    with pytest.raises(UsageError, match="other code or data"):
+        fit(folder, CHANGED["learning rate"][0](), accept_changes=True)
+
+
+def test_a_mistake_with_no_resume_costs_nothing(plain, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(plain, folder)
+    broken = tiny_experiment(task=classify(MLP(features=(8,), outputs=4), classes=3))
+    with pytest.raises(UsageError, match="gives 4 logits for 3 classes"):
+        fit(folder, broken, resume=False)
+    assert fit(folder).result["step"] == 6 and (folder / "checkpoints" / "6").exists()
+
+
+def test_a_traceback_before_the_first_update_leaves_no_run_behind(tmp_path):
+    class Wrong(nn.Module):
+        def __call__(self, x: Any) -> Any:
+            return x.nothing
+
+    with pytest.raises(AttributeError):
+        fit(tmp_path / "run", tiny_experiment(task=classify(Wrong(), classes=3)))
+    assert fit(tmp_path / "run", steps=2).result["step"] == 2
+
+
+def test_metrics_with_a_slash_are_in_the_result(tmp_path):
+    task = classify(MLP(features=(8,), outputs=3), classes=3)
+    named = dataclasses.replace(task, summarize=lambda m: {"head/accuracy": metrics.means(m)["accuracy"]})
+    result = fit(tmp_path / "run", tiny_experiment(task=named), steps=2).result["metrics"]
+    assert 0 <= result["eval/head/accuracy"] <= 1 and not any("norm/" in k for k in result)
+
+
 @pytest.mark.parametrize("finished", [False, True], ids=["interrupted", "finished"])
 @pytest.mark.parametrize("change", CHANGED)
 def test_changed_code_or_data_is_refused(change, finished, plain, tmp_path):
@@ -516,6 +572,21 @@ def test_an_unchanged_program_on_another_mesh_or_version_goes_on(plain, tmp_path
     (folder / "config.json").write_text(json.dumps(record))
     assert fit(folder).result["step"] == 6
     assert "elsewhere" in json.loads((folder / "config.json").read_text())["identity"]["programs"]
+
+
+def test_a_drop_in_the_window_that_was_open_does_not_stop_a_later_session(tmp_path):
+    """It was saved at step 2, within the log window of 1 to 6."""
+    experiment = nan_at(1)
+    fit(tmp_path / "skip", experiment, steps=3, log_every=6, nonfinite="skip", save_every=2)
+    folder = tmp_path / "skip"
+    record = json.loads((folder / "config.json").read_text())
+    record |= {"steps": 6, "config": record["config"] | {"steps": 6}}
+    (folder / "config.json").write_text(json.dumps(record))
+    for name in ("result.json", "checkpoints/3", "checkpoints/manifests/3.json"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run = fit(folder, experiment, steps=6, log_every=6, save_every=2)  # resumes at 2, where one is dropped
+    assert run.result["step"] == 6 and run.result["skipped"] == 1
 
 
 def test_dropped_updates_that_were_accepted_do_not_stop_a_later_session(tmp_path):

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +315,7 @@ class Free(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = self.act(nn.Dense(4)(x.reshape(x.shape[0], -1)))
-        x = x if self.scale is None else x * jnp.asarray(self.scale["by"])
+        x = x if self.scale is None else x * jnp.asarray(self.scale["by"] if isinstance(self.scale, Mapping) else 1.0)
         return (self.head or nn.Dense(3))(x)
 
 
@@ -326,8 +327,9 @@ class Free(nn.Module):
         (Free(act=nn.gelu), r"act .(PjitFunction|function|CustomJVP|jit)"),
         (Free(scale={"by": np.ones((1, 4))}), r"scale .dict"),
         (Free(head=Free(act=jnp.tanh)), r"head .Free"),
+        (Free(scale=float("inf")), r"scale .float"),
     ],
-    ids=["defaults", "module", "function", "array", "nested"],
+    ids=["defaults", "module", "function", "array", "nested", "infinite"],
 )
 def test_fields_of_any_kind_train_and_only_load_may_ask_for_the_module(model, missing, tmp_path):
     config = RunConfig(workdir=str(tmp_path / "run"), **FLAGS)
@@ -349,18 +351,30 @@ def test_fields_of_any_kind_train_and_only_load_may_ask_for_the_module(model, mi
         {"class": "collections.OrderedDict", "fields": {}},
         {"class": "antigravity.Net", "fields": {}},  # would open a browser on import
         {"class": "__main__.Net", "file": "evil.py", "fields": {}},
+        {"class": "__main__.Plain", "file": "evil.py", "fields": {}},
+        {"class": "evil.Plain", "fields": {}},
+        {"class": "this.inner.Net", "fields": {}},  # would print on import
+        {"class": "flax.linen.Module", "fields": {}},
+        {"class": "mine.build.<locals>.Net", "fields": {}},
     ],
 )
 def test_load_calls_nothing_but_a_module_class(spec, run, tmp_path, monkeypatch):
     shutil.copytree(run.workdir, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "precious").mkdir()
-    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\nNet = print\n")
+    (tmp_path / "evil.py").write_text(
+        "import pathlib\npathlib.Path('ran').touch()\nNet = print\nclass Plain:\n    pass\n"
+    )
     record = json.loads((tmp_path / "run/config.json").read_text())
     (tmp_path / "run/config.json").write_text(json.dumps(record | {"models": {"model": spec}}))
     with pytest.raises(UsageError, match="model="):
         bigjax.load(tmp_path / "run")
-    assert not (tmp_path / "ran").exists() and (tmp_path / "precious").exists() and "antigravity" not in sys.modules
+    assert (
+        not (tmp_path / "ran").exists()
+        and (tmp_path / "precious").exists()
+        and not {"antigravity", "this", "evil"} & sys.modules.keys()
+    )
 
 
 SCRIPT = """
@@ -394,6 +408,17 @@ train.fit(tiny_experiment(model=model, task=classify(model, classes=3)), config,
 again, variables = bigjax.load("run")
 assert again == model and type(again) is Net
 """
+
+
+def test_what_a_script_makes_by_a_call_is_not_made_by_load(tmp_path):
+    source = "from flax import linen as nn\nSCALE = abs(-2.0)\nclass Net(nn.Module):\n"
+    source += "    def __call__(self, x): return SCALE * x\n"
+    (tmp_path / "mine.py").write_text(source)
+    spec = {"class": "__main__.Net", "file": str(tmp_path / "mine.py"), "fields": {}}
+    with pytest.raises(UsageError, match="makes SCALE by a call, which loading must not run"):
+        modules.module_from(spec)
+    (tmp_path / "mine.py").write_text(source.replace("abs(-2.0)", "2.0"))
+    assert modules.module_from(spec).apply({}, 3.0) == 6.0
 
 
 def test_load_a_module_defined_in_the_script_itself(tmp_path, capsys):

@@ -15,7 +15,7 @@ import numpy as np
 from bigjax import sharding
 from bigjax.data import pipeline
 from bigjax.step import to_float
-from bigjax.task import Key, ModelState, Params, variables
+from bigjax.task import Key, ModelState, Params, mode, variables
 
 Evaluator = Callable[[Params, ModelState, Key], dict[str, float]]
 
@@ -72,7 +72,7 @@ def generate_images(generator: nn.Module, params: Params, model_state: ModelStat
 
 @functools.cache
 def _generating(generator: nn.Module) -> Callable[..., np.ndarray]:
-    return to_numpy(functools.partial(generator.apply, train=False))
+    return to_numpy(functools.partial(generator.apply, **mode(type(generator).__call__, False)))
 
 
 Classifier = tuple[nn.Module, Any, float]  # a module of images that sows `features`, its variables, its test accuracy
@@ -104,7 +104,9 @@ def _told_by(
 
     @to_numpy
     def look(weights: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, state = classifier.apply(weights, image, train=False, mutable="intermediates")
+        logits, state = classifier.apply(
+            weights, image, **mode(type(classifier).__call__, False), mutable="intermediates"
+        )
         return logits.argmax(-1), state["intermediates"]["features"][0].reshape(len(image), -1)
 
     features_real = look(weights, real)[1]

@@ -15,7 +15,7 @@ from bigjax.data import pipeline
 from bigjax.experiment import Pictures
 from bigjax.look.evaluators import encoder, generate_images, images_of, to_numpy
 from bigjax.step import to_float
-from bigjax.task import Key, ModelState, Params, variables
+from bigjax.task import Key, ModelState, Params, mode, variables
 
 BATCH = 500
 
@@ -30,7 +30,7 @@ def worst_mistakes(
 
     @to_numpy
     def shares(variables: Any, image: jax.Array) -> jax.Array:
-        logits_NC = model.apply(variables, image, train=False)
+        logits_NC = model.apply(variables, image, **mode(type(model).__call__, False))
         if logits_NC.shape[-1] == 1:  # sigmoid(z) is the softmax of (0, z)
             logits_NC = jnp.concatenate([jnp.zeros_like(logits_NC), logits_NC], axis=-1)
         return jax.nn.softmax(logits_NC)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -72,8 +72,16 @@ def differences(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> li
 
 
 def fingerprint_of_program(program: Program) -> str:
-    """A hash of what an update and an evaluation compute, as lowered for the mesh: the same in every process."""
-    text, test = program.lowered().as_text(), program.experiment.test
+    """A hash of what an update and an evaluation compute, as lowered for the mesh: the same in every process.
+
+    Other code on the host (summaries, hooks, evaluators, galleries) is not in it.
+    """
+    from bigjax.data import pipeline
+
+    text, test, transform = program.lowered().as_text(), program.experiment.test, program.experiment.transform
+    if transform is not None:  # it runs on the host: what it makes of a few examples
+        few = min(4, size_of(program.train))
+        text += str(checksum(next(pipeline.batches(program.train, seed=0, batch_size=few, transform=transform))))
     if test is not None:
         example = {k: np.asarray(v)[None] for k, v in (row_of(test, 0) or {}).items()}
         example |= {"index": np.zeros(1, np.int32), "mask": np.ones(1, np.float32)}
@@ -85,21 +93,21 @@ def fingerprint_of_program(program: Program) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def identify(home: epath.Path, program: Program, splits: Mapping[str, Any], *, accept: bool) -> None:
-    """Compares what trains, and on what, with what the run began with; keeps it where the run is new.
+def identify(
+    home: epath.Path, program: Program, splits: Mapping[str, Any], *, accept: bool, tell: Callable[[str], None]
+) -> Callable[[], None]:
+    """Compares what trains, and on what, with what the run began with.
 
-    The program is compared where versions and devices are the same. Raises UsageError with what differs; with `accept`
-    it is recorded as a change instead.
+    The program is compared where versions and devices are the same, and `tell` hears where they are not. Raises
+    UsageError with what differs, unless `accept`. What it gives records all this, once the run does go on.
     """
     mesh = {k: int(n) for k, n in program.mesh.shape.items()}
     circumstances = json.dumps({**versions(), **devices(), "mesh": mesh}, sort_keys=True)
     where = hashlib.sha256(circumstances.encode()).hexdigest()[:16]
-    here = {
-        "programs": {where: fingerprint_of_program(program)},
-        "data": {k: fingerprint_of(v) for k, v in splits.items()},
-    }
+    data = {k: fingerprint_of(v) for k, v in splits.items()}
+    here = {"programs": {where: fingerprint_of_program(program)}, "data": data}
 
-    def compare() -> None:
+    def compare() -> dict[str, Any]:
         record = read_config(home)
         known = record.get("identity", {"programs": {}, "data": {}})
         changes = []
@@ -111,11 +119,20 @@ def identify(home: epath.Path, program: Program, splits: Mapping[str, Any], *, a
         if changes and not accept:
             raise UsageError(
                 f"--workdir {home} belongs to a run with other code or data: put them back, use another --workdir, "
-                "--no-resume to start over there, or --accept-changes to go on with it\n  " + "\n  ".join(changes)
+                "--no-resume to start over there, or --accept-changes to go on with an unfinished one\n  "
+                + "\n  ".join(changes)
             )
         kept = {"programs": {**known["programs"], **here["programs"]}, "data": {**known["data"], **here["data"]}}
-        if kept != known:
-            said = {"changes": [*record.get("changes", []), *changes]} if changes else {}
-            write_json(home / "config.json", record | {"identity": kept} | said)
+        said = {"changes": [*record.get("changes", []), *changes]} if changes else {}
+        elsewhere = bool(known["programs"]) and where not in known["programs"]
+        return {"record": {"identity": kept} | said, "elsewhere": elsewhere, "new": kept != known}
 
-    processes.from_first(compare)
+    found = processes.from_first(compare)
+    if found["elsewhere"]:
+        tell("on other devices or versions than before: whether the code is the same is not compared")
+
+    def record() -> None:
+        if found["new"] and processes.first():
+            write_json(home / "config.json", read_config(home) | found["record"])
+
+    return record

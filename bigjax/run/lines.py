@@ -36,12 +36,13 @@ class Clock:
 class Lines:
     """What a run tells: each line goes to the log and to the hooks; a window's, once its updates are behind.
 
-    ends: whether a hook has said that the run ends.
+    ends: whether a hook has said that the run ends. forgiven: updates of the first window that an earlier session
+    dropped and accepted.
     """
 
-    def __init__(self, log: Any, display: Any, clock: Clock, hooks: list[OnLog], program: Program):
+    def __init__(self, log: Any, display: Any, clock: Clock, hooks: list[OnLog], program: Program, *, forgiven: int):
         self.log, self.display, self.clock, self.hooks, self.program = log, display, clock, hooks, program
-        self.ends, self.unread, self.mark = False, None, None
+        self.ends, self.unread, self.mark, self.forgiven = False, None, None, forgiven
 
     def begin(self, step: int, waited: float) -> None:
         """What is done counts neither for the speed nor for the wait for data: it compiled."""
@@ -50,7 +51,7 @@ class Lines:
     def tell(self, step: int, split: str, values: dict[str, float]) -> None:
         self.log.write(step, split, values)
         if self.hooks:
-            self.ends |= processes.from_first(lambda: any([hook(step, split, values) is True for hook in self.hooks]))
+            self.ends |= processes.from_first(lambda: any([bool(hook(step, split, values)) for hook in self.hooks]))
 
     def set_aside(self, step: int, window: Metrics, waited: float) -> None:
         """The sums of a window that has ended, to be read while the device works on."""
@@ -65,16 +66,17 @@ class Lines:
             return False
         (step, window, speed), self.unread = self.unread, None
         values, seconds = metrics.means(window), self.clock.seconds
-        if (dropped := values["skipped"]) and self.program.config.nonfinite == "skip":
+        dropped, more, self.forgiven = values["skipped"], float(window["skipped"][0]) > self.forgiven, 0
+        if more and self.program.config.nonfinite == "stop":
+            return True  # and the run stops here, without this line
+        if dropped:
             since = "of the updates since the last line were not finite and dropped"
             self.display.line(f"step {step}: {dropped:.1%} {since}")
-        elif dropped:
-            return True  # and the run stops here, without this line
         self.tell(step, "train", values | ({"examples_per_second": speed} if np.isfinite(speed) else {}))
         share = seconds["data_wait"] / max(seconds["train"], 1e-9)
         shown = {"metrics": values, "examples_per_second": speed, "data_wait_fraction": share}
         self.display.update(step, self.program.steps, **shown)
-        return bool(dropped)
+        return more
 
     def tell_evaluation(self, step: int, values: Mapping[str, dict[str, float]]) -> None:
         """A line for each split."""

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def recorded(value: Any) -> Any:
         return spec
     if isinstance(value, tuple | list):
         return [recorded(part) for part in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise TypeError
 
@@ -67,31 +68,48 @@ def module_from(spec: Mapping[str, Any]) -> nn.Module:
 
 
 def class_of(spec: Mapping[str, Any]) -> type[nn.Module]:
-    """The class that config.json names. Only the file that defines a class is read for it, and nothing is called.
+    """The class that config.json names.
 
-    Raises UsageError for what is no class of Linen's, or isn't found.
+    Nothing is imported for it but the module, or the definitions of the script, whose source says that it is a Linen
+    module; and nothing is called. Raises UsageError for anything else.
     """
-    where, _, name = spec["class"].rpartition(".")
-    main = getattr(sys.modules["__main__"], "__file__", None)
-    if "file" in spec and not (main and str(Path(main).resolve()) == spec["file"]):
+    where, _, name = str(spec["class"]).rpartition(".")
+    main = sys.modules["__main__"]
+    if "<locals>" in where:
+        raise UsageError(f"{spec['class']} was defined inside a function: {REMEDY}")
+    if "file" in spec and str(Path(getattr(main, "__file__", None) or "/").resolve()) != spec["file"]:
         found = getattr(definitions(Path(spec["file"]), name), name, None)
     else:  # the script itself asks, which must not run once more; or a module
         if where not in sys.modules and not defines(where, name):
-            raise UsageError(f"{where} defines no class {name} here: import what does, or {REMEDY}")
+            raise UsageError(f"{where} defines no Linen module {name} here: import what does, or {REMEDY}")
         found = getattr(importlib.import_module(where), name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and found is not nn.Module):
         raise UsageError(f"{spec['class']} is no flax.linen.Module: config.json is damaged, or {REMEDY}")
     return found
 
 
 def defines(module: str, name: str) -> bool:
-    """Whether a module's source has a class of this name at its top; it is not imported for that."""
+    """Whether a module's source has a Linen module of this name at its top; neither it nor its parents are imported."""
+    top, *below = module.split(".")
     try:
-        found = importlib.util.find_spec(module)
-        tree = ast.parse(Path(found.origin).read_text())
-    except (ImportError, AttributeError, TypeError, ValueError, OSError, SyntaxError):
+        found = importlib.util.find_spec(top)
+        folders = list(found.submodule_search_locations or ()) if found else []
+        path = Path(*folders[:1], *below) if below else Path(found.origin)
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        return is_linen(ast.parse(path.read_text()), name)
+    except (AttributeError, TypeError, ValueError, OSError, SyntaxError):
         return False
-    return any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body)
+
+
+def is_linen(tree: ast.Module, name: str) -> bool:
+    """Whether source says that a class at its top is a Linen module: a base is called Module, or is such a class, or
+    comes from bigjax.
+    """
+    ours = {a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names
+            if (n.module or "").partition(".")[0] in ("bigjax", "flax")}  # fmt: skip
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    bases = [ast.unparse(base) for base in classes[name].bases] if name in classes else []
+    return any(b.rpartition(".")[2] == "Module" or b in ours or (b != name and is_linen(tree, b)) for b in bases)
 
 
 def definitions(path: Path, name: str) -> types.ModuleType:
@@ -99,9 +117,16 @@ def definitions(path: Path, name: str) -> types.ModuleType:
     if not path.exists():
         raise UsageError(f"the script {path} that defines {name} is gone: put it back, or {REMEDY}")
     tree = ast.parse(path.read_text())
-    calls = lambda node: any(isinstance(part, ast.Call) for part in ast.walk(node))  # noqa: E731
-    constant = lambda node: isinstance(node, ast.Assign | ast.AnnAssign) and not calls(node)  # noqa: E731
-    tree.body = [node for node in tree.body if isinstance(node, DEFINING) or constant(node)]
+    if not is_linen(tree, name):
+        raise UsageError(f"{path} defines no Linen module {name}: put it back, or {REMEDY}")
+    assigned = ast.Assign | ast.AnnAssign
+    made = [n for n in tree.body if isinstance(n, assigned) and any(isinstance(p, ast.Call) for p in ast.walk(n))]
+    lost = {p.id for n in made for p in ast.walk(n) if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)}
+    kept = [n for n in tree.body if isinstance(n, (*DEFINING, ast.Assign, ast.AnnAssign)) and n not in made]
+    used = {p.id for n in kept for p in ast.walk(n) if isinstance(p, ast.Name)}
+    if needed := sorted(lost & used):
+        raise UsageError(f"{path} makes {needed[0]} by a call, which loading must not run: {REMEDY}")
+    tree.body = kept
     module = sys.modules["bigjax_run_script"] = types.ModuleType("bigjax_run_script")  # dataclasses look it up
     module.__file__ = str(path)
     try:

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -34,6 +35,7 @@ OURS = (
     "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile", "source.patch",
     "config.json",
 )  # fmt: skip
+NORMS = re.compile("(grad|param|update)_norm/")  # of layers: in the log alone
 UNBEGUN = {".lock", ".writable", "source.patch", "config.json.part"}  # what a kill in the first moment leaves
 
 
@@ -263,7 +265,7 @@ def make_result(
 
     values: the last numbers by split; counts: the test split's merged metrics; examples: trained on in this session.
     """
-    numbers = {f"{split}/{k}": v for split, line in values.items() for k, v in line.items() if "/" not in k}
+    numbers = {f"{split}/{k}": v for split, line in values.items() for k, v in line.items() if not NORMS.match(k)}
     result = {
         "experiment": experiment.name,
         "step": int(state.step),
