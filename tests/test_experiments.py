@@ -53,7 +53,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+LONG = {"mnist_gan", "python_gpt"}  # to compile: a minute and more
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SCRIPTS])
 def test_two_steps(script: str, folder: Path) -> None:
     if script == "mnist_gan":  # its classifier
         run("mnist_cnn", "--steps", "2")

@@ -34,6 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_blocks_run(place: Path) -> None:
     env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TFDS_DATA_DIR": str(place / "tfds")}
     makefile = (REPOSITORY / "Makefile").read_text()

@@ -71,6 +71,7 @@ def recipe(sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_gan_on_cifar10(recipe: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     """Its classifier is trained on the same images, at the first evaluation, and not by `build`."""
     short = {"steps": 2, "batch_size": 8, "features": (4, 8), "dense": (8,)}
