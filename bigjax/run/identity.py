@@ -66,8 +66,9 @@ def differences(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> li
     lines = [f"{name} data, {k}: {old.get(k)} -> {new.get(k)}" for k in ("rows", "fields") if old.get(k) != new.get(k)]
     before, after = old.get("checksums", {}), new.get("checksums", {})
     if not lines and (changed := [i for i in before.keys() & after.keys() if before[i] != after[i]]):
-        which = "values" if changed == ["all"] else f"example {min(map(int, changed))}"
-        lines.append(f"{name} data, checksum of its {which}: {before[min(changed)]} -> {after[min(changed)]}")
+        first = "all" if changed == ["all"] else min((i for i in changed if i != "all"), key=int)
+        which = "values" if first == "all" else f"example {first}"
+        lines.append(f"{name} data, checksum of its {which}: {before[first]} -> {after[first]}")
     return lines
 
 
