@@ -168,12 +168,6 @@ def test_a_file_that_comes_back_changed(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_buckets_without_gcsfs_name_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    (line,) = said(capsys, lambda: doctor.storage("it", "gs://bucket/runs"))
-    assert line.startswith("failed") and line.endswith('— pip install -e ".[gcs]"')
-
-
 def gs(*, seconds: float = 30, first: str = "") -> str:
     """The doctor's line of gs://bucket/runs."""
     pytest.importorskip("gcsfs")
@@ -186,6 +180,12 @@ doctor.meeting = lambda: []
 doctor.examine("gs://bucket/runs", quick=True)
 """
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def test_buckets_without_gcsfs_name_the_extra() -> None:
+    """In a process of its own: fsspec remembers a gcsfs that another test has imported."""
+    line = gs(first="import sys; sys.modules['gcsfs'] = None")
+    assert line.startswith("failed") and line.endswith('— pip install -e ".[gcs]"')
 
 
 def test_a_bucket_that_cannot_be_reached_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
