@@ -24,9 +24,8 @@ sys.path.insert(0, str(ROOT / "experiments" / "text"))
 
 import python_gpt  # noqa: E402
 
-from bigjax import cli  # noqa: E402
 from bigjax.program import AHEAD, Program  # noqa: E402
-from bigjax.run import manifest, workdir  # noqa: E402
+from bigjax.run import machine, manifest, workdir  # noqa: E402
 from bigjax.run.checkpoint import Checkpoints  # noqa: E402
 
 RESULT = ROOT / "experiments" / "results" / "save_stall.json"
@@ -100,7 +99,7 @@ def checksums(tree: Any, folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    cli.keep_memory()
+    machine.keep_memory()
     config = dataclasses.replace(python_gpt.Config(), minutes=None, steps=10**4)
     experiment = python_gpt.build(config)
     program = Program(experiment, config, experiment.train, steps=10**4)

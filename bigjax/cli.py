@@ -1,6 +1,5 @@
 """The verbs of an experiment script: train (the default), evaluate, report."""
 
-import ctypes
 import dataclasses
 import difflib
 import os
@@ -27,14 +26,15 @@ VERBS = {
 
 def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments: Sequence[str] | None = None) -> None:
     """Runs a script's verb with its flags. A mistake of the user is one message on stderr and exit status 2."""
-    from bigjax.run import processes
+    from bigjax.run import machine, processes
     from bigjax.run.workdir import shared
 
-    keep_memory()
+    machine.keep_memory()
+    machine.forgive_terminal()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = Path(sys.modules[build.__module__].__file__).stem
     try:
-        verb = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+        verb = take_verb(arguments, Config)
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
@@ -68,6 +68,18 @@ class PlanFlags:
     search: bool = False  # plan every mesh of the slice (minutes each for a large model) and rank those that fit
 
 
+def take_verb(arguments: list[str], Config: type[RunConfig]) -> str:
+    """The first word, or a verb behind flags, where it is no flag's value: taken out of `arguments`. Else train."""
+    switches = {f.name for kind in (Config, PlanFlags) for f in dataclasses.fields(kind) if isinstance(f.default, bool)}
+    for i, (before, word) in enumerate(zip(["", *arguments], arguments, strict=False)):
+        valued = before.startswith("--") and "=" not in before
+        if valued and before[2:].removeprefix("no-").replace("-", "_") in switches:
+            valued = False
+        if (i == 0 and not word.startswith("-")) or (word in VERBS and not valued):
+            return arguments.pop(i)
+    return "train"
+
+
 def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig, PlanFlags]:
     """A script's flags and, with the verb plan, those of plan."""
     if verb != "plan":
@@ -86,20 +98,6 @@ def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, argument
     record = workdir.read_config(home)["config"]
     free = {k: getattr(given, k) for k in workdir.FREE}
     return tyro.cli(Config, args=arguments, default=dataclasses.replace(workdir.restored(Config(), record), **free))
-
-
-def keep_memory() -> None:
-    """Lets glibc keep the memory of large arrays instead of returning it to the system after each use.
-
-    XLA allocates its temporaries anew in every step; on CPU the page faults are a large part of a small model's
-    step. A C library without `mallopt` is left as it is.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-8, 1)):  # mmap threshold, trim threshold, arenas
-        mallopt(parameter, value)
 
 
 def settle(config: RunConfig, default: RunConfig) -> RunConfig:

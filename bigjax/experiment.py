@@ -98,6 +98,7 @@ class RunConfig:
     keep: Annotated[int, Positive] = 2  # checkpoints
     best: str | None = None  # keep the best too, by a number of the validation split: max:accuracy, min:loss
     resume: bool = True  # --no-resume: start over in this working directory, dropping what is there
+    extend: bool = False  # go on to more --steps, --epochs or --minutes than the run there has had
     accept_changes: bool = False  # go on although the code or the data are not those that the run began with
     init_from: str | None = None  # a working directory whose parameters to start from
     tensorboard: bool = False

@@ -1,10 +1,9 @@
 """The loop: `fit` runs the one step over an experiment's batches, in a working directory that can be resumed."""
 
 import contextlib
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,14 +30,6 @@ class Run:
     workdir: epath.Path
 
 
-def cache_compilations(on: bool) -> None:
-    """JAX's persistent compilation cache, in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_enable_compilation_cache", on)
-    if on and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "bigjax", "compiled"))
-
-
 def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_log: OnLog | None = None) -> Run:
     """Trains to the end, evaluates, writes the working directory; resumes what is there, gives back what is finished.
 
@@ -49,14 +40,15 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     from bigjax.data import pipeline
     from bigjax.look.display import Display, summary
     from bigjax.look.profile import tracing
-    from bigjax.run import guard, processes
+    from bigjax.run import guard, machine, processes
     from bigjax.run import workdir as folder
-    from bigjax.run.identity import identify
+    from bigjax.run.identity import extend, identify, longer
     from bigjax.run.lines import Clock
 
     check(config)
     guard.quiet()
-    cache_compilations(config.compilation_cache)
+    machine.forgive_terminal()
+    machine.cache_compilations(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
     train, splits = experiment.train, {"eval": experiment.test}
     if config.validation:
@@ -86,19 +78,25 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
                     return make(steps=10**6).seconds_a_step()
 
             size = size_of(train)
-            steps = folder.once(home, "steps", lambda: planned_steps(config, size, seconds_a_step))
-            program = make(steps=steps)
+            planned = partial(planned_steps, config, size, seconds_a_step)
+            steps = folder.once(home, "steps", planned)
+            program, more = make(steps=steps), not fresh and longer(home, config)
             with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
                 with watchdog.watching(lambda: "reading the data's first examples"):
                     accept = config.accept_changes and not finished
-                    known = identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)
+                    records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
+            if more:
+                program, finished = make(steps=planned()), None
+                display.line(f"extended from {steps:,} to {program.steps:,} updates")
+                records.append(extend(home, program, before=steps))
             if finished:
                 display.line(f"{home} is finished; this is its result (--no-resume starts over)")
                 display.close()
                 summary(finished, report=str(home / "report.html"), console=display.console)
                 return Run(None, finished, home)
             started = start(program, home, display, clock)
-            known()
+            for record in records:
+                record()
         except Exception:
             # nothing has begun: the corrected command must not find a run with other settings
             if fresh and processes.first():
@@ -138,7 +136,7 @@ def loop(
     *,
     display: Any,
     clock: Any,
-    signalled: Callable[[int], int | None],
+    signalled: Any,
     hooks: list[OnLog],
 ) -> Run:
     """From where `start` stands to the end: updates, log windows, evaluations, checkpoints, the result."""
@@ -184,8 +182,8 @@ def loop(
                 done or step % n == 0 for n in (config.log_every, config.eval_every, config.save_every)
             )
             if at_log or at_eval or at_save or not processes.several():  # several ask the clock of process 0
-                due = 0 < config.save_minutes * 60 < time.monotonic() - saved
-                at_save |= processes.from_first(lambda due=due: due) if config.save_minutes else False
+                due = signalled.save() or 0 < config.save_minutes * 60 < time.monotonic() - saved
+                at_save |= processes.from_first(lambda due=due: due)
             bad = False
             if at_log:
                 checkpoints.check()

@@ -115,6 +115,21 @@ def test_a_limit_of_ones_own_replaces_the_scripts_steps():
     assert settled(steps=7).steps == 7
 
 
+@pytest.mark.parametrize("arguments, verb, rest", [
+    ("", "train", ""),
+    ("evaluate --steps 3", "evaluate", "--steps 3"),
+    ("--steps 3 evaluate", "evaluate", "--steps 3"),
+    ("--steps 3 --no-resume report --seed 1", "report", "--steps 3 --no-resume --seed 1"),
+    ("--data=x plan", "plan", "--data=x"),
+    ("--features 8 9 evaluate", "evaluate", "--features 8 9"),
+    ("--workdir plan --data evaluate", "train", "--workdir plan --data evaluate"),  # these are values
+    ("--search plan", "plan", "--search"),
+])  # fmt: skip
+def test_the_verb_may_stand_behind_flags(arguments: str, verb: str, rest: str) -> None:
+    words = arguments.split()
+    assert (cli.take_verb(words, Config), " ".join(words)) == (verb, rest)
+
+
 # ---- what does not
 
 

@@ -43,34 +43,74 @@ def _not_twice(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-@contextlib.contextmanager
-def signals() -> Iterator[Callable[[int], int | None]]:
-    """While it is entered SIGTERM and SIGINT do nothing but to be told by what it gives, asked at every step.
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+SAVING = getattr(signal, "SIGUSR1", None)
 
-    Among several processes one signal to any of them is told to all, at the same step. Outside the main thread, where
-    Python allows no handlers, signals do what they did.
-    """
-    seen: list[int] = []
 
-    def told(step: int) -> int | None:
-        together = processes.several() and reached_preemption_sync_point(step)  # JAX hears SIGTERM and agrees with all
-        return (seen or [signal.SIGTERM])[0] if together or (seen and not processes.several()) else None
+class Signals:
+    """What has been asked of the run from outside since it began: to end (ENDING), or to save and go on (SAVING)."""
 
-    def note(number: int, _: Any) -> None:
-        seen.append(number)
-        if processes.several():
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __call__(self, step: int) -> int | None:
+        """The signal by which the run ends after `step`: asked at every step, by all processes at the same."""
+        ends = [n for n in self.seen if n != SAVING]
+        if not processes.several():
+            return ends[0] if ends else None
+        return (ends or [signal.SIGTERM])[0] if reached_preemption_sync_point(step) else None  # JAX hears SIGTERM
+
+    def save(self) -> bool:
+        """Whether a save was asked for since this was last asked."""
+        asked = SAVING in self.seen
+        while SAVING in self.seen:
+            self.seen.remove(SAVING)
+        return asked
+
+    def note(self, number: int, _: Any) -> None:
+        self.seen.append(number)
+        if processes.several() and number != SAVING:
             os.kill(os.getpid(), signal.SIGTERM)
 
+
+@contextlib.contextmanager
+def signals() -> Iterator[Signals]:
+    """While it is entered signals do nothing but to be told by what it gives, and to be answered at once on stderr.
+
+    Among several processes one that ends any of them is told to all, at the same step; one that saves is heard by
+    process 0. Outside the main thread, where Python allows no handlers, signals do what they did; and one that was
+    ignored, as `nohup` does with SIGHUP, is ignored.
+    """
+    asked = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: None
+        yield asked
         return
-    heard = [signal.SIGINT] if processes.several() else [signal.SIGTERM, signal.SIGINT]
-    before = {n: signal.signal(n, note) for n in heard}
+    heard = [n for n in (*ENDING, SAVING) if n and signal.getsignal(n) != signal.SIG_IGN]
+    if processes.several():
+        heard.remove(signal.SIGTERM)
+    before = {n: signal.signal(n, asked.note) for n in heard}
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    waked = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=answer, args=(read,), name="bigjax-signals", daemon=True).start()
     try:
-        yield told
+        yield asked
     finally:
+        signal.set_wakeup_fd(waked)
+        os.close(write)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def answer(read: int) -> None:
+    """Says at once that a signal has come: the main thread hears of it only when what it computes is done."""
+    with open(read, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] in (*ENDING, SAVING):
+                what = "saving" if number[0] == SAVING else "stopping"
+                with contextlib.suppress(OSError):  # a terminal that is gone
+                    name = signal.Signals(number[0]).name
+                    os.write(2, f"\n{name}: {what} after this update\n".encode())
 
 
 REFUSED = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG ESTALE".split()}

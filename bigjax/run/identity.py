@@ -13,10 +13,10 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError, sharding
-from bigjax.experiment import size_of
+from bigjax.experiment import RunConfig, size_of
 from bigjax.program import Program
 from bigjax.run import processes
-from bigjax.run.workdir import changes_of_state, devices, read_config, versions, write_json
+from bigjax.run.workdir import LENGTH, changes_of_state, devices, read_config, settings, versions, write_json
 from bigjax.step import to_float
 from bigjax.task import Fields
 
@@ -94,6 +94,13 @@ def fingerprint_of_program(program: Program) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def circumstances(program: Program) -> str:
+    """A hash of all that decides how the same code is lowered: versions, devices, mesh."""
+    mesh = {k: int(n) for k, n in program.mesh.shape.items()}
+    told = json.dumps({**versions(), **devices(), "mesh": mesh}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 def identify(
     home: epath.Path, program: Program, splits: Mapping[str, Any], *, accept: bool, tell: Callable[[str], None]
 ) -> Callable[[], None]:
@@ -135,5 +142,39 @@ def identify(
     def record() -> None:
         if found["new"] and processes.first():
             write_json(home / "config.json", read_config(home) | found["record"])
+
+    return record
+
+
+def longer(home: epath.Path, config: RunConfig) -> bool:
+    """Whether --extend asks for another length than the run there has."""
+
+    def compare() -> bool:
+        known, asked = (read_config(home)["config"], settings(config)) if config.extend else ({}, {})
+        return any(known.get(k) != asked.get(k) for k in LENGTH)
+
+    return processes.from_first(compare)
+
+
+def extend(home: epath.Path, program: Program, *, before: int) -> Callable[[], None]:
+    """Makes `program`, which is the run's own but for its length, what the run is from here on.
+
+    UsageError where it is not longer than `before`, the number of updates that the run had. What it gives records all
+    this, once the run does go on.
+    """
+    steps = program.steps
+    if steps <= before:
+        raise UsageError(f"--extend: the run in {home} has {before:,} updates, and {steps:,} are not more: give more")
+    programs = {circumstances(program): fingerprint_of_program(program)}
+
+    def record() -> None:
+        if not processes.first():
+            return
+        (home / "result.json").unlink(missing_ok=True)  # first: without it the run of either length goes on
+        known = read_config(home)
+        said = {"config": settings(program.config), "steps": steps}
+        said["extended"] = [*known.get("extended", []), {"from": before, "to": steps}]
+        said["identity"] = {**known.get("identity", {"data": {}}), "programs": programs}
+        write_json(home / "config.json", known | said)
 
     return record

@@ -29,8 +29,9 @@ from bigjax.run.modules import module_spec
 # Settings that may differ between a run and its resumption: they change no number.
 FREE = {
     "workdir", "mesh", "distributed", "keep", "save_every", "save_minutes", "hang_seconds", "nonfinite", "resume",
-    "tensorboard", "profile", "compilation_cache", "accept_changes",
+    "tensorboard", "profile", "compilation_cache", "accept_changes", "extend", "log_every", "eval_every",
 }  # fmt: skip
+LENGTH = ("steps", "epochs", "minutes")  # may differ with --extend
 OURS = (
     "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile", "source.patch",
     "config.json",
@@ -209,7 +210,14 @@ def _open(
         (workdir / "source.patch").write_text(git("diff", "HEAD") or "")
         write_json(path, description)
         return None
-    if changes := agree(read_config(workdir), experiment, config):
+    changes = agree(read_config(workdir), experiment, config)
+    length = [line for line in changes if line.startswith(tuple(f"{k}:" for k in LENGTH))]
+    if changes and changes == length and not config.extend:
+        raise UsageError(
+            f"--workdir {workdir} belongs to a run of another length ({', '.join(length)}): add --extend to go on to "
+            "the new one, or use another --workdir, or --no-resume to start over there"
+        )
+    if changes := [line for line in changes if line not in length or not config.extend]:
         shapes = Program(experiment, config, experiment.train, steps=1).state_shapes
         raise UsageError(
             f"--workdir {workdir} belongs to a run with other settings: use another --workdir, or --no-resume to "

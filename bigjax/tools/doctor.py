@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 
 from bigjax import UsageError
-from bigjax.run import processes
+from bigjax.run import machine, processes
 
 PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", *PLUGINS)
@@ -139,9 +139,7 @@ def storage(name: str, folder: str) -> Iterator[str]:
 
 
 def compilation_cache(remedy: str) -> Iterator[str]:
-    from bigjax import train
-
-    train.cache_compilations(True)
+    machine.cache_compilations(True)
     try:
         yield from storage("compilation cache", jax.config.jax_compilation_cache_dir)
     except OSError as e:

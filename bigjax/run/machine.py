@@ -1,0 +1,66 @@
+"""What a program sets in its process before it trains: memory, the compilation cache, a terminal that may be lost."""
+
+import ctypes
+import io
+import os
+import sys
+
+import jax
+
+
+def keep_memory() -> None:
+    """Lets glibc keep the memory of large arrays instead of returning it to the system after each use.
+
+    XLA allocates its temporaries anew in every step; on CPU the page faults are a large part of a small model's
+    step. A C library without `mallopt` is left as it is.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-8, 1)):  # mmap threshold, trim threshold, arenas
+        mallopt(parameter, value)
+
+
+def cache_compilations(on: bool) -> None:
+    """JAX's persistent compilation cache, in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update("jax_enable_compilation_cache", on)
+    if on and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "bigjax", "compiled"))
+
+
+class Terminal(io.FileIO):
+    """Standard output or error. Once it takes nothing any more, what is written there is dropped, and training goes on.
+
+    A closed pipe (`| head`), a terminal that is gone, a full disk behind `> out.txt`: the other of the two is told.
+    """
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            number, nowhere = self.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)  # for all that write there, C++ too
+            os.close(nowhere)
+            if number == 1:
+                told = f"standard output takes nothing any more ({e.strerror}): the run goes on without it"
+                print(told, file=sys.stderr, flush=True)
+            return len(data)
+
+
+def forgive_terminal() -> None:
+    """Makes standard output and error, where they are the process's own, a `Terminal`.
+
+    Characters that its encoding does not have are shown as escapes.
+    """
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        if old is None or old is not getattr(sys, f"__{name}__") or isinstance(getattr(old.buffer, "raw", 0), Terminal):
+            continue
+        old.flush()
+        raw = io.BufferedWriter(Terminal(old.fileno(), "w", closefd=False))
+        new = io.TextIOWrapper(raw, old.encoding, "backslashreplace", line_buffering=old.line_buffering)
+        new.mode = old.mode
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)  # the old one has nothing left to write at the end
