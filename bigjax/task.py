@@ -206,7 +206,7 @@ def one_player(
         out, state = apply(model, own, inputs(batch), key=key, index_B=batch["index"], train=True)
         metrics = counted(per_example(out, batch), batch)
         total, count = metrics["loss"]
-        return (total + count * weight_penalty(params["model"], l1=l1, l2=l2), count), (state, metrics)
+        return (total + count.astype(total.dtype) * weight_penalty(params["model"], l1=l1, l2=l2), count), (state, metrics)
 
     def evaluation(params: Params, model_state: ModelState, batch: Batch, key: Key) -> Metrics:
         own = variables(params, model_state)

@@ -31,6 +31,7 @@ from bigjax.program import Program  # noqa: E402
 from bigjax.tasks import classify  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", os.environ.get("BIGJAX_OPTIMIZED") != "1")  # compiles in half
 
 hypothesis.settings.register_profile("bigjax", deadline=None)  # the machines are shared: time is no reason to fail

@@ -109,7 +109,7 @@ def test_gradients_reach_every_parameter(name):
 
     def loss(params):
         outputs = train(model, {"params": params, **state}, inputs)
-        return sum(jnp.sin(y + jnp.arange(y.size).reshape(y.shape)).sum() for y in jax.tree.leaves(outputs))
+        return sum(jnp.sin(y + jnp.arange(y.size, dtype=np.float32).reshape(y.shape)).sum() for y in jax.tree.leaves(outputs))
 
     gradients = jax.jit(jax.grad(loss))(variables["params"])
     for path, g in flax.traverse_util.flatten_dict(gradients, sep="/").items():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import MONOTONE, activation, conv, initializer, normalize
+from bigjax.models.layers import MONOTONE, activation, conv, initializer, normalize, promoting
 from bigjax.ops.convolution import max_pool
 from bigjax.sharding import constrain
 
@@ -54,7 +54,9 @@ class CNN(nn.Module):
         x = normalize(x_BHWC, self.mean, self.std, dtype=self.dtype)
 
         def norm(x: Array, i: int) -> Array:
-            return nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x) if self.batch_norm else x
+            if not self.batch_norm:
+                return x
+            return promoting(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}"))(x)
 
         for i, width in enumerate(self.features):
             lost, pool = self.kernel - 1 if self.padding == "VALID" else 0, 2 if i < self.pools else 1

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import conv, grid, initializer, normalize, upsample
+from bigjax.models.layers import conv, grid, initializer, normalize, promoting, upsample
 from bigjax.sharding import constrain
 
 
@@ -64,7 +64,7 @@ class Generator(nn.Module):
             if i:
                 x = upsample(features, kernel_init=init, dtype=dtype, name=f"upsample_{i - 1}")(x)
             if self.batch_norm:
-                x = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x)
+                x = promoting(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}"))(x)
             x = nn.leaky_relu(x, self.slope)
             self.sow("intermediates", f"stage_{i}", x)
         x = conv(self.image[2], 3, kernel_init=init, dtype=dtype, name="image")(x)

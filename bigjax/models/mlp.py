@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigjax.models.layers import activation, initializer, normalize
+from bigjax.models.layers import activation, initializer, normalize, promoting
 from bigjax.sharding import constrain
 
 
@@ -46,7 +46,7 @@ class MLP(nn.Module):
         for i, width in enumerate(self.features):
             x = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x)
             if self.batch_norm:
-                x = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x)
+                x = promoting(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}"))(x)
             x = act(constrain(x, "batch"))
             self.sow("intermediates", f"stage_{i}", x)
             if i == len(self.features) - 1:
