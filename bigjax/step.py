@@ -131,9 +131,7 @@ def check_metrics(who: str, metrics: Mapping[str, Any]) -> None:
         if name in RESERVED:
             raise UsageError(f"{who} gives a metric called {name!r}, as the log's own: give it another name")
         if not is_pair(value):
-            raise UsageError(
-                f"{who} gives the metric {name!r} as something else than (sum, count) in arrays: give both"
-            )
+            raise UsageError(f"{who} gives the metric {name!r} as something else than arrays (sum, count): give both")
 
 
 def gradients(
@@ -165,8 +163,7 @@ def gradients(
         (value, (count, _, out)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         (state, sums), _ = jax.lax.scan(body, (model_state[player], (value, count, out, grads)), parts)
         value, count, out, grads = sums
-    count = count.astype(value.dtype)  # it may be a whole number
-    return jax.tree.map(lambda g: g / count, grads), state, out, value / count
+    return jax.tree.map(lambda g: g / count.astype(value.dtype), grads), state, out, value / count.astype(value.dtype)
 
 
 def train_step(

@@ -441,7 +441,7 @@ ONE = jnp.ones(())
         (lambda w: ((w.sum(), ONE), {}), "second part is no pair of a model state and a dict"),
         (
             lambda w: ((w.sum(), ONE), ({}, {"error": w.sum()})),
-            r"gives the metric 'error' as something else than \(sum, count\)",
+            r"gives the metric 'error' as something else than arrays \(sum, count\)",
         ),
     ],
 )

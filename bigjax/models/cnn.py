@@ -73,7 +73,7 @@ class CNN(nn.Module):
             else:
                 x = max_pool(act(x))
             self.sow("intermediates", f"stage_{i}", x)
-        x = x.reshape(x.shape[0], -1)
+        x = jax.lax.collapse(x, 1)
         for i, width in enumerate(self.dense):
             x = nn.Dropout(self.dropout)(x, deterministic=not train)
             x = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x)

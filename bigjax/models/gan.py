@@ -118,7 +118,7 @@ class Discriminator(nn.Module):
             x = nn.leaky_relu(constrain(x, "batch"), self.slope)
             self.sow("intermediates", f"stage_{i}", x)
             x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        x = x.max((1, 2)) if self.pool == "max" else x.reshape(x.shape[0], -1)
+        x = x.max((1, 2)) if self.pool == "max" else jax.lax.collapse(x, 1)
         self.sow("intermediates", "features", x)
         logit = layer(nn.Dense(1, dtype=dtype, kernel_init=init, name="logit"), x)[:, 0]
         if self.classes:

@@ -42,7 +42,7 @@ class MLP(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         act, init, dtype = activation(self.activation), initializer(self.kernel_init), jnp.dtype(self.dtype)
         x = normalize(x, self.mean, self.std, dtype=self.dtype)
-        x = x.reshape(x.shape[0], -1)
+        x = jax.lax.collapse(x, 1)
         for i, width in enumerate(self.features):
             x = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x)
             if self.batch_norm:
