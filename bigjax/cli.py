@@ -6,13 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from etils import epath
 
 from bigjax import Interrupted, SaveError, UsageError
-from bigjax.experiment import Experiment, RunConfig
+from bigjax.experiment import Experiment, RunConfig, check
 
 Flat = tyro.conf.OmitArgPrefixes  # `adamw: Flat[AdamW]`: a group of flags without the group's name before each
 
@@ -40,7 +40,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
             raise UsageError(f"{name}.py has no verb {verb!r}: {hint}")
         prog = f"{name}.py {verb}"
-        about = f"{VERBS[verb]}.\nVerbs: {' | '.join(VERBS)}"
+        about = f"{VERBS[verb]}.\n\nVerbs: {' | '.join(VERBS)}"
         config, flags = parse(Config, verb, prog=prog, description=about, args=arguments)
         if verb == "evaluate":
             config = as_trained(Config, config, name=name, arguments=arguments)
@@ -60,17 +60,11 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         raise SystemExit(2) from None
 
 
-@dataclasses.dataclass(frozen=True)
-class PlanFlags:
-    """The verb plan's own flags."""
-
-    topology: str = "v5e:2x4"  # the slice: KIND:SHAPE, as v5p:8x8x8
-    search: bool = False  # plan every mesh of the slice (minutes each for a large model) and rank those that fit
-
-
 def take_verb(arguments: list[str], Config: type[RunConfig]) -> str:
     """The first word, or a verb behind flags, where it is no flag's value: taken out of `arguments`. Else train."""
-    switches = {f.name for kind in (Config, PlanFlags) for f in dataclasses.fields(kind) if isinstance(f.default, bool)}
+    from bigjax.look.flags import Plan
+
+    switches = {f.name for kind in (Config, Plan) for f in dataclasses.fields(kind) if isinstance(f.default, bool)}
     for i, (before, word) in enumerate(zip(["", *arguments], arguments, strict=False)):
         valued = before.startswith("--") and "=" not in before
         if valued and before[2:].removeprefix("no-").replace("-", "_") in switches:
@@ -80,24 +74,21 @@ def take_verb(arguments: list[str], Config: type[RunConfig]) -> str:
     return "train"
 
 
-def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig, PlanFlags]:
+def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig, Any]:
     """A script's flags and, with the verb plan, those of plan."""
-    if verb != "plan":
-        return tyro.cli(Config, **options), PlanFlags()
-    flat = tyro.conf.arg(name="")
-    parts = [("config", Annotated[Config, flat], Config()), ("plan", Annotated[PlanFlags, flat], PlanFlags())]
-    both = tyro.cli(dataclasses.make_dataclass("Plan", parts), **options)
-    return both.config, both.plan
+    from bigjax.look import flags
+
+    return flags.parse(Config, verb, **options)
 
 
 def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, arguments: Sequence[str]) -> RunConfig:
     """The configuration that the run in the working directory was trained with, and the flags given on top of it."""
     from bigjax.run import workdir
 
-    home = epath.Path(given.workdir or f"runs/{name}")
-    record = workdir.read_config(home)["config"]
+    record = workdir.read_config(epath.Path(given.workdir or f"runs/{name}"))["config"]
     free = {k: getattr(given, k) for k in workdir.FREE}
-    return tyro.cli(Config, args=arguments, default=dataclasses.replace(workdir.restored(Config(), record), **free))
+    trained = dataclasses.replace(workdir.restored(Config(), record), **free)
+    return parse(Config, "evaluate", args=arguments, default=trained)[0]
 
 
 def settle(config: RunConfig, default: RunConfig) -> RunConfig:
@@ -106,10 +97,9 @@ def settle(config: RunConfig, default: RunConfig) -> RunConfig:
     return dataclasses.replace(config, steps=None) if asked and config.steps == default.steps else config
 
 
-def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags, *, home: epath.Path) -> None:
+def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: Any, *, home: epath.Path) -> None:
     """Prints what a run would need on a slice; plan.json goes into `home`."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only compiled for
-    from bigjax.experiment import check
     from bigjax.tools import plan
 
     check(config)
@@ -119,7 +109,6 @@ def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
     """One verb of the experiment called `name`."""
     from bigjax import evaluation, train
-    from bigjax.experiment import check
     from bigjax.look import report
     from bigjax.run import processes
     from bigjax.run.log import json_text

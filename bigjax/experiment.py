@@ -78,36 +78,53 @@ Seed, Count = Within(0, 2**64, whole=True), Within(1, 2**31, whole=True)  # a co
 class RunConfig:
     """The flags that every experiment has; a script adds its own fields and gives its own defaults."""
 
-    workdir: str | None = None  # default: runs/NAME; may be gs://bucket/folder
-    seed: Annotated[int, Seed] = 0
-    split_seed: Annotated[int, Seed] = 0  # of what is held out of your own data or for validation
+    # ---- run
+    workdir: str | None = None  # where everything of the run is kept; default: runs/NAME; may be gs://bucket/folder
+    seed: Annotated[int, Seed] = 0  # of the parameters, the order of the data, and all noise
+    # ---- length
     steps: Annotated[int | None, Count] = None  # updates; of steps, epochs and minutes whichever ends first
     epochs: Annotated[float | None, Positive] = None  # passes over the training split
     minutes: Annotated[float | None, Positive] = None  # of training; made a number of steps once the speed is known
-    batch_size: Annotated[int, Positive] = 128  # examples an update, over all devices
-    accumulate: Annotated[int, Positive] = 1  # parts that the batch is computed in, one after the other
+    # ---- data
     data: str = "mnist5k"  # a name, or a path to your own data
     eval_data: str | None = None  # a path; without it a tenth of your own data is held out
     validation: Annotated[float, Fraction] = 0.0  # share of the training split held out for choices
+    split_seed: Annotated[int, Seed] = 0  # of what is held out of your own data or for validation
+    # ---- optimization
+    batch_size: Annotated[int, Positive] = 128  # examples an update, over all devices
+    accumulate: Annotated[int, Positive] = 1  # parts that the batch is computed in, one after the other
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     ema: Annotated[float, Fraction] = 0.0  # decay an update of the averages that evaluation uses; 0: off
     nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does
-    hang_seconds: Annotated[float, NonNegative] = 1800.0  # an update that takes longer ends the run; 0: never
-    mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
-    log_every: Annotated[int, Count] = 50
-    eval_every: Annotated[int, Positive] = 500
-    save_every: Annotated[int, Positive] = 500  # updates
+    # ---- log
+    log_every: Annotated[int, Count] = 50  # updates between lines of the log, each the mean over them
+    eval_every: Annotated[int, Positive] = 500  # updates between evaluations on the test split
+    tensorboard: bool = False  # write event files too, into workdir/tensorboard
+    profile: bool = False  # trace the second log window into workdir/profile, for TensorBoard or Perfetto
+    # ---- checkpoint
+    save_every: Annotated[int, Positive] = 500  # updates between checkpoints
     save_minutes: Annotated[float, NonNegative] = 10.0  # and when the last save is so long ago; 0: only by updates
-    keep: Annotated[int, Positive] = 2  # checkpoints
+    keep: Annotated[int, Positive] = 2  # checkpoints; the older ones go
     best: str | None = None  # keep the best too, by a number of the validation split: max:accuracy, min:loss
     resume: bool = True  # --no-resume: start over in this working directory, dropping what is there
     extend: bool = False  # go on to more --steps, --epochs or --minutes than the run there has had
     accept_changes: bool = False  # go on although the code or the data are not those that the run began with
     init_from: str | None = None  # a working directory whose parameters to start from
-    tensorboard: bool = False
-    profile: bool = False  # trace the second log window into workdir/profile, for TensorBoard or Perfetto
-    compilation_cache: bool = True  # in ~/.cache/bigjax
+    # ---- device
+    hang_seconds: Annotated[float, NonNegative] = 1800.0  # an update that takes longer ends the run; 0: never
+    compilation_cache: bool = True  # keep compiled programs in ~/.cache/bigjax
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+
+class Told:  # help(RunConfig) shows the comments above, in their groups
+    def __get__(self, *_: Any) -> str:
+        from bigjax.look.flags import described
+
+        return described(RunConfig)
+
+
+RunConfig.__doc__ = Told()
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequence[Within]]]:

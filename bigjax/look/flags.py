@@ -1,0 +1,100 @@
+"""What the flags of a configuration are for, in groups: what --help and help(RunConfig) show.
+
+A flag's text is the comment behind its field, or above it; `# ---- data` among the fields of RunConfig begins a group.
+"""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from typing import Annotated, Any, get_args, get_type_hints
+
+import tyro
+
+Flat = tyro.conf.OmitArgPrefixes
+MARK = "# ---- "
+KINDS = {int | None: "INT", float | None: "FLOAT", str | None: "STR"}
+
+
+def told(Config: type) -> dict[str, tuple[str, str]]:
+    """Field -> (group, text), "" where there is none; a subclass that gives no text leaves that of its parent."""
+    found: dict[str, tuple[str, str]] = {}
+    for kind in reversed(Config.__mro__):
+        try:
+            lines = textwrap.dedent(inspect.getsource(kind)).splitlines()
+        except (OSError, TypeError):  # the source was not kept: typed into an interpreter, made by make_dataclass
+            continue
+        group, last = "", 1
+        for node in ast.parse("\n".join(lines)).body[0].body:
+            between = [line.strip() for line in lines[last : node.lineno - 1]]
+            group, last = next((b[len(MARK) :] for b in between if b.startswith(MARK)), group), node.end_lineno
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                behind = lines[last - 1].encode()[node.end_col_offset :].decode().partition("# ")[2]
+                above = " ".join(b[2:] for b in between if b.startswith("# ") and not b.startswith(MARK))
+                parents = found.get(node.target.id, (group, ""))
+                found[node.target.id] = (parents[0], behind or above or parents[1])
+    return found
+
+
+def groups(Config: type) -> dict[str, list[tuple[dataclasses.Field, str]]]:
+    """The fields of each group, with their texts; first, under "", what a script adds to RunConfig's."""
+    texts, found = told(Config), {"": []}
+    for f in dataclasses.fields(Config):
+        group, text = texts.get(f.name, ("", ""))
+        found.setdefault(group, []).append((f, text))
+    return found
+
+
+def described(Config: type) -> str:
+    """A docstring: the one in the class's source, then each field with its default and its text, in groups."""
+    lines = [ast.get_docstring(ast.parse(textwrap.dedent(inspect.getsource(Config))).body[0]) or ""]
+    for group, members in groups(Config).items():
+        lines += ["", f"{group}:"] if members else []
+        for f, text in members:
+            group_of_flags = dataclasses.is_dataclass(f.default)
+            default = f"{type(f.default).__name__}()" if group_of_flags else repr(f.default)
+            text = inspect.getdoc(f.default) if group_of_flags else text
+            lines += textwrap.wrap(f"    {f.name} = {default}: {text}", 80, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the verb plan asks."""
+
+    topology: str = "v5e:2x4"  # the slice: KIND:SHAPE, as v5p:8x8x8
+    search: bool = False  # plan every mesh of the slice (minutes each for a large model) and rank those that fit
+
+
+def parse(Config: type, verb: str, *, default: Any = None, **options: Any) -> tuple[Any, Plan]:
+    """A script's flags and, with the verb plan, those of plan: `tyro.cli`, with a title over each group of them.
+
+    A titled group is a dataclass to tyro; here they are made for the command line only, so that `config.keep` stays
+    flat.
+    """
+    hints = get_type_hints(Config, include_extras=True)
+    parts: list[tuple[str, Any, Any]] = []
+    for group, members in groups(Config).items():
+        single, nested = [], []
+        for f, text in members:
+            value, hint = getattr(default or Config(), f.name), hints[f.name]
+            if dataclasses.is_dataclass(value):
+                nested.append(_part(f.name, hint, value))
+                continue
+            kind = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+            note = tyro.conf.arg(help=text or None, metavar=KINDS.get(kind))
+            single.append(_part(f.name, Annotated[hint, note], value))
+        if group and single:
+            made = dataclasses.make_dataclass(group, single)
+            single = [_part(f"group_{group}", Flat[Annotated[made, tyro.conf.arg(name=group)]], made())]
+        parts += [*single, *nested]
+    if verb == "plan":
+        parts.append(_part("plan_flags", Flat[Annotated[Plan, tyro.conf.arg(name="plan")]], Plan()))
+    got = vars(tyro.cli(dataclasses.make_dataclass("Flags", parts), **options))
+    values = {k: v for name, value in got.items() if name.startswith("group_") for k, v in vars(value).items()}
+    config = Config(**{f.name: (values if f.name in values else got)[f.name] for f in dataclasses.fields(Config)})
+    return config, got.get("plan_flags", Plan())
+
+
+def _part(name: str, hint: Any, value: Any) -> tuple[str, Any, Any]:
+    return name, hint, dataclasses.field(default_factory=lambda: value)
