@@ -50,9 +50,9 @@ RULES: Rules = (
 class MeshConfig:
     """Devices along each axis; −1 means all that the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # splits the batch
+    fsdp: int = 1  # splits the batch, and parameters, moments and averages
+    tensor: int = 1  # splits layers: heads, hidden units, the vocabulary
 
 
 @dataclass(frozen=True)
