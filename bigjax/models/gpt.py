@@ -67,7 +67,7 @@ class Block(Spec):
 
 
 class GPT(Spec):
-    """tokens_BL int32 -> logits_BLV float32, where position l sees tokens 0…l.
+    """tokens_BL int32 -> logits_BLV float32, where position l sees tokens 0…l (Radford et al. 2019).
 
     `length_B` says how many tokens of a row are real; padding comes after them, no real position sees it, and its own
     logits mean nothing (the loss leaves them out).
@@ -83,6 +83,10 @@ class GPT(Spec):
         grow with depth; else unrolled, under "layer_0", …, which is faster on CPU.
     remat: what the backward pass recomputes: "none", "full" (every block) or "dots" (all but matrix products).
     Sown: intermediates/features, (B, L, D), what the output kernel sees. Mistakes raise `UsageError`.
+
+        model = GPT()
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 1024), "int32"))
+        logits_BLV = model.apply(variables, tokens_BL)
     """
 
     def __call__(self, tokens_BL: Array, length_B: Array | None = None, *, train: bool = False) -> Array:

@@ -69,7 +69,7 @@ def reverse(x_BLD: Array, length_B: Array | None) -> Array:
 
 
 class LSTM(nn.Module):
-    """Stacked recurrent layers with an optional linear head.
+    """Stacked recurrent layers (Hochreiter & Schmidhuber 1997; GRU: Cho et al. 2014) with an optional linear head.
 
     Called with x, float (B, L, D), an image (B, H, W, C) read as H rows, or (B, L) as L steps of one number; with
     `vocabulary` set, with tokens_BL int32 instead. `length_B` says how many steps of each row are real: padding comes
@@ -82,6 +82,10 @@ class LSTM(nn.Module):
     dropout: on the embedding and on every layer's output.
     mean, std: of the input vectors, one number or one a feature; not used for tokens.
     Sown: intermediates/features, what the head sees.
+
+        model = LSTM(vocabulary=8000, hidden=(200,))
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 280), "int32"))
+        logits_BC = model.apply(variables, tokens_BL, length_B)
     """
 
     vocabulary: int | None = None
