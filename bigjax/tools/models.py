@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from bigjax import models
 
-TINY = ("TINY", "TINY_INPUTS")
 HEAD = """# Models
 
 Made by `python -m bigjax.tools.models > docs/models.md` from the models themselves. Every model is its Linen module:
@@ -29,20 +28,25 @@ those of the example of each model.
 """
 
 
+def tiny(kind: type[nn.Module]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """(the model, its inputs) that stand at the end of its file."""
+    file = sys.modules[kind.__module__]
+    all_of_it = file.TINY if isinstance(file.TINY, dict) else {"": file.TINY}
+    name, model = next((name, model) for name, model in all_of_it.items() if type(model) is kind)
+    return model, file.TINY_INPUTS[name] if isinstance(file.TINY_INPUTS, dict) else file.TINY_INPUTS
+
+
 def example(kind: type[nn.Module]) -> tuple[str, nn.Module, tuple[Any, ...]]:
     """(how the model is made, the model, its inputs), as its docstring's example has them."""
     parent = next((k for k in kind.__mro__ if "model.init(" in (k.__doc__ or "")), None)
     if parent is None:
-        file = sys.modules[kind.__module__]
-        tiny, inputs = (getattr(file, n) if isinstance(getattr(file, n), dict) else {"": getattr(file, n)} for n in TINY)
-        name, model = next((k, v) for k, v in tiny.items() if type(v) is kind)
-        return f"a tiny {kind.__name__}", model, inputs.get(name, inputs.get(""))
+        return "TINY", *tiny(kind)
     code = (re.search(rf"^ +{of} = (.*)$", parent.__doc__, re.M)[1] for of in ("model", "variables"))
     made, init = (ast.parse(text, mode="eval").body for text in code)
     made.func.id = kind.__name__
     names = {"jax": jax, "jnp": jnp, kind.__name__: kind}
-    given = [eval(ast.unparse(a), names) for a in init.args[1:]]
-    return ast.unparse(made), eval(ast.unparse(made), names), tuple(given)
+    model, *inputs = (eval(ast.unparse(node), names) for node in (made, *init.args[1:]))
+    return ast.unparse(made), model, tuple(inputs)
 
 
 def shape(tree: Any) -> str:
@@ -65,26 +69,32 @@ def fields(kind: type[nn.Module]) -> str:
     return ", ".join(f"`{f.name}`" if f.default is dataclasses.MISSING else f"`{f.name}={f.default!r}`" for f in own)
 
 
+def papers(text: str) -> str:
+    """`LeCun et al. 1998; Krizhevsky et al. 2012`, what a text has in brackets."""
+    found = re.findall(r"\(([^()]*[a-z.]\s\d{4})\)", text)
+    return "; ".join(dict.fromkeys(" ".join("; ".join(found).split()).split("; ")))
+
+
+def section(kind: type[nn.Module]) -> list[str]:
+    """What the page says of one model."""
+    call = re.sub(r"\bself, |\b(\w+\.)+(?=[A-Z])", "", str(inspect.signature(kind.__call__)))
+    file, named = kind.__module__.replace(".", "/") + ".py", {f.name for f in dataclasses.fields(kind)}
+    doc = inspect.cleandoc(kind.__doc__).replace("\nSown:", "\n\nSown:")
+    doc = re.sub(r"^(?=(\w+)(, \w+)*: )", lambda m: "* " if m[1] in named else "", doc, flags=re.M)
+    head = ["", f"## {kind.__name__}", "", f"[{file}](../{file}): `{call}`"]
+    return [*head, "", doc, "", f"Fields: {fields(kind)}."]
+
+
 def page() -> str:
     """docs/models.md."""
     kinds = [getattr(models, name) for name in models.__all__]
     lines = [HEAD, "| model | from | to | parameters | papers |", "|---|---|---|---|---|"]
-    parts = []
     for kind in kinds:
-        doc = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
         made, inputs, outputs, count = facts(kind)
-        named = {f.name for f in dataclasses.fields(kind)}
-        about = (sys.modules[kind.__module__].__doc__ or "") + doc
-        papers = " ".join("; ".join(re.findall(r"\(([^()]*\d{4})\)", about)).split()).split("; ")
-        link = f"[{kind.__name__}](#{kind.__name__.lower()})"
-        lines.append(f"| {link} | {inputs} | {outputs} | {count}: `{made}` | {'; '.join(dict.fromkeys(papers))} |")
-        call = re.sub(r"\bself, |\b(\w+\.)+(?=[A-Z])", "", str(inspect.signature(kind.__call__)))
-        file = kind.__module__.replace(".", "/") + ".py"
-        doc = re.sub(r"^(?=(\w+)(, \w+)*: )", lambda m: "* " if m[1] in named else "", doc, flags=re.M)
-        doc = doc.replace("\nSown:", "\n\nSown:")
-        parts += ["", f"## {kind.__name__}", "", f"[{file}](../{file}): `{call}`", "", doc]
-        parts += ["", f"Fields: {fields(kind)}."]
-    return "\n".join(lines + parts) + "\n"
+        told = papers((sys.modules[kind.__module__].__doc__ or "") + kind.__doc__)
+        name = f"[{kind.__name__}](#{kind.__name__.lower()})"
+        lines.append(f"| {name} | {inputs} | {outputs} | {count}: `{made}` | {told} |")
+    return "\n".join(lines + [line for kind in kinds for line in section(kind)]) + "\n"
 
 
 if __name__ == "__main__":
