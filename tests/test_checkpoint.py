@@ -199,12 +199,12 @@ def test_the_only_verified_one_outlives_a_save_without_checksums(tmp_path, monke
     again.close()
 
 
-def test_the_readme_says_what_saving_was_measured_to_cost():
+def test_the_docs_say_what_saving_was_measured_to_cost():
     root = Path(__file__).parents[1]
     found = json.loads((root / "experiments" / "results" / "save_stall.json").read_text())
     loop, small, large = found["python_gpt"], *found["checksums"]
     assert f"stand still for {loop['stall_seconds_a_save']:.2f} s, {loop['stall_share']:.2%}".replace("%", " %") in (
-        readme := " ".join((root / "README.md").read_text().split())
+        readme := " ".join((root / "docs" / "reliability.md").read_text().split())
     )
     assert (
         f"checksums add {small['added'] * 100:.0f} % to the background save of its {small['bytes'] / 1e6:.0f} MB and "

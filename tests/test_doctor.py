@@ -212,7 +212,7 @@ storage.Client.get_bucket = refused
 """
     )
     assert line.startswith("failed") and "Forbidden: 403 no storage.buckets.get access to the bucket bucket." in line
-    assert "name and roles (README) of gs://bucket/runs" in line
+    assert "name and roles (docs/tpu.md) of gs://bucket/runs" in line
 
 
 # ---- processes

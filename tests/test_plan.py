@@ -204,6 +204,6 @@ def test_the_calibration_says_what_it_holds() -> None:
     assert found["median_bound_over_measured"] == pytest.approx(float(np.median(ratios)))
     assert found["no_bound_below_measurement"] == all(r >= 1 for r in ratios)
     assert found["all_fit"] == all(r["fits"] for r in found["runs"])
-    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    readme = " ".join((REPOSITORY / "docs" / "plan.md").read_text().split())
     assert f"the median bound is {found['median_bound_over_measured']:.2f} × it" in readme
     assert found["all_fit"] and found["no_bound_below_measurement"] and "all eight runs fit" in readme

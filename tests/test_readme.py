@@ -1,4 +1,8 @@
-"""Every code block of the README runs, in its order, in a folder with the data that it speaks of."""
+"""The code blocks of README and docs/ run, in their order, in a folder with the data that they speak of.
+
+```sh runs, ```python runs (a block that begins with `# NAME.py` is written there instead), ```console is only parsed:
+tests/test_docs.py.
+"""
 
 import os
 import re
@@ -9,12 +13,44 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, tiny_experiment
 from PIL import Image
+from test_docs import PAGES, blocks, commands
 from tfds_fixture import build_mnist
 
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", (REPOSITORY / "README.md").read_text(), flags=re.M | re.S)
-EAGER = {"JAX_TRANSFER_GUARD": "allow"}  # a block may write numbers as it likes: each is a transfer
+from bigjax import train
+from bigjax.experiment import RunConfig
+
+LONG = {"README.md", "data.md"}
+
+
+def having(language: str) -> pytest.MarkDecorator:
+    """For each page with blocks of a language; what takes long is slow."""
+    pages = [p for p in PAGES if any(kind == language for kind, _ in blocks(p))]
+    marks = [pytest.mark.slow if p.name in LONG or language == "sh" else () for p in pages]
+    return pytest.mark.parametrize("page", [pytest.param(p, id=p.name, marks=m) for p, m in zip(pages, marks)])
+
+
+def written(page: Path, folder: Path) -> list[str]:
+    """Puts the blocks that are files into a folder; the others."""
+    rest = []
+    for text in (text for kind, text in blocks(page) if kind == "python"):
+        if name := re.match(r"# (\w+\.py)\n", text):
+            (folder / name[1]).write_text(text)
+        else:
+            rest.append(text)
+    return rest
+
+
+@having("python")
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, one after the other, with what a finished run left."""
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig(workdir="runs/mnist_cnn", steps=2, batch_size=8, compilation_cache=False)
+    train.fit(tiny_experiment(), config, quiet=True)
+    names = {"__name__": page.stem}
+    for text in written(page, tmp_path):
+        exec(compile(text.replace("steps=200", "steps=4"), str(page), "exec"), names)
 
 
 @pytest.fixture(scope="module")
@@ -31,32 +67,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(image[i]).save(root / "photos" / name / f"{i}.png")
     lines = (f'{{"text": "word{i % 7} word{i % 3}", "label": {i % 2}}}\n' for i in range(200))
     (root / "reviews.jsonl").write_text("".join(lines))
+    rows = (f"{i},{i * i % 17},{i % 5}\n" for i in range(400))
+    (root / "flats.csv").write_text("rooms,age,target\n" + "".join(rows))
     build_mnist(root / "tfds", image, label, test=50)
     return root
 
 
-@pytest.mark.slow
-def test_blocks_run(place: Path) -> None:
+@having("sh")
+def test_commands_run(page: Path, place: Path) -> None:
     env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TFDS_DATA_DIR": str(place / "tfds")}
-    makefile = (REPOSITORY / "Makefile").read_text()
-    number = 0
-    for kind, block in BLOCKS:
-        if kind == "python":
-            done = subprocess.run(
-                [sys.executable, "-c", block], cwd=place, env=env | EAGER, capture_output=True, text=True
-            )
-            assert done.returncode == 0, block + done.stdout + done.stderr
+    written(page, place)
+    for number, words in enumerate(commands(page, "sh")):
+        if words[0] == "make":  # installs, or runs these very tests
             continue
-        for line in block.splitlines():
-            words = line.partition("#")[0].split()
-            if words[0] == "make":  # installs, or runs these very tests: here only that the target is there
-                assert f"\n{words[1]}:" in makefile
-                continue
-            number += 1
-            if len(words) == 2:  # the one-minute run itself, which later blocks load: shortened
-                words += ["--steps", "2"]
-            elif "--data" in words:
-                words += ["--steps", "2", "--workdir", f"runs/{number}"]
-            words = [{"300": "2"}.get(word, word) for word in words]
-            done = subprocess.run([sys.executable, *words[1:]], cwd=place, env=env, capture_output=True, text=True)
-            assert done.returncode == 0, line + done.stdout + done.stderr
+        if len(words) == 2:  # the one-minute run itself, which later blocks load: shortened
+            words += ["--steps", "2"]
+        elif "--data" in words:
+            words += ["--steps", "2", "--workdir", f"runs/{page.stem}{number}"]
+        words = [{"300": "2"}.get(word, word) for word in words]
+        done = subprocess.run([sys.executable, *words[1:]], cwd=place, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, " ".join(words) + done.stdout + done.stderr

@@ -30,7 +30,9 @@ def examine(workdir: str = "runs", *, quick: bool = False) -> bool:
     """Prints a line for each thing checked; whether none failed. `quick` leaves the two steps of training out."""
     there = f"choose a --workdir other than {workdir}"
     if "://" in workdir:
-        there = f"check the network, gcloud auth application-default login, and name and roles (README) of {workdir}"
+        there = (
+            f"check the network, gcloud auth application-default login, and name and roles (docs/tpu.md) of {workdir}"
+        )
     well = check("libraries", libraries, 120, "pip install -e .")
     well &= check("data", data, STORAGE_SECONDS, "set TFDS_DATA_DIR to a folder of this machine")
     well &= check("working directory", lambda: storage("working directory", workdir), STORAGE_SECONDS, there)
