@@ -77,7 +77,7 @@ class AdamW:
     """AdamW under a schedule: a group of flags; called with the run's number of updates, it is the transformation."""
 
     learning_rate: Annotated[float, Positive] = 1e-3  # at the schedule's highest
-    schedule: Schedule = "warmup-cosine"  # how the learning rate goes down to 0 by the last update
+    schedule: Schedule = "warmup-cosine"  # how the learning rate changes over the run
     weight_decay: Annotated[float, NonNegative] = 0.0  # a share × learning rate of each kernel, an update
     clip: Annotated[float, NonNegative] = 0.0  # the gradient's greatest norm; 0: any
     b1: Annotated[float, Fraction] = 0.9  # decay of the mean of gradients
