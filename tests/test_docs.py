@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from test_experiments import SCRIPTS, load
 
 from bigjax import cli
+from bigjax.models import MLP, Discriminator
 from bigjax.tools import commands as module
 from bigjax.tools import models
 
@@ -100,6 +101,14 @@ def test_a_command_that_is_none_is_found(line: str, monkeypatch: pytest.MonkeyPa
 def test_the_table_of_models_is_made_of_the_models() -> None:
     text = (REPOSITORY / "docs" / "models.md").read_text()
     assert text == models.page(), "write it anew: python -m bigjax.tools.models > docs/models.md"
+
+
+def test_a_model_without_an_example_is_counted_as_its_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MLP, "__doc__", "Nothing.")
+    assert models.facts(MLP) == ("TINY", "float32 (2, 8, 8, 1)", "float32 (2, 10)", "672")
+    monkeypatch.setattr(Discriminator, "__doc__", "Nothing.")
+    made, inputs, outputs, _ = models.facts(Discriminator)
+    assert (made, inputs, outputs) == ("TINY", "float32 (2, 8, 8, 1), int32 (2,)", "float32 (2,)")
 
 
 @functools.cache
