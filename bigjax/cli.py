@@ -26,6 +26,7 @@ VERBS = {
 
 def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments: Sequence[str] | None = None) -> None:
     """Runs a script's verb with its flags. A mistake of the user is one message on stderr and exit status 2."""
+    from bigjax.look import flags
     from bigjax.run import machine, processes
     from bigjax.run.workdir import shared
 
@@ -34,19 +35,19 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = Path(sys.modules[build.__module__].__file__).stem
     try:
-        verb = take_verb(arguments, Config)
+        verb = flags.take_verb(arguments, Config, VERBS)
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
             raise UsageError(f"{name}.py has no verb {verb!r}: {hint}")
         prog = f"{name}.py {verb}"
         about = f"{VERBS[verb]}.\n\nVerbs: {' | '.join(VERBS)}"
-        config, flags = parse(Config, verb, prog=prog, description=about, args=arguments)
+        config, plans = parse(Config, verb, prog=prog, description=about, args=arguments)
         if verb == "evaluate":
             config = as_trained(Config, config, name=name, arguments=arguments)
         config = settle(config, Config())
         if verb == "plan":
-            plan(config, build, flags, home=epath.Path(config.workdir or f"runs/{name}_plan"))
+            plan(config, build, plans, home=epath.Path(config.workdir or f"runs/{name}_plan"))
             return
         with processes.joined(config.distributed, shared(name, verb, config)):
             run(verb, config, build, name=name)
@@ -58,20 +59,6 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         if isinstance(e, SaveError) or processes.several():
             processes.end(2)  # Python would wait for the thread that is left behind, JAX for the other processes
         raise SystemExit(2) from None
-
-
-def take_verb(arguments: list[str], Config: type[RunConfig]) -> str:
-    """The first word, or a verb behind flags, where it is no flag's value: taken out of `arguments`. Else train."""
-    from bigjax.look.flags import Plan
-
-    switches = {f.name for kind in (Config, Plan) for f in dataclasses.fields(kind) if isinstance(f.default, bool)}
-    for i, (before, word) in enumerate(zip(["", *arguments], arguments, strict=False)):
-        valued = before.startswith("--") and "=" not in before
-        if valued and before[2:].removeprefix("no-").replace("-", "_") in switches:
-            valued = False
-        if (i == 0 and not word.startswith("-")) or (word in VERBS and not valued):
-            return arguments.pop(i)
-    return "train"
 
 
 def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig, Any]:

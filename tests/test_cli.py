@@ -12,6 +12,7 @@ from conftest import REPOSITORY, tiny_experiment
 
 from bigjax import UsageError, cli
 from bigjax.experiment import Experiment, Positive, RunConfig
+from bigjax.look import flags
 from bigjax.models import MLP
 from bigjax.tasks import classify
 
@@ -127,7 +128,7 @@ def test_a_limit_of_ones_own_replaces_the_scripts_steps():
 ])  # fmt: skip
 def test_the_verb_may_stand_behind_flags(arguments: str, verb: str, rest: str) -> None:
     words = arguments.split()
-    assert (cli.take_verb(words, Config), " ".join(words)) == (verb, rest)
+    assert (flags.take_verb(words, Config, cli.VERBS), " ".join(words)) == (verb, rest)
 
 
 # ---- what does not

@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from test_experiments import SCRIPTS, load
 
 from bigjax import cli
+from bigjax.look import flags
 from bigjax.models import MLP, Discriminator
 from bigjax.tools import commands as module
 from bigjax.tools import models
@@ -76,7 +77,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             return  # the reader's own file: it runs
         assert SCRIPTS[path.stem] == REPOSITORY / path
         Config, arguments = load(path.stem).Config, [word for word in words[2:] if word != "--help"]
-        verb = cli.take_verb(arguments, Config)
+        verb = flags.take_verb(arguments, Config, cli.VERBS)
         assert verb in cli.VERBS
         cli.parse(Config, verb, args=arguments)
     else:

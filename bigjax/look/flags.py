@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from collections.abc import Container
 from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
@@ -64,6 +65,18 @@ class Plan:
 
     topology: str = "v5e:2x4"  # the slice: KIND:SHAPE, as v5p:8x8x8
     search: bool = False  # plan every mesh of the slice (minutes each for a large model) and rank those that fit
+
+
+def take_verb(arguments: list[str], Config: type, verbs: Container[str]) -> str:
+    """The first word, or a verb behind flags, where it is no flag's value: taken out of `arguments`. Else train."""
+    switches = {f.name for kind in (Config, Plan) for f in dataclasses.fields(kind) if isinstance(f.default, bool)}
+    for i, (before, word) in enumerate(zip(["", *arguments], arguments, strict=False)):
+        valued = before.startswith("--") and "=" not in before
+        if valued and before[2:].removeprefix("no-").replace("-", "_") in switches:
+            valued = False
+        if (i == 0 and not word.startswith("-")) or (word in verbs and not valued):
+            return arguments.pop(i)
+    return "train"
 
 
 def parse(Config: type, verb: str, *, default: Any = None, **options: Any) -> tuple[Any, Plan]:
