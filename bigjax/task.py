@@ -161,7 +161,7 @@ def fields(*names: str) -> Inputs:
 def counted(rows: tuple[Any, Any, Mapping[str, Any]], batch: Batch) -> Metrics:
     """The rows that a task's `per_example` gives, summed without the padding; the loss is among them as `loss`."""
     if not (isinstance(rows, tuple) and len(rows) == 3 and isinstance(rows[2], Mapping)):
-        raise UsageError("per_example gives something else than (loss of each row, its count, metrics): return these")
+        raise UsageError("per_example gives no (loss of each row, count of each row, metrics): return these three")
     if "loss" in rows[2]:
         raise UsageError("per_example gives a metric called 'loss', which is the loss itself: give it another name")
     mask_B, out = batch["mask"], {}

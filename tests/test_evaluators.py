@@ -100,7 +100,7 @@ class Blank(nn.Module):
         scale = self.param("scale", nn.initializers.ones, ())
         x_BD = {"same": 1.0, "narrow": 0.5, "one": 0.0}[self.kind] * z_BZ * scale
         if label_B is not None:
-            x_BD = x_BD + 100.0 * label_B[:, None]
+            x_BD = x_BD + 100.0 * label_B[:, None].astype(x_BD.dtype)
         return x_BD.reshape(-1, 2, 2, 1)
 
 
@@ -113,7 +113,7 @@ class Quadrants(nn.Module):
     def __call__(self, x_BHWC: Array, *, train: bool = False) -> Array:
         x_BF = x_BHWC.reshape(len(x_BHWC), -1)
         self.sow("intermediates", "features", x_BF)
-        right_B, up_B = (x_BF[:, i] > 0 for i in (0, 1))
+        right_B, up_B = ((x_BF[:, i] > 0).astype(jax.numpy.int32) for i in (0, 1))
         return jax.nn.one_hot(2 * right_B + up_B, 4)
 
 

@@ -3,6 +3,7 @@
 L layers, D width of a residual stream.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -36,6 +37,15 @@ FORMS = {  # name: (fields, the matrices of a block, its other leaves, leaves ou
         {"embedding/embedding", "norm/scale", "unembedding/kernel"},
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def standard() -> Iterator[None]:
+    """optax raises its decays to whole numbers: `train_step` lets it, and here it is called without that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 forms = pytest.mark.parametrize("form", FORMS)
 
 
