@@ -4,8 +4,8 @@ import optax
 import pytest
 
 from bigjax import optim
-from bigjax.look.rates import learning_rates
 from bigjax.ops import optimizers
+from bigjax.run.rates import learning_rates
 
 COSINE = optim.schedule("warmup-cosine", 0.5, steps=100)
 HALF = {"learning_rate": float(COSINE(50))}
@@ -18,7 +18,7 @@ HALF = {"learning_rate": float(COSINE(50))}
     (optim.AdamW(0.5, weight_decay=0.1, clip=1.0)(100), HALF),
     (optim.adamw(0.25, weight_decay=0.1), {"learning_rate": 0.25}),
     (optimizers.lamb(COSINE, weight_decay=0.1), HALF),
-    (optimizers.muon(0.02, adam_rate=COSINE), {"learning_rate/muon": 0.02, "learning_rate/adam": HALF["learning_rate"]}),
+    (optimizers.muon(0.1, adam_rate=COSINE), {"learning_rate/muon": 0.1, "learning_rate/adam": float(COSINE(50))}),
     (optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(COSINE), optax.scale(-1.0)), HALF),
     (optax.chain(optax.clip(1.0), optax.scale(0.5), optax.sgd(0.5)), {"learning_rate": 0.25}),
     (optax.scale(0.5), {}),  # no rate: it doesn't turn the gradient round

@@ -3,6 +3,8 @@
 N images, C classes, Z numbers of a code, R rows, S steps.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures
 from bigjax.look.evaluators import encoder, generate_images, images_of, normal, to_numpy
+from bigjax.look.pictures import save_gallery
+from bigjax.run import processes
+from bigjax.run.shown import Tell, only_shown
 from bigjax.step import to_float
 from bigjax.task import Key, ModelState, Params, mode, variables
 
@@ -127,3 +133,17 @@ def nearest_training_images(generator: nn.Module, train: pipeline.Split, *, coun
         return pairs(fake, np.stack(near))
 
     return draw
+
+
+def draw(program: Any, home: epath.Path, state: Any, step: int, tell: Tell) -> None:
+    """The gallery of an experiment, by all processes; the first keeps it.
+
+    Among several, what fails on one would leave the others waiting for it in a collective: there it ends the run.
+    """
+    for name, picture in program.experiment.gallery.items():
+        told = functools.partial(only_shown, f"gallery {name!r}", tell)
+        with contextlib.nullcontext() if processes.several() else told():
+            item = picture(*state.evaluated(), program.key)
+            if processes.first():
+                with told():
+                    save_gallery(home, step, name=name, item=item)

@@ -1,0 +1,34 @@
+"""What is shown of a run, which never ends it: where it fails, one line says so, and the run goes on."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from bigjax.experiment import Experiment, RunConfig
+from bigjax.run import processes
+
+Tell = Callable[[str], Any]
+
+
+@contextlib.contextmanager
+def only_shown(what: str, tell: Tell) -> Iterator[None]:
+    """While it is entered an error becomes a warning: tell(line)."""
+    try:
+        yield
+    except Exception as e:
+        kind = f"{type(e).__name__}: " * (str(e).strip() != "")
+        tell(f"warning: {what} failed ({kind}{processes.first_line(e)}); the run goes on")
+
+
+def own_metric(experiment: Experiment, config: RunConfig) -> str | None:
+    """The number that a run is about, as eval/accuracy: by the script's ROWS, or the first that is published."""
+    rows = getattr(sys.modules.get(type(config).__module__), "ROWS", None) or {}
+    named = [row["metric"] for row in rows.values()] + [p.metric for p in experiment.published]
+    return named[0] if named else None
+
+
+def usual(given: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The default values of the flags that are given otherwise, in groups as they are."""
+    inner = {k: usual(v, default[k]) if isinstance(v, dict) else default[k] for k, v in given.items() if k in default}
+    return {k: v for k, v in inner.items() if v != given[k] and not (isinstance(given[k], dict) and not v)}
