@@ -82,7 +82,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             steps = folder.once(home, "steps", planned)
             program, more = make(steps=steps), not fresh and longer(home, config)
             with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
-                with watchdog.watching(lambda: "reading the data's first examples"), display.phase("reading data"):
+                with watchdog.watching(lambda: "reading the data's first examples"), display.phase("checking data"):
                     accept = config.accept_changes and not finished
                     records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
             if more:
@@ -234,7 +234,7 @@ def loop(
         )
         if processes.first():
             folder.write_json(home / "result.json", result)
-            with only_shown("report.html", display.line):
+            with only_shown("report.html", display.line), display.phase("writing the report"):
                 write_report(home)
     return Run(state, result, home)
 

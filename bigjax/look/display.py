@@ -3,10 +3,11 @@
 import contextlib
 import math
 import os
+import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
 from rich.console import Console
@@ -206,16 +207,35 @@ class Display:
     def numbers(self, before: str, values: Mapping[str, float]) -> None:
         """Prints a line that stays with the numbers, as many of the first as a terminal has room for; norms never."""
         words = [f"{k} {_number(v)}" for k, v in values.items() if not k.partition("/")[0].endswith("_norm")]
-        if self._live is not None:
-            while len(words) > 1 and len(before) + 1 + len(", ".join(words)) > self.console.width:
-                words.pop()
-        self.line(f"{before} {', '.join(words)}")
+        text = f"{before} {words[0] if words else ''}".rstrip()
+        for word in words[1:]:
+            if self._live is None or len(text) + 2 + len(word) <= self.console.width:
+                text += f", {word}"
+        self.line(text)
 
     def close(self) -> None:
         """Takes the live line away; harmless twice."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def telling(what: str) -> Callable[[int, str, Mapping[str, float]], None]:
+    """Says on stderr that `what` is trained, inside another run; gives an `on_log` that says how far it is."""
+    from bigjax.run import processes
+
+    def say(text: str) -> None:
+        if processes.first():
+            Forgiving(sys.stderr).write(text + "\n")
+
+    say(f"training {what}")
+
+    def on_log(step: int, split: str, values: Mapping[str, float]) -> None:
+        if split == "eval":
+            numbers = ", ".join(f"{k} {_number(v)}" for k, v in list(values.items())[:2])
+            say(f"  step {step:,}: {numbers}")
+
+    return on_log
 
 
 def summary(result: Mapping[str, Any], *, report: str | None = None, console: Console | None = None) -> None:
@@ -229,18 +249,15 @@ def summary(result: Mapping[str, Any], *, report: str | None = None, console: Co
         title_justify="left",
         pad_edge=False,
     )
-    for heading, justify in (("metric", "left"), ("measured", "right"), ("published", "right"), ("", "left")):
+    columns = [("metric", "left"), ("measured", "right"), ("published", "right"), ("", "left")]
+    for heading, justify in columns[: 4 if published else 2]:
         table.add_column(heading, justify=justify, overflow="fold")
-    for name in dict.fromkeys([*([own] if own in metrics else []), *published, *metrics]):
+    told = sorted((k for k in metrics if not re.search("_norm|/skipped$", k)), key=lambda k: k.startswith("train/"))
+    for name in dict.fromkeys([*([own] if own in metrics else []), *published, *told]):
         measured, aim = metrics.get(name), published.get(name)
         reached = {True: "reached", False: "NOT reached", None: "not measured"}[aim["reached"]] if aim else ""
-        table.add_row(
-            Text(name),
-            "-" if measured is None else _number(measured),
-            _number(aim["value"]) if aim else "",
-            reached,
-            style="bold" if aim or name == own else None,
-        )
+        cells = [Text(name), "-" if measured is None else _number(measured), _number(aim["value"]) if aim else ""]
+        table.add_row(*[*cells, reached][: len(table.columns)], style="bold" if aim or name == own else None)
     console.print(table)
     words = [f"{k.replace('_', ' ')} {_number(v)} s" for k, v in (result.get("seconds") or {}).items()]
     if result.get("examples_per_second"):

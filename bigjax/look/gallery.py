@@ -20,6 +20,7 @@ from bigjax.look.evaluators import encoder, generate_images, images_of, normal, 
 from bigjax.look.pictures import save_gallery
 from bigjax.run import processes
 from bigjax.run.shown import Tell, only_shown
+from bigjax.sharding import to_host
 from bigjax.step import to_float
 from bigjax.task import Key, ModelState, Params, mode, variables
 
@@ -133,6 +134,40 @@ def nearest_training_images(generator: nn.Module, train: pipeline.Split, *, coun
         return pairs(fake, np.stack(near))
 
     return draw
+
+
+def text_sample(
+    model: nn.Module,
+    prompt: Sequence[int],
+    *,
+    speak: Callable[[np.ndarray], str],
+    length: int = 400,
+    temperature: float = 0.8,
+) -> Callable[[Params, ModelState, Key], str]:
+    """What a language model writes after `prompt`, the prompt included, as far as its context goes.
+
+    speak: tokens -> text.
+    """
+    from bigjax.use.generate import generate
+
+    prompt_BL = np.asarray(prompt, np.int32)[None, : max(1, model.context // 2)]
+    length = min(length, model.context - prompt_BL.shape[1])
+
+    def write(params: Params, model_state: ModelState, key: Key) -> str:
+        mine = variables(params, model_state)
+        return speak(to_host(generate(model, mine, prompt_BL, length=length, key=key, temperature=temperature))[0])
+
+    return write
+
+
+def speaker(tokenizer: str | None, *, known: bool = True) -> Callable[[np.ndarray], str]:
+    """Tokens as text: by the tokenizer.json at a path; without one as bytes, or, not even `known`, as numbers."""
+    if tokenizer is None:
+        return lambda ids: bytes(ids.astype(np.uint8)).decode("utf-8", "replace") if known else " ".join(map(str, ids))
+    from bigjax.data.text import load_tokenizer
+
+    coder = load_tokenizer(tokenizer)
+    return lambda ids: coder.decode(ids.tolist(), skip_special_tokens=False)
 
 
 def draw(program: Any, home: epath.Path, state: Any, step: int, tell: Tell) -> None:
