@@ -27,7 +27,7 @@ from bigjax import UsageError, metrics, train
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures, Published, RunConfig
 from bigjax.look.display import Display
-from bigjax.look.report import load_gallery
+from bigjax.look.pictures import load_gallery
 from bigjax.models import MLP
 from bigjax.run import restore
 from bigjax.run.checkpoint import Checkpoints
@@ -74,7 +74,7 @@ def killed_at_3(folder: Path, copy: Path) -> Path:
     return copy
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a process that ends."""
 
 

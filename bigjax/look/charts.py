@@ -11,7 +11,7 @@ import numpy as np
 # Curves are drawn in stand-in colours that become CSS variables, so that one drawing is readable in light and in dark.
 SPLITS = {"train": "#030303", "eval": "#040404", "validation": "#050505"}
 CSS = {"#010101": "currentColor", "#020202": "var(--line)"} | {v: f"var(--{k})" for k, v in SPLITS.items()}
-UNITS = {"examples_per_second": "examples / s", "accuracy": "share of examples", "bits_per_byte": "bits a byte"}
+UNITS = {"examples_per_second": "examples / s", "accuracy": "share", "bits_per_byte": "bits a byte"}
 Line = Sequence[tuple[int, float]]  # (step, value)
 
 
@@ -20,6 +20,12 @@ def show(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if isinstance(value, int) or not abs(value) < 1000 else f"{value:.4g}"
+
+
+def tick(value: float) -> str:
+    """A number beside an axis: 500 · 6,000 · 25k · 10M."""
+    scale, unit = next(((n, u) for n, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= max(n, 1e4)), (1, ""))
+    return f"{value / scale:,.4g}{unit}"
 
 
 def legend(entries: Mapping[str, tuple[str, str]]) -> str:
@@ -82,27 +88,26 @@ def _panel(title: str, lines: Mapping[str, Line]) -> str:
     finite = values[np.isfinite(values)]
     log = bool(re.search("loss|norm|perplex", title) and 0 < 30 * finite.min(initial=np.inf) < finite.max(initial=0))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8}):
-        figure = Figure(figsize=(3.5, 2.2), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.04)  # the page's letters may be wider
-        axes = figure.add_subplot()
+        axes = (figure := Figure(figsize=(3.5, 2.2))).add_axes((0.21, 0.18, 0.73, 0.78))  # labels have room around it
         axes.set_yscale("log", subs=[]) if log else None  # no minor ticks
         for key, a in arrays.items():
             dots = "o" if len(a) <= 20 else ""
             axes.plot(*np.where(np.isfinite(a), a, np.nan).T, color=colors[key], lw=1.3, marker=dots, ms=2.5)
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 3), numticks=7) if log else ticker.MaxNLocator(5))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:,g}k" if abs(v) >= 10000 else f"{v:,.0f}")
-        axes.yaxis.set_major_formatter(lambda v, _: f"{v / 1000:,g}k" if abs(v) >= 10000 else f"{v:.4g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda v, _: tick(v))
         axes.set_xlabel("step (updates)", color="#010101")
         unit = UNITS.get(title, title.rpartition("/")[2].partition(",")[0].replace("_", " "))
         axes.set_ylabel(f"{unit}, log scale" if log else unit, color="#010101")
+        axes.yaxis.set_label_coords(-0.23, 0.5)
         axes.grid(color="#020202", lw=0.6)
         axes.tick_params(length=0, labelcolor="#010101")
         axes.spines[:].set_visible(False)
         figure.savefig(buffer := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()  # of which the document type, metadata and name spaces name addresses: cut
     svg = re.sub(r"<metadata>.*?</metadata>|\sxmlns(:\w+)?=\"[^\"]*\"", "", svg[svg.index("<svg") :], flags=re.S)
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
     note = f"{len(values) - len(finite)} non-finite not drawn" * (len(finite) < len(values))
     words = legend({k: (colors[k], show(a[-1, 1]) if len(arrays) < 9 else "") for k, a in arrays.items()})
     page = f"<figure><figcaption><b>{escape(title)}</b> <small>{note}</small></figcaption>{svg}{words}</figure>"

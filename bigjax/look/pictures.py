@@ -16,7 +16,7 @@ from etils import epath
 
 from bigjax import UsageError
 
-LARGE, SMALL = 900, 280  # pixels of the page: the newest, and each of those before
+LARGE, SMALL = 900, 300  # pixels of the page: the newest, and each of those before
 EARLIER = 6  # shown of those before
 
 
