@@ -158,7 +158,7 @@ def loop(
         display.table(experiment.name, rows, total=sum(n for _, _, n in rows))
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(checkpoints))
-        log = Log(home, step=step, board=config.tensorboard, active=processes.first(), tell=display.line)
+        log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first(), tell=display.line)
         log, batches = (stack.enter_context(contextlib.closing(x)) for x in (log, program.batches(step)))
         watchdog = stack.enter_context(contextlib.closing(Watchdog(config.hang_seconds)))
         forgiven, controls = int(window["skipped"][0]), program.controls(dropped=dropped)

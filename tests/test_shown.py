@@ -7,11 +7,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
 from conftest import tiny_experiment
 
 from bigjax import UsageError, cli, train
 from bigjax.experiment import Pictures, Published, RunConfig
+from bigjax.look.display import Display
 from bigjax.look.pictures import load_gallery
 from bigjax.run.lines import Clock, Lines
 from bigjax.run.log import Log
@@ -112,9 +114,21 @@ def test_the_log_has_the_learning_rate_of_the_last_update_that_was_applied(tmp_p
     assert list(shown[0])[:3] == ["recall", "loss", "learning_rate"]
 
 
-def build_schedule(steps: int) -> Any:
-    import optax
+def test_a_schedule_that_only_the_update_can_ask_is_told_once(tmp_path, said):
+    experiment = tiny_experiment(tx=optax.sgd(fails))
+    program, log = SimpleNamespace(config=RunConfig(**FLAGS), steps=10, experiment=experiment), Log(tmp_path, step=0)
+    lines = Lines(log, Display(enabled=False), Clock(), [], program)
+    lines.begin(1, 0.0)
+    for step in (2, 4):
+        lines.set_aside(step, {"loss": (1.0, 2.0), "skipped": (0.0, 2.0)}, 0.0)
+        lines.read()
+    warnings = [line for line in said if line.startswith("warning")]
+    assert warnings == ["warning: the learning rate failed (RuntimeError: no); the run goes on"]
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == [2, 4] and "learning_rate" not in written[0]
 
+
+def build_schedule(steps: int) -> Any:
     return optax.sgd(lambda count: 0.5 * count)
 
 

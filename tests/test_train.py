@@ -401,7 +401,7 @@ def test_speed_is_that_of_the_updates_that_were_timed(tmp_path):
         def write(self, step: int, split: str, values: Any) -> None:
             told.append((step, values.get("examples_per_second"), values["loss"]))
 
-    program = SimpleNamespace(config=RunConfig(batch_size=8), steps=9)
+    program = SimpleNamespace(config=RunConfig(batch_size=8), steps=9, experiment=tiny_experiment())
     lines = Lines(Told(), Display(enabled=False), clock, [], program, forgiven=0)
     window = lambda loss: {"loss": (2 * loss, 2.0), "skipped": (0.0, 2.0)}  # noqa: E731
     lines.begin(1, waited=0.5)

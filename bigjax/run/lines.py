@@ -14,7 +14,7 @@ from bigjax.metrics import Metrics
 from bigjax.program import Program
 from bigjax.run import processes
 from bigjax.run.rates import learning_rates
-from bigjax.run.shown import own_metric
+from bigjax.run.shown import only_shown, own_metric
 
 
 class Clock:
@@ -89,12 +89,20 @@ class Lines:
             since = "of the updates since the last line were not finite and dropped"
             self.display.line(f"step {step}: {dropped:.1%} {since}")
         self.dropped += round(float(window["skipped"][0]))
-        values = self.rates(step - 1 - self.dropped) | values
+        values = self.learning_rate(step - 1 - self.dropped) | values
         self.tell(step, "train", values | ({"examples_per_second": speed} if np.isfinite(speed) else {}))
         share = seconds["data_wait"] / max(seconds["train"], 1e-9)
         shown = {"metrics": self.in_order(values), "examples_per_second": speed, "data_wait_fraction": share}
         self.display.update(step, self.program.steps, **shown)
         return more
+
+    def learning_rate(self, count: int) -> dict[str, float]:
+        """That of an update before which `count` were applied."""
+        rates, self.rates = self.rates, lambda count: {}  # which it stays if it fails: that is told once
+        with only_shown("the learning rate", self.display.line):
+            found, self.rates = rates(count), rates
+            return found
+        return {}
 
     def tell_evaluation(self, step: int, values: Mapping[str, dict[str, float]]) -> None:
         """A line for each split."""

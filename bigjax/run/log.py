@@ -56,7 +56,7 @@ class Log:
         workdir: epath.Path,
         *,
         step: int,
-        board: bool = False,
+        tensorboard: bool = False,
         active: bool = True,
         tell: Callable[[str], Any] = print,
     ):
@@ -73,7 +73,7 @@ class Log:
             part = workdir / "metrics.jsonl.part"
             part.write_text(self.text)
             part.replace(self.path)
-        if board:
+        if tensorboard:
             with self.shown():
                 from tensorboardX import SummaryWriter
 

@@ -20,14 +20,14 @@ def learning_rates(tx: Mapping[str, optax.GradientTransformation]) -> Callable[[
     ones. Found is what optax's own scale, scale_by_schedule, chain and partition do; of a transformation with others
     around these (MultiSteps, inject_hyperparams, masked rates) nothing is said.
     """
-    found = {
-        " ".join(filter(None, (player if len(tx) > 1 else "", group))): factors
-        for player, one in tx.items()
-        for group, factors in factors_of(one.update).items()
-        if any(callable(f) or f < 0 for f in factors)  # one of them turns the gradient round
-    }
 
     def rates(count: int) -> dict[str, float]:
+        found = {
+            " ".join(filter(None, (player if len(tx) > 1 else "", group))): factors
+            for player, one in tx.items()
+            for group, factors in factors_of(one.update).items()
+            if any(callable(f) or f < 0 for f in factors)  # one of them turns the gradient round
+        }
         # as the update computes them, whatever transfers and promotions are forbidden to it
         with jax.transfer_guard("allow"), jax.numpy_dtype_promotion("standard"):
             number = jnp.asarray(max(count, 0), jnp.int32)
