@@ -160,43 +160,6 @@ def test_update_without_a_number_of_steps_takes_the_eta_it_is_given():
     assert console.file.getvalue() == "step 7  9 examples/s  data wait 0%  ETA 1:01:01\n"
 
 
-class Lost(io.StringIO):
-    """A stream that takes `room` writes."""
-
-    def __init__(self, room: int, error: Exception) -> None:
-        super().__init__()
-        self.room, self.error = room, error
-
-    def write(self, text: str) -> int:
-        self.room -= 1
-        if self.room < 0:
-            raise self.error
-        return super().write(text)
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space"), ValueError("closed")])
-@pytest.mark.parametrize("room", [0, 3])
-def test_a_terminal_that_is_lost_ends_nothing_and_is_told_once(monkeypatch, capsys, error, room):
-    monkeypatch.setattr(display.sys, "stdout", Lost(room, error))
-    with Display() as shown:
-        for step in range(20):
-            shown.update(step, 20, metrics=METRICS, **SPEED)
-            shown.line("x")
-    summary(RESULT)
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == f"warning: nothing more can be shown ({error}); the run goes on" and len(told) <= 2
-
-
-def test_characters_that_a_terminal_has_not_are_replaced(monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr(display.sys, "stdout", stream)
-    Display().line("━ 5")
-    assert stream.buffer.getvalue() == b"? 5\n"
-
-
 def test_a_run_inside_a_run_tells_how_far_it_is(capsys):
     told = telling("the classifier")
     told(20, "train", {"loss": 1.0})

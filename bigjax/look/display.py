@@ -2,13 +2,12 @@
 
 import contextlib
 import math
-import os
 import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self, TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -43,47 +42,6 @@ def _clock(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-class Forgiving:
-    """A stream for what is only shown: if it is lost (a closed pipe or terminal, a full disk), nothing more is shown.
-
-    What it has no characters for is shown as "?".
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        with self.losing():
-            try:
-                self.stream.write(text)
-            except UnicodeEncodeError as e:
-                self.stream.write(text.encode(e.encoding, "replace").decode(e.encoding))
-        return len(text)
-
-    def flush(self) -> None:
-        with self.losing():
-            self.stream.flush()
-
-    @contextlib.contextmanager
-    def losing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as e:  # ValueError: it is closed
-            with contextlib.suppress(OSError, ValueError):  # what its buffer holds must not fail at the end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            with contextlib.suppress(OSError, ValueError):
-                print(f"warning: nothing more can be shown ({e}); the run goes on", file=sys.stderr, flush=True)
-            self.stream = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
-
-
-def terminal() -> Console:
-    """Where things are shown: stdout, as it is now."""
-    return Console(file=Forgiving(getattr(sys.stdout, "rich_proxied_file", sys.stdout)))
-
-
 def plain(text: str, console: Console) -> dict[str, Any]:
     """How `text` is printed: on a terminal broken at words; elsewhere, or where a word is too long, as it is."""
     return {"soft_wrap": not console.is_terminal or any(len(word) > console.width for word in text.split())}
@@ -97,7 +55,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, *, enabled: bool = True) -> None:
-        self.console = (console or terminal()) if enabled else Console(quiet=True)
+        self.console = (console or Console()) if enabled else Console(quiet=True)
         self._phase, self._since, self._seen = "", time.monotonic(), set()
         self._words: list[tuple[int, str]] = []  # of the line, each with its rank: what doesn't fit is left out
         self._done: float | None = None
@@ -226,7 +184,7 @@ def telling(what: str) -> Callable[[int, str, Mapping[str, float]], None]:
 
     def say(text: str) -> None:
         if processes.first():
-            Forgiving(sys.stderr).write(text + "\n")
+            print(text, file=sys.stderr, flush=True)
 
     say(f"training {what}")
 
@@ -240,7 +198,7 @@ def telling(what: str) -> Callable[[int, str, Mapping[str, float]], None]:
 
 def summary(result: Mapping[str, Any], *, report: str | None = None, console: Console | None = None) -> None:
     """Prints a result.json at the end of a run: metrics beside the published ones, seconds, and where the report is."""
-    console = console or terminal()
+    console = console or Console()
     published = {p["metric"]: p for p in result.get("published") or ()}
     metrics, own = result.get("metrics", {}), result.get("metric")
     table = Table(

@@ -28,6 +28,14 @@ def own_metric(experiment: Experiment, config: RunConfig) -> str | None:
     return named[0] if named else None
 
 
+def for_report(
+    experiment: Experiment, config: RunConfig, given: Mapping[str, Any], default: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What config.json holds for the report alone: what is given otherwise than by default, what comes first."""
+    first = {"metric": own_metric(experiment, config), "gallery": list(experiment.gallery)}
+    return {"defaults": usual(given, default), **first}
+
+
 def usual(given: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """The default values of the flags that are given otherwise, in groups as they are."""
     inner = {k: usual(v, default[k]) if isinstance(v, dict) else default[k] for k, v in given.items() if k in default}

@@ -25,7 +25,7 @@ from bigjax.run import processes
 from bigjax.run.atomic import write_whole
 from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
-from bigjax.run.shown import own_metric, usual
+from bigjax.run.shown import for_report, own_metric
 
 # Settings that may differ between a run and its resumption: they change no number.
 FREE = {
@@ -76,9 +76,7 @@ def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
     return {
         "experiment": experiment.name,
         "config": settings(config),
-        "defaults": usual(settings(config), settings(type(config)())),  # of the flags that are given otherwise
-        "metric": own_metric(experiment, config),
-        "gallery": list(experiment.gallery),
+        **for_report(experiment, config, settings(config), settings(type(config)())),
         "steps": None,  # settled when training starts
         "models": {k: module_spec(m) for k, m in experiment.task.models.items()},
         "versions": versions(),
@@ -298,6 +296,5 @@ def make_result(
     if counts:
         result |= experiment.task.details(counts)
     if "per_class" in result:
-        count = len(result["per_class"]["recall"])
-        result["class_names"] = list(experiment.class_names or map(str, range(count)))
+        result["class_names"] = list(experiment.class_names or map(str, range(len(result["per_class"]["recall"]))))
     return result
