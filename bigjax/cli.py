@@ -106,7 +106,8 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
         if processes.first():
             print(report.write_report(epath.Path(config.workdir or f"runs/{name}")))
         return
-    with Display(enabled=verb == "train" and processes.first()) as display, display.phase("reading data"):
+    waits = verb == "train" and processes.first() and sys.stdout.isatty()
+    with Display(enabled=waits) as display, display.phase("reading data"):
         experiment = dataclasses.replace(build(config), name=name)
     if verb == "train":
         train.fit(experiment, config)

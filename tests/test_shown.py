@@ -146,6 +146,8 @@ def test_a_runs_own_metric_is_that_of_its_rows_or_of_what_is_published(monkeypat
     monkeypatch.setitem(sys.modules, "script", script)
     monkeypatch.setattr(Config, "__module__", "script")
     assert own_metric(tiny_experiment(published=(aim,)), Config()) == "eval/f1"
+    script.METRIC = "eval/bits_per_byte"
+    assert own_metric(tiny_experiment(published=(aim,)), Config()) == "eval/bits_per_byte"
 
 
 def test_what_is_given_otherwise_is_recorded_with_its_default():

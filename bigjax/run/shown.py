@@ -22,9 +22,10 @@ def only_shown(what: str, tell: Tell) -> Iterator[None]:
 
 
 def own_metric(experiment: Experiment, config: RunConfig) -> str | None:
-    """The number that a run is about, as eval/accuracy: by the script's ROWS, or the first that is published."""
-    rows = getattr(sys.modules.get(type(config).__module__), "ROWS", None) or {}
-    named = [row["metric"] for row in rows.values()] + [p.metric for p in experiment.published]
+    """The number that a run is about, as eval/accuracy: by the script's METRIC or ROWS, or the first that is published."""
+    script = sys.modules.get(type(config).__module__)
+    named = [getattr(script, "METRIC", None), *(row["metric"] for row in getattr(script, "ROWS", {}).values())]
+    named = [*filter(None, named), *(p.metric for p in experiment.published)]
     return named[0] if named else None
 
 

@@ -20,6 +20,7 @@ from bigjax.look.gallery import speaker, text_sample
 from bigjax.models import GPT
 from bigjax.tasks import next_token
 
+METRIC = "eval/bits_per_byte"  # of text whose bytes are known
 # Vocabularies are filled up to a multiple of 128, so that they can be split.
 GPT2 = {"vocabulary": 50304, "context": 1024}  # Radford et al. 2019, table 2
 LLAMA = {  # Grattafiori et al. 2024, table 3
