@@ -22,7 +22,7 @@ def only_shown(what: str, tell: Tell) -> Iterator[None]:
 
 
 def own_metric(experiment: Experiment, config: RunConfig) -> str | None:
-    """The number that a run is about, as eval/accuracy: by the script's METRIC or ROWS, or the first that is published."""
+    """The number that a run is about, as eval/accuracy: by the script's METRIC or ROWS, or the first published."""
     script = sys.modules.get(type(config).__module__)
     named = [getattr(script, "METRIC", None), *(row["metric"] for row in getattr(script, "ROWS", {}).values())]
     named = [*filter(None, named), *(p.metric for p in experiment.published)]
