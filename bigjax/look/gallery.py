@@ -155,7 +155,9 @@ def text_sample(
 
     def write(params: Params, model_state: ModelState, key: Key) -> str:
         mine = variables(params, model_state)
-        return speak(to_host(generate(model, mine, prompt_BL, length=length, key=key, temperature=temperature))[0])
+        with jax.transfer_guard("allow"):  # of the prompt and the temperature
+            tokens_BL = generate(model, mine, prompt_BL, length=length, key=key, temperature=temperature)
+        return speak(to_host(tokens_BL)[0])
 
     return write
 
