@@ -8,7 +8,8 @@ from bigjax.ops import optimizers
 from bigjax.run.rates import learning_rates
 
 COSINE = optim.schedule("warmup-cosine", 0.5, steps=100)
-HALF = {"learning_rate": float(COSINE(50))}
+with jax.numpy_dtype_promotion("standard"):
+    HALF = {"learning_rate": float(COSINE(50))}
 
 
 @pytest.mark.parametrize(("tx", "expected"), [
@@ -18,7 +19,7 @@ HALF = {"learning_rate": float(COSINE(50))}
     (optim.AdamW(0.5, weight_decay=0.1, clip=1.0)(100), HALF),
     (optim.adamw(0.25, weight_decay=0.1), {"learning_rate": 0.25}),
     (optimizers.lamb(COSINE, weight_decay=0.1), HALF),
-    (optimizers.muon(0.1, adam_rate=COSINE), {"learning_rate/muon": 0.1, "learning_rate/adam": float(COSINE(50))}),
+    (optimizers.muon(0.1, adam_rate=COSINE), {"learning_rate/muon": 0.1, "learning_rate/adam": HALF["learning_rate"]}),
     (optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(COSINE), optax.scale(-1.0)), HALF),
     (optax.chain(optax.clip(1.0), optax.scale(0.5), optax.sgd(0.5)), {"learning_rate": 0.25}),
     (optax.scale(0.5), {}),  # no rate: it doesn't turn the gradient round
@@ -45,6 +46,7 @@ def test_it_is_the_rate_that_the_update_has():
     params = {"w": np.float32(0)}
     state, rates = tx.init(params), learning_rates({"model": tx})
     for count in range(3):
-        updates, state = tx.update({"w": np.float32(1)}, state)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update({"w": np.float32(1)}, state)
         with jax.transfer_guard("disallow"), jax.numpy_dtype_promotion("strict"):
             assert rates(count)["learning_rate"] == pytest.approx(float(-updates["w"]))
