@@ -97,6 +97,7 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
     """One verb of the experiment called `name`."""
     from bigjax import evaluation, train
     from bigjax.look import report
+    from bigjax.look.display import Display
     from bigjax.run import processes
     from bigjax.run.log import json_text
 
@@ -105,7 +106,9 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
         if processes.first():
             print(report.write_report(epath.Path(config.workdir or f"runs/{name}")))
         return
-    experiment = dataclasses.replace(build(config), name=name)
+    waits = verb == "train" and processes.first() and sys.stdout.isatty()
+    with Display(enabled=waits) as display, display.phase("reading data"):
+        experiment = dataclasses.replace(build(config), name=name)
     if verb == "train":
         train.fit(experiment, config)
         return

@@ -71,16 +71,6 @@ def evaluation(
     return out, counts if splits["eval"] is not None else {}
 
 
-def draw(program: Program, home: epath.Path, state: TrainState, step: int, keep: bool) -> None:
-    """The gallery, by all processes; one keeps it."""
-    from bigjax.look.report import save_gallery
-
-    for name, picture in program.experiment.gallery.items():
-        item = picture(*state.evaluated(), program.key)
-        if keep:
-            save_gallery(home, step, name=name, item=item)
-
-
 def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     """The test split's numbers under the newest checkpoint of the run's working directory.
 

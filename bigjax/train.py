@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from bigjax import Interrupted, UsageError, sharding
-from bigjax.evaluation import draw, evaluate, evaluation, evaluator
+from bigjax.evaluation import evaluate, evaluation, evaluator
 from bigjax.experiment import Experiment, OnLog, RunConfig, Split, check, size_of
 from bigjax.metrics import Metrics
 from bigjax.program import AHEAD, Program, planned_steps
@@ -63,7 +63,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     if fresh and (home / "config.json").exists():
         Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake in it must not cost the run that is there
     shown = Display(enabled=not quiet and processes.first())
-    traced = tracing(home) if config.profile else contextlib.nullcontext()
+    traced = tracing(home, shown.line) if config.profile else contextlib.nullcontext()
     with (
         folder.locked(home), guard.storage(home), guard.signals() as signalled, shown as display, traced as trace,
         jax.set_mesh(mesh),
@@ -74,7 +74,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             make = partial(Program, experiment, config, train, mesh=mesh)
 
             def seconds_a_step() -> float:
-                with clock.timing("compile"):
+                with clock.timing("compile"), display.phase("planning"):
                     return make(steps=10**6).seconds_a_step()
 
             size = size_of(train)
@@ -82,7 +82,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             steps = folder.once(home, "steps", planned)
             program, more = make(steps=steps), not fresh and longer(home, config)
             with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
-                with watchdog.watching(lambda: "reading the data's first examples"):
+                with watchdog.watching(lambda: "reading the data's first examples"), display.phase("checking data"):
                     accept = config.accept_changes and not finished
                     records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
             if more:
@@ -141,25 +141,28 @@ def loop(
 ) -> Run:
     """From where `start` stands to the end: updates, log windows, evaluations, checkpoints, the result."""
     from bigjax.look.diagnose import blame, layer_rows
+    from bigjax.look.gallery import draw
     from bigjax.look.report import write_report
     from bigjax.run import processes
     from bigjax.run import workdir as folder
     from bigjax.run.guard import Watchdog
     from bigjax.run.lines import Lines
     from bigjax.run.log import Log
+    from bigjax.run.shown import only_shown
 
     experiment, config = program.experiment, program.config
     checkpoints, step, state, window = started
     first, dropped, saved = step, int(state.skipped), time.monotonic()
-    rows = layer_rows(program.begin, state.params)
-    display.table(experiment.name, rows, total=sum(n for _, _, n in rows))
+    with only_shown("the table of layers", display.line):
+        rows = layer_rows(program.begin, state.params)
+        display.table(experiment.name, rows, total=sum(n for _, _, n in rows))
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(checkpoints))
-        log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first())
+        log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first(), tell=display.line)
         log, batches = (stack.enter_context(contextlib.closing(x)) for x in (log, program.batches(step)))
         watchdog = stack.enter_context(contextlib.closing(Watchdog(config.hang_seconds)))
         forgiven, controls = int(window["skipped"][0]), program.controls(dropped=dropped)
-        lines = Lines(log, display, clock, hooks, program, forgiven=forgiven)
+        lines = Lines(log, display, clock, hooks, program, forgiven=forgiven, dropped=dropped)
         measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
         under_way: deque[Any] = deque()  # updates that the device has not finished
         measured: tuple[dict[str, dict[str, float]], Metrics] = ({}, {})
@@ -204,7 +207,7 @@ def loop(
                 with clock.timing("eval"):
                     measured = evaluation(program, measure, state, splits)
                     lines.tell_evaluation(step, measured[0])
-                    draw(program, home, state, step, processes.first())
+                    draw(program, home, state, step, display.line)
                 values, number = measured[0].get("validation"), number or signalled(step)
             if at_save or lines.ends or number is not None:
                 display.phase("saving")
@@ -231,7 +234,8 @@ def loop(
         )
         if processes.first():
             folder.write_json(home / "result.json", result)
-            write_report(home)
+            with only_shown("report.html", display.line), display.phase("writing the report"):
+                write_report(home)
     return Run(state, result, home)
 
 

@@ -116,7 +116,7 @@ FAMILIES = {
 }
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a process that ends."""
 
 

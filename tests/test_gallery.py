@@ -13,9 +13,10 @@ from conftest import run_with_devices
 from jax import Array
 
 from bigjax import sharding
+from bigjax.data.text import train_tokenizer
 from bigjax.look import gallery
 from bigjax.look.evaluators import generate_images, generated_images, linear_probe
-from bigjax.models import CNN, VAE, Autoencoder, Generator
+from bigjax.models import CNN, GPT, VAE, Autoencoder, Generator
 from bigjax.models.autoencoder import sample
 
 KEY = jax.random.key(0)
@@ -274,3 +275,24 @@ def on_a_mesh() -> None:
 
 def test_on_a_mesh_the_state_stays_where_it_is(tmp_path: Path) -> None:
     run_with_devices("import test_gallery; test_gallery.on_a_mesh()", folder=tmp_path)
+
+
+# --- text
+
+
+def test_a_language_model_goes_on_with_its_prompt_as_far_as_its_context() -> None:
+    model = GPT(vocabulary=7, layers=1, width=4, heads=1, context=6)
+    params, state = made(model, "model", jnp.zeros((1, 2), jnp.int32))
+    write = lambda *prompt, **options: gallery.text_sample(model, prompt, **options)(params, state, KEY)  # noqa: E731
+    spoken = write(1, 2, speak=gallery.speaker(None, known=False)).split()
+    assert spoken[:2] == ["1", "2"] and len(spoken) == 6 and all(0 <= int(token) < 7 for token in spoken)
+    spoken = write(*range(6), speak=list, length=2)
+    assert spoken[:3] == [0, 1, 2] and len(spoken) == 5  # of a long prompt half a context
+
+
+def test_tokens_are_spoken_by_their_tokenizer_or_as_bytes(tmp_path: Path) -> None:
+    assert gallery.speaker(None)(np.array([104, 105, 200])) == "hi\ufffd"
+    coder = train_tokenizer(["ab ab cd cd", "ab cd"], kind="bpe", vocabulary=300)
+    coder.save(str(tmp_path / "tokenizer.json"))
+    ids = np.array(coder.encode("ab cd").ids)
+    assert gallery.speaker(str(tmp_path / "tokenizer.json"))(ids) == coder.decode(ids.tolist())

@@ -85,7 +85,7 @@ def test_what_cannot_be_extended_keeps_its_result(changes: dict[str, Any], said:
 def test_killed_while_it_goes_on(own: Path, tmp_path: Path) -> None:
     """After the new length was recorded and before anything was saved: the same command, or the plain one, goes on."""
 
-    class Killed(Exception):
+    class Killed(BaseException):
         pass
 
     def hook(step: int, split: str, values: Any) -> None:

@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 
 from bigjax import UsageError
 from bigjax.experiment import DistributedConfig
-from bigjax.look.report import load_gallery
+from bigjax.look.pictures import load_gallery
 from bigjax.run import manifest, processes
 from bigjax.run.checkpoint import Checkpoints, listing
 from bigjax.run.log import read_log

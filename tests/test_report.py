@@ -11,13 +11,23 @@ import pytest
 from PIL import Image
 
 from bigjax import UsageError
-from bigjax.look.report import load_gallery, save_gallery, write_report
+from bigjax.look.pictures import load_gallery, save_gallery
+from bigjax.look.report import write_report
 
 CONFIG = {
     "experiment": "mnist_cnn",
-    "config": {"seed": 3, "steps": 400, "note": "<script>alert(1)</script>", "width": [32, 64]},
+    "config": {
+        "seed": 3,
+        "steps": 400,
+        "note": "<script>alert(1)</script>",
+        "width": [32, 64],
+        "adamw": {"clip": 0.5, "b1": 0.9},
+    },
+    "defaults": {"seed": 0, "adamw": {"clip": 0.0}},
+    "metric": "eval/ece",
+    "gallery": ["samples", "nearest"],
     "versions": {"jax": "0.10.2"},
-    "git_commit": "abc1234",
+    "git_commit": "0123456789abcdef0123456789abcdef01234567",
     "command": ["mnist_cnn.py", "--seed", "3"],
 }
 RESULT = {
@@ -81,13 +91,14 @@ def workdir(tmp_path):
     "eval/accuracy 0.984 published 0.975 · ✓ reached S &amp; Co, https://example.org",
     "eval/loss 0.0512 published 0.04 · ✗ not reached by hand",
     "eval/fid – published 21.7 · not measured in other features",
-    "parameters 93,322", "updates 400", "seed 3", "examples/s 5,123", "kind Xeon", "commit abc1234 ",
+    "parameters 93,322", "updates 400", "seed 3", "examples/s 5,123", "kind Xeon", "commit 0123456789 command",
     "mnist_cnn.py --seed 3",
     "41 seconds", "compile 6.1 s", "train 31.2 s", "data wait 0.3 s", "checkpoint 0.4 s", "other 1 s",
-    "loss log scale train 0.01 eval 0.625", "accuracy train 0.9 eval 0.875",
-    "Norms grad_norm 1 non-finite not drawn train nan", "grad_norm, model Conv_0 0.75 Dense_0 1.125",
+    "loss train 0.01 eval 0.625", "accuracy train 0.9 eval 0.875", "examples_per_second train 5,000 step 100",
+    "Norms grad_norm train 1.5 step 100", "grad_norm, model Conv_0 0.75 Dense_0 1.125",
     "true \\ said cat &lt;dog&gt; examples precision recall f1 cat 37 2 39 0.881 0.949 0.914",
     "eval/ece 0.00417", "steps 400", "width [32, 64]", "jax 0.10.2",
+    "Configuration seed 3 default 0 adamw.clip 0.5 default 0.0 steps 400",
 ])  # fmt: skip
 def test_every_section_shows_the_values_of_the_files(workdir, expected):
     assert expected in texts(write_report(workdir).read_text())
@@ -96,10 +107,10 @@ def test_every_section_shows_the_values_of_the_files(workdir, expected):
 def test_each_metric_has_its_panel_and_each_split_or_layer_its_line(workdir):
     page = write_report(workdir).read_text()
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(drawings) == 5  # loss, accuracy, examples_per_second, grad_norm, grad_norm by layer
+    assert len(drawings) == 3  # loss, accuracy, grad_norm by layer: the others have one point that is finite
     for color in ("var(--train)", "var(--eval)"):
         assert f"stroke: {color}" in drawings[0]
-    assert len(re.findall(r"stroke: #[0-9a-f]{6}; stroke-width: 1.3", drawings[4])) == 2
+    assert len(re.findall(r"stroke: #[0-9a-f]{6}; stroke-width: 1.3", drawings[2])) == 2
     assert not re.search("#0[1-5]0[1-5]0[1-5]", page)  # no stand-in colour is left
 
 
@@ -151,7 +162,7 @@ def test_metrics_of_a_custom_task_are_tiles_charts_and_rows(workdir):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = texts(write_report(workdir).read_text())
     assert "eval/bleu 31.5 at the last step eval/regret 0.125 at the last step Key facts" in shown
-    assert "regret train 1.5 eval 1.5" in shown and "train/regret 0.5" in shown
+    assert "regret train 1.5 step 5 · eval 1.5 step 5" in shown and "train/regret 0.5" in shown
 
 
 def test_null_is_shown_as_missing(workdir):
@@ -159,7 +170,7 @@ def test_null_is_shown_as_missing(workdir):
     (workdir / "result.json").write_text(json.dumps(RESULT | {"metrics": {"eval/loss": None}, "published": []}))
     (workdir / "metrics.jsonl").write_text('{"step": 5, "split": "train", "loss": null, "accuracy": null}\n')
     shown = texts(write_report(workdir).read_text())
-    assert "eval/loss – at the last step" in shown and "loss 1 non-finite not drawn" in shown
+    assert "eval/loss – at the last step" in shown and "Curves loss train – step 5 accuracy train – step 5" in shown
     (workdir / "result.json").unlink()
     assert "train/accuracy – at step 5" in texts(write_report(workdir).read_text())
 
@@ -187,7 +198,7 @@ def test_edited_source_is_shown_beside_the_commit(workdir):
     (workdir / "source.patch").write_text("\n")
     assert "edits in" not in write_report(workdir).read_text()
     (workdir / "source.patch").write_text("diff --git")
-    assert "abc1234 + edits in source.patch" in write_report(workdir).read_text()
+    assert "0123456789 + edits in source.patch" in write_report(workdir).read_text()
 
 
 def test_many_classes_show_per_class_columns_only(workdir):
@@ -214,12 +225,78 @@ def test_gallery_round_trip_and_picture_in_the_page(workdir, shape):
 
     page = write_report(workdir).read_text()
     sources = re.findall(r'width:(\d+)px" alt="step (\d+)" src="data:image/png;base64,([^"]*)"', page)
-    assert [(int(width), step) for width, step, _ in sources] == [(600, "200"), (110, "50")]  # newest large, then small
+    assert [(int(width), step) for width, step, _ in sources] == [(900, "200"), (300, "50")]  # newest large, then small
     tile = np.asarray(Image.open(io.BytesIO(base64.b64decode(sources[0][2]))))
     assert tile.shape == (3 * 7, 2 * 5, *[3] * (shape[3:] == (3,)))  # three rows of two, a grey pixel after each
     expected = saved.images[..., 0] if shape[3:] == (1,) else saved.images
     np.testing.assert_array_equal(tile[7:13, 5:9], expected[3])
     assert (tile[6] == 127).all() and (tile[14:, 5:] == 127).all()
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+@pytest.mark.parametrize("kind", [np.float32, np.uint8])
+def test_of_other_channels_than_colours_the_mean_is_shown(workdir, channels, kind):
+    images = np.zeros((1, 2, 2, channels), kind)
+    images[0, 0, 0] = 200 if kind is np.uint8 else 200 / 255
+    images[0, 0, 0, 0] = 0
+    save_gallery(workdir, 1, name="x", item=SimpleNamespace(images=images, captions=None, columns=1))
+    (saved,) = load_gallery(workdir)["x"].values()
+    assert saved.images.tolist() == [[[200 - 200 // channels, 0], [0, 0]]]
+    assert "data:image/png" in write_report(workdir).read_text()
+
+
+def test_small_pictures_are_a_few_and_their_pairs_stay_together(workdir):
+    """Of each of the first rows the first: under an image is what belongs to it."""
+    images = np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((28, 28), np.uint8)
+    for step in (1, 2):
+        save_gallery(workdir, step, name="x", item=SimpleNamespace(images=images, captions=None, columns=10))
+    sources = re.findall(
+        r'width:(\d+)px" alt="step 1" src="data:image/png;base64,([^"]*)"', write_report(workdir).read_text()
+    )
+    ((width, data),) = sources
+    tile = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert int(width) == 2 * 5 * 29 and tile[5::29, 5::29].tolist() == [
+        [10 * r + c for c in range(5)] for r in range(4)
+    ]
+
+
+def test_what_never_changes_or_was_measured_once_is_a_number(workdir):
+    lines = [
+        {"step": step, "split": "train", "loss": 1 / step, "skipped": 0.0, "learning_rate": 0.1} for step in range(1, 5)
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*lines, LOG[2]]))
+    page = write_report(workdir).read_text()
+    assert len(re.findall("<svg", page)) == 1  # the loss
+    assert "learning_rate train 0.1 throughout" in texts(page) and "accuracy eval 0.875 step 200" in texts(page)
+    assert "skipped" not in texts(page[: page.index("Metrics")])
+
+
+def test_axes_say_what_they_are_and_no_label_is_cut(workdir):
+    """Each label lies inside the drawing, by the letters that it was laid out with, with some room for wider ones."""
+    lines = [
+        {"step": 2_000_000 * n, "split": "train", "loss": 10.0 ** (-2 * n), "learning_rate/adam": n / 3e6}
+        for n in range(1, 8)
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawings = re.findall(r"<svg.*?</svg>", write_report(workdir).read_text(), flags=re.S)
+    assert len(drawings) == 2
+    for drawing, unit in zip(drawings, ("loss, log scale", "learning rate"), strict=True):
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', drawing)[1])
+        words = re.findall(r'anchor: (\w+)[^>]* x="([\d.]+)"[^>]*rotate\((-?\d+)[^>]*>([^<]*)<', drawing)
+        assert {"step (updates)", unit} <= {text for *_, text in words}
+        assert "12M" in [text for *_, text in words]
+        for anchor, x, turned, text in words:
+            size = 8.0 if turned == "-90" else 5.5 * len(text)  # of 8 points, with room for wide letters
+            left = float(x) - size * {"middle": 0.5, "end": 1.0}[anchor]
+            assert left >= 0 and left + size <= width, (text, left, width)
+
+
+def test_the_runs_own_metric_comes_first_and_so_do_the_samples(workdir):
+    for name in ("nearest", "samples", "another"):
+        save_gallery(workdir, 1, name=name, item=name)
+    shown = texts(write_report(workdir).read_text())
+    assert shown.index("eval/ece 0.00417 at the last step") < shown.index("eval/accuracy 0.984 published")
+    assert shown.index("samples step 1") < shown.index("nearest step 1") < shown.index("another step 1")
 
 
 def test_captioned_pictures_are_shown_one_by_one(workdir):
@@ -238,7 +315,7 @@ def test_no_pictures_at_all_is_shown_as_none(workdir):
 
 
 @pytest.mark.parametrize(("shape", "captions", "message"), [
-    ((3, 4), None, r"images \(3, 4\): give \(N,H,W\)"), ((3, 4, 4, 2), None, "C of 1, 3 or 4"),
+    ((3, 4), None, r"images \(3, 4\): give \(N,H,W\) or \(N,H,W,C\)"),
     ((3, 4, 4), ["one"], "1 captions for 3 images"),
 ])  # fmt: skip
 def test_unfit_pictures_are_usage_errors(workdir, shape, captions, message):

@@ -27,7 +27,7 @@ from bigjax import UsageError, metrics, train
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures, Published, RunConfig
 from bigjax.look.display import Display
-from bigjax.look.report import load_gallery
+from bigjax.look.pictures import load_gallery
 from bigjax.models import MLP
 from bigjax.run import restore
 from bigjax.run.checkpoint import Checkpoints
@@ -74,7 +74,7 @@ def killed_at_3(folder: Path, copy: Path) -> Path:
     return copy
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a process that ends."""
 
 
@@ -401,7 +401,7 @@ def test_speed_is_that_of_the_updates_that_were_timed(tmp_path):
         def write(self, step: int, split: str, values: Any) -> None:
             told.append((step, values.get("examples_per_second"), values["loss"]))
 
-    program = SimpleNamespace(config=RunConfig(batch_size=8), steps=9)
+    program = SimpleNamespace(config=RunConfig(batch_size=8), steps=9, experiment=tiny_experiment())
     lines = Lines(Told(), Display(enabled=False), clock, [], program, forgiven=0)
     window = lambda loss: {"loss": (2 * loss, 2.0), "skipped": (0.0, 2.0)}  # noqa: E731
     lines.begin(1, waited=0.5)

@@ -3,6 +3,8 @@
 N images, C classes, Z numbers of a code, R rows, S steps.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +12,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures
 from bigjax.look.evaluators import encoder, generate_images, images_of, normal, to_numpy
+from bigjax.look.pictures import save_gallery
+from bigjax.run import processes
+from bigjax.run.shown import Tell, only_shown
+from bigjax.sharding import to_host
 from bigjax.step import to_float
 from bigjax.task import Key, ModelState, Params, mode, variables
 
@@ -127,3 +134,53 @@ def nearest_training_images(generator: nn.Module, train: pipeline.Split, *, coun
         return pairs(fake, np.stack(near))
 
     return draw
+
+
+def text_sample(
+    model: nn.Module,
+    prompt: Sequence[int],
+    *,
+    speak: Callable[[np.ndarray], str],
+    length: int = 400,
+    temperature: float = 0.8,
+) -> Callable[[Params, ModelState, Key], str]:
+    """What a language model writes after `prompt`, the prompt included, as far as its context goes.
+
+    speak: tokens -> text.
+    """
+    from bigjax.use.generate import generate
+
+    prompt_BL = np.asarray(prompt, np.int32)[None, : max(1, model.context // 2)]
+    length = min(length, model.context - prompt_BL.shape[1])
+
+    def write(params: Params, model_state: ModelState, key: Key) -> str:
+        mine = variables(params, model_state)
+        with jax.transfer_guard("allow"):  # of the prompt and the temperature
+            tokens_BL = generate(model, mine, prompt_BL, length=length, key=key, temperature=temperature)
+        return speak(to_host(tokens_BL)[0])
+
+    return write
+
+
+def speaker(tokenizer: str | None, *, known: bool = True) -> Callable[[np.ndarray], str]:
+    """Tokens as text: by the tokenizer.json at a path; without one as bytes, or, not even `known`, as numbers."""
+    if tokenizer is None:
+        return lambda ids: bytes(ids.astype(np.uint8)).decode("utf-8", "replace") if known else " ".join(map(str, ids))
+    from bigjax.data.text import load_tokenizer
+
+    coder = load_tokenizer(tokenizer)
+    return lambda ids: coder.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def draw(program: Any, home: epath.Path, state: Any, step: int, tell: Tell) -> None:
+    """The gallery of an experiment, by all processes; the first keeps it.
+
+    Among several, what fails on one would leave the others waiting for it in a collective: there it ends the run.
+    """
+    for name, picture in program.experiment.gallery.items():
+        told = functools.partial(only_shown, f"gallery {name!r}", tell)
+        with contextlib.nullcontext() if processes.several() else told():
+            item = picture(*state.evaluated(), program.key)
+            if processes.first():
+                with told():
+                    save_gallery(home, step, name=name, item=item)

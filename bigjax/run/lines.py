@@ -2,16 +2,19 @@
 
 import contextlib
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from bigjax import metrics
+from bigjax import UsageError, metrics
 from bigjax.experiment import OnLog
 from bigjax.metrics import Metrics
 from bigjax.program import Program
 from bigjax.run import processes
+from bigjax.run.rates import learning_rates
+from bigjax.run.shown import only_shown, own_metric
 
 
 class Clock:
@@ -37,21 +40,34 @@ class Lines:
     """What a run tells: each line goes to the log and to the hooks; a window's, once its updates are behind.
 
     ends: whether a hook has said that the run ends. forgiven: updates of the first window that an earlier session
-    dropped and accepted.
+    dropped and accepted; dropped: all of them, which moved no learning rate.
     """
 
-    def __init__(self, log: Any, display: Any, clock: Clock, hooks: list[OnLog], program: Program, *, forgiven: int):
+    def __init__(
+        self,
+        log: Any,
+        display: Any,
+        clock: Clock,
+        hooks: list[OnLog],
+        program: Program,
+        *,
+        forgiven: int = 0,
+        dropped: int = 0,
+    ):
         self.log, self.display, self.clock, self.hooks, self.program = log, display, clock, hooks, program
         self.ends, self.unread, self.mark, self.forgiven = False, None, None, forgiven
+        self.dropped = dropped - forgiven  # before the window that is read next
+        self.rates = learning_rates(program.experiment.transformations(program.steps))
 
     def begin(self, step: int, waited: float) -> None:
         """What is done counts neither for the speed nor for the wait for data: it compiled."""
         self.mark, self.waited = (self.clock.seconds["train"], step), waited
+        self.display.begin(step, self.program.steps)
 
     def tell(self, step: int, split: str, values: dict[str, float]) -> None:
         self.log.write(step, split, values)
         if self.hooks:
-            self.ends |= processes.from_first(lambda: any([bool(hook(step, split, values)) for hook in self.hooks]))
+            self.ends |= processes.from_first(lambda: any([ask(hook, step, split, values) for hook in self.hooks]))
 
     def set_aside(self, step: int, window: Metrics, waited: float) -> None:
         """The sums of a window that has ended, to be read while the device works on."""
@@ -72,15 +88,43 @@ class Lines:
         if dropped:
             since = "of the updates since the last line were not finite and dropped"
             self.display.line(f"step {step}: {dropped:.1%} {since}")
+        self.dropped += round(float(window["skipped"][0]))
+        values = self.learning_rate(step - 1 - self.dropped) | values
         self.tell(step, "train", values | ({"examples_per_second": speed} if np.isfinite(speed) else {}))
         share = seconds["data_wait"] / max(seconds["train"], 1e-9)
-        shown = {"metrics": values, "examples_per_second": speed, "data_wait_fraction": share}
+        shown = {"metrics": self.in_order(values), "examples_per_second": speed, "data_wait_fraction": share}
         self.display.update(step, self.program.steps, **shown)
         return more
+
+    def learning_rate(self, count: int) -> dict[str, float]:
+        """That of an update before which `count` were applied."""
+        rates, self.rates = self.rates, lambda count: {}  # which it stays if it fails: that is told once
+        with only_shown("the learning rate", self.display.line):
+            found, self.rates = rates(count), rates
+            return found
+        return {}
 
     def tell_evaluation(self, step: int, values: Mapping[str, dict[str, float]]) -> None:
         """A line for each split."""
         for split, numbers in values.items():
             self.tell(step, split, numbers)
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:4])
-            self.display.line(f"step {step} {split}: {shown}")
+            self.display.numbers(f"step {step:,} {split}:", self.in_order(numbers))
+
+    def in_order(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The experiment's own metric, losses, and the others as they came."""
+        own = (own_metric(self.program.experiment, self.program.config) or "").partition("/")[2]
+        return {k: values[k] for k in sorted(values, key=lambda k: (k != own, not k.endswith("loss")))}
+
+
+def ask(hook: OnLog, *line: Any) -> bool:
+    """Whether a hook says that the run ends. UsageError: it raises."""
+    try:
+        return bool(hook(*line))
+    except Exception as e:
+        if isinstance(e, UsageError):
+            raise
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        raise UsageError(
+            f"on_log failed at step {line[0]} ({type(e).__name__}: {processes.first_line(e)}; {frame.filename}, line "
+            f"{frame.lineno}): correct it; the same command goes on from the last checkpoint"
+        ) from e

@@ -1,15 +1,17 @@
 """The log of a run, metrics.jsonl: one JSON object a line, no gap and no repeat after a resume."""
 
 import contextlib
+import functools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from bigjax import SaveError, UsageError
+from bigjax.run.shown import only_shown
 
 BUCKET_SECONDS = 1.0  # Google's limit for writing the same object again
 
@@ -49,8 +51,17 @@ class Log:
     written again, not oftener than a bucket allows.
     """
 
-    def __init__(self, workdir: epath.Path, *, step: int, tensorboard: bool = False, active: bool = True):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        step: int,
+        tensorboard: bool = False,
+        active: bool = True,
+        tell: Callable[[str], Any] = print,
+    ):
         self.path, self.active, self.board = workdir / "metrics.jsonl", active, None
+        self.shown = functools.partial(only_shown, "tensorboard", tell)
         self.bucket = "://" in str(workdir)
         self.behind = self.bucket and active  # lines of `text` are not in the bucket yet
         if not active:
@@ -63,9 +74,10 @@ class Log:
             part.write_text(self.text)
             part.replace(self.path)
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            with self.shown():
+                from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+                self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends one line; it is on disk when this returns (in a bucket, at the latest after `flush`)."""
@@ -79,9 +91,12 @@ class Log:
         else:
             with self.path.open("a") as f:
                 f.write(line)
-        if self.board:
-            for k, v in values.items():
-                self.board.add_scalar(f"{split}/{k}", v, step)
+        board, self.board = self.board, None  # which it stays if it fails, so that it is told once
+        if board:
+            with self.shown():
+                for k, v in values.items():
+                    board.add_scalar(f"{split}/{k}", v, step)
+                self.board = board
 
     def flush(self) -> None:
         """In a bucket, writes what is not there yet: before a checkpoint says that it is."""
@@ -97,4 +112,5 @@ class Log:
         with contextlib.suppress(SaveError):  # the end of a run has written it; else there is another error to tell
             self.flush()
         if self.board:
-            self.board.close()
+            with self.shown():
+                self.board.close()

@@ -25,6 +25,7 @@ from bigjax.run import processes
 from bigjax.run.atomic import write_whole
 from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
+from bigjax.run.shown import for_report, own_metric
 
 # Settings that may differ between a run and its resumption: they change no number.
 FREE = {
@@ -75,6 +76,7 @@ def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
     return {
         "experiment": experiment.name,
         "config": settings(config),
+        **for_report(experiment, config, settings(config), settings(type(config)())),
         "steps": None,  # settled when training starts
         "models": {k: module_spec(m) for k, m in experiment.task.models.items()},
         "versions": versions(),
@@ -281,6 +283,7 @@ def make_result(
         "seed": config.seed,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "metrics": numbers,
+        "metric": own_metric(experiment, config),
         "published": [p.compare(numbers) for p in experiment.published],
         "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "examples_per_second": round(examples / seconds["train"], 1) if seconds["train"] else None,
@@ -293,6 +296,5 @@ def make_result(
     if counts:
         result |= experiment.task.details(counts)
     if "per_class" in result:
-        count = len(result["per_class"]["recall"])
-        result["class_names"] = list(experiment.class_names or map(str, range(count)))
+        result["class_names"] = list(experiment.class_names or map(str, range(len(result["per_class"]["recall"]))))
     return result

@@ -8,7 +8,6 @@ Measured: frechet ratio 1.971 in 217 s on 2 CPU cores, commit 34da450.
 
 import json
 import runpy
-import sys
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -19,10 +18,11 @@ from bigjax import UsageError, cli, load, optim, train
 from bigjax.data import sources
 from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, Positive, Published, RunConfig
+from bigjax.look.display import telling
 from bigjax.look.evaluators import Classifier, generated_images
 from bigjax.look.gallery import generator_samples, nearest_training_images
 from bigjax.models import Discriminator, Generator
-from bigjax.run import processes, workdir
+from bigjax.run import workdir
 from bigjax.tasks.gan import adversarial
 
 ROWS = {
@@ -63,11 +63,10 @@ def classifier_of(c: Config) -> Classifier:
     same = {k: getattr(c, k) for k in ("data", "eval_data", "split_seed")}  # else it may know the test rows
     result = epath.Path(home) / "result.json"
     if not result.exists():
-        if processes.first():
-            print(f"training the classifier, mnist_cnn.py on {c.data}, in {home}", file=sys.stderr, flush=True)
+        told = telling(f"the classifier, mnist_cnn.py on {c.data}, in {home}")
         script = runpy.run_path(str(epath.Path(__file__).parents[1] / "vision" / "mnist_cnn.py"))
         config = script["Config"](workdir=home, mesh=c.mesh, compilation_cache=c.compilation_cache, **same)
-        train.fit(replace(script["build"](config), name="mnist_cnn"), config, quiet=True)
+        train.fit(replace(script["build"](config), name="mnist_cnn"), config, quiet=True, on_log=told)
     there = workdir.read_config(home)["config"]
     if (known := {k: there.get(k) for k in same}) != same:
         raise UsageError(f"the classifier in {home} is of {known}, not {same}: give another as --classifier")

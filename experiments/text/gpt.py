@@ -16,9 +16,11 @@ import numpy as np
 from bigjax import cli, optim
 from bigjax.data import tokens
 from bigjax.experiment import Experiment, Positive, RunConfig
+from bigjax.look.gallery import speaker, text_sample
 from bigjax.models import GPT
 from bigjax.tasks import next_token
 
+METRIC = "eval/bits_per_byte"  # of text whose bytes are known
 # Vocabularies are filled up to a multiple of 128, so that they can be split.
 GPT2 = {"vocabulary": 50304, "context": 1024}  # Radford et al. 2019, table 2
 LLAMA = {  # Grattafiori et al. 2024, table 3
@@ -68,17 +70,20 @@ def build(c: Config) -> Experiment:
     if c.data == "random":
         random_NL = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1), dtype=np.int32)
         train, test = {"tokens": random_NL}, {"tokens": random_NL[:8]}
-        bytes_a_token = None
+        bytes_a_token, gallery = None, {}
     else:
         data = tokens.load(c.data, vocabulary=model.vocabulary)
         train = tokens.Windows(data.train, length=length, stride=length, once=False)
         test = tokens.Windows(data.test, length=length, before=data.facts["before"])
-        bytes_a_token = data.facts["bytes_a_token"]
+        bytes_a_token, known = data.facts["bytes_a_token"], data.facts["corpus_sha256"] is not None
+        prompt, speak = data.test[:16], speaker(data.facts["tokenizer"], known=known)
+        gallery = {"sample": text_sample(model, prompt, speak=speak, length=200)}
     return Experiment(
         task=next_token(model, bytes_a_token=bytes_a_token),
         tx=c.adamw,
         train=train,
         test=test,
+        gallery=gallery,
     )
 
 

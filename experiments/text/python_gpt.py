@@ -10,18 +10,15 @@ Measured: bits per byte 1.884 in 291 s on 2 CPU cores, commit b56f7ab.
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 import optax
 
 from bigjax import UsageError, cli, optim
 from bigjax.data import sources, text
 from bigjax.experiment import Experiment, NonNegative, Positive, Published, RunConfig, Split
+from bigjax.look.gallery import speaker, text_sample
 from bigjax.models import GPT
 from bigjax.ops import optimizers
-from bigjax.sharding import to_host
-from bigjax.task import Key, ModelState, Params, variables
 from bigjax.tasks import next_token
-from bigjax.use.generate import generate
 
 ROWS = {
     "python_gpt": {"data": "python", "metric": "eval/bits_per_byte"},
@@ -76,11 +73,6 @@ def build(c: Config) -> Experiment:
     shape = {"vocabulary": 256, "layers": c.layers, "width": c.width, "heads": c.heads, "context": context}
     model = GPT(**shape, position="rotary", norm="rms", activation="gelu", bias=False, dtype=c.dtype)
 
-    def sample(params: Params, model_state: ModelState, key: Key) -> str:
-        prompt_BL = np.frombuffer(PROMPT[c.data], np.uint8)[None].astype(np.int32)
-        tokens_BL = generate(model, variables(params, model_state), prompt_BL, length=SAMPLE, key=key, temperature=0.8)
-        return bytes(to_host(tokens_BL)[0].astype(np.uint8)).decode("utf-8", "replace")
-
     def tx(steps: int) -> optax.GradientTransformation:
         rates = [optim.schedule(c.schedule, peak, steps=steps) for peak in (c.learning_rate, c.adam_rate)]
         return optimizers.muon(rates[0], adam_rate=rates[1], weight_decay=c.weight_decay)
@@ -90,7 +82,7 @@ def build(c: Config) -> Experiment:
         tx=tx,
         train=train,
         test=text.byte_windows(test, length=c.context, stride=c.context // 2),
-        gallery={"sample": sample},
+        gallery={"sample": text_sample(model, list(PROMPT[c.data]), speak=speaker(None), length=SAMPLE)},
         facts=facts,
         published=[aim],
     )
