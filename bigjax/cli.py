@@ -2,17 +2,15 @@
 
 import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from etils import epath
 
 from bigjax import Interrupted, SaveError, UsageError
-from bigjax.experiment import Experiment, RunConfig
+from bigjax.experiment import Experiment, RunConfig, check, home_of
 
 Flat = tyro.conf.OmitArgPrefixes  # `adamw: Flat[AdamW]`: a group of flags without the group's name before each
 
@@ -46,7 +44,10 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
             config = as_trained(Config, config, name=name, arguments=arguments)
         config = settle(config, Config())
         if verb == "plan":
-            plan(config, build, flags, home=epath.Path(config.workdir or f"runs/{name}_plan"))
+            from bigjax.tools.plan import write_plan
+
+            home = home_of(config, f"{name}_plan")
+            write_plan(build, config, topology=flags.topology, home=home, everywhere=flags.search)
             return
         with processes.joined(config.distributed, shared(name, verb, config)):
             run(verb, config, build, name=name)
@@ -94,8 +95,7 @@ def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, argument
     """The configuration that the run in the working directory was trained with, and the flags given on top of it."""
     from bigjax.run import workdir
 
-    home = epath.Path(given.workdir or f"runs/{name}")
-    record = workdir.read_config(home)["config"]
+    record = workdir.read_config(home_of(given, name))["config"]
     free = {k: getattr(given, k) for k in workdir.FREE}
     return tyro.cli(Config, args=arguments, default=dataclasses.replace(workdir.restored(Config(), record), **free))
 
@@ -106,20 +106,9 @@ def settle(config: RunConfig, default: RunConfig) -> RunConfig:
     return dataclasses.replace(config, steps=None) if asked and config.steps == default.steps else config
 
 
-def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: PlanFlags, *, home: epath.Path) -> None:
-    """Prints what a run would need on a slice; plan.json goes into `home`."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only compiled for
-    from bigjax.experiment import check
-    from bigjax.tools import plan
-
-    check(config)
-    plan.write_plan(build, config, topology=flags.topology, home=home, everywhere=flags.search)
-
-
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
     """One verb of the experiment called `name`."""
     from bigjax import evaluation, train
-    from bigjax.experiment import check
     from bigjax.look import report
     from bigjax.run import processes
     from bigjax.run.log import json_text
@@ -127,7 +116,7 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
     check(config)
     if verb == "report":
         if processes.first():
-            print(report.write_report(epath.Path(config.workdir or f"runs/{name}")))
+            print(report.write_report(home_of(config, name)))
         return
     experiment = dataclasses.replace(build(config), name=name)
     if verb == "train":

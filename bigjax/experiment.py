@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol, get_type_hints
 import numpy as np
 import optax
 
-from bigjax import UsageError, sharding
+from bigjax import UsageError, place, sharding
 from bigjax.sharding import DistributedConfig, MeshConfig
 from bigjax.task import Batch, Key, ModelState, Params, Task
 
@@ -104,6 +104,11 @@ class RunConfig:
     tensorboard: bool = False
     profile: bool = False  # trace the second log window into workdir/profile, for TensorBoard or Perfetto
     compilation_cache: bool = True  # in ~/.cache/bigjax
+
+
+def home_of(config: RunConfig, name: str) -> Any:
+    """The working directory, an epath.Path; `name` is the experiment's."""
+    return place(f"runs/{name}" if config.workdir is None else config.workdir, "--workdir ")
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequence[Within]]]:

@@ -13,7 +13,7 @@ from etils import epath
 
 from bigjax import Interrupted, UsageError, sharding
 from bigjax.evaluation import draw, evaluate, evaluation, evaluator
-from bigjax.experiment import Experiment, OnLog, RunConfig, Split, check, size_of
+from bigjax.experiment import Experiment, OnLog, RunConfig, Split, check, home_of, size_of
 from bigjax.metrics import Metrics
 from bigjax.program import AHEAD, Program, planned_steps
 from bigjax.step import TrainState, train_step
@@ -28,6 +28,13 @@ class Run:
     state: TrainState | None
     result: dict[str, Any]
     workdir: epath.Path
+
+    @property
+    def history(self) -> dict[str, dict[int, float]]:
+        """The log, metrics.jsonl: `run.history["eval/accuracy"]` is {step: value}."""
+        from bigjax.run.log import history
+
+        return history(self.workdir)
 
 
 def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_log: OnLog | None = None) -> Run:
@@ -58,7 +65,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     for split in (train, *splits.values()):
         if isinstance(split, Mapping):
             experiment.task.check(split)
-    home, clock = epath.Path(config.workdir or f"runs/{experiment.name}"), Clock()
+    home, clock = home_of(config, experiment.name), Clock()
     fresh = not config.resume or not (home / "config.json").exists()
     if fresh and (home / "config.json").exists():
         Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake in it must not cost the run that is there

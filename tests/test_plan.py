@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 
 from bigjax import UsageError
 from bigjax.ops.attention import attention, splash_attention
-from bigjax.tools import hlo, plan
+from bigjax.tools import hlo, plan, slices
 
 SCRIPTS = {p.name: p for p in sorted((REPOSITORY / "experiments").glob("*/*.py"))}
 no_compiler = importlib.util.find_spec("libtpu") is None
@@ -41,7 +41,7 @@ def run(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> subpro
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:", "v5e:2by4", ""])
 def test_what_is_no_slice_gets_the_list_of_slices(topology: str) -> None:
     with pytest.raises(UsageError) as e:
-        plan.slice_of(topology)
+        slices.slice_of(topology)
     assert "is no TPU slice: write KIND:SHAPE" in str(e.value)
     for kind in ("v4: 2x2x1", "v5e: 2x2", "v5p: 2x2x1", "v6e: 2x2"):
         assert kind in str(e.value)
@@ -51,21 +51,21 @@ def test_what_is_no_slice_gets_the_list_of_slices(topology: str) -> None:
 @needs_compiler
 def test_a_slice_that_cannot_be_built_is_refused() -> None:
     with pytest.raises(UsageError, match="v5p:3x8x8 is refused .*: use one of these"):
-        plan.slice_of("v5p:3x8x8")
+        slices.slice_of("v5p:3x8x8")
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(UsageError, match=r'planning needs the TPU compiler: pip install -e "\.\[tpu\]"'):
-        plan.slice_of("v5e:2x4")
+        slices.slice_of("v5e:2x4")
 
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("kind", plan.CHIPS)
+@pytest.mark.parametrize("kind", slices.CHIPS)
 def test_every_slice_of_the_list_exists_with_one_device_a_chip(kind: str) -> None:
-    for shape in plan.CHIPS[kind].shapes.split():
-        _, devices = plan.slice_of(f"{kind}:{shape}")
+    for shape in slices.CHIPS[kind].shapes.split():
+        _, devices = slices.slice_of(f"{kind}:{shape}")
         assert len(devices) == np.prod([int(n) for n in shape.split("x")]), shape
 
 
@@ -73,7 +73,7 @@ def test_rings_of_a_torus() -> None:
     """An all-reduce over 4 × 4 chips of two dimensions, and an all-gather over 4 of one."""
     places = [SimpleNamespace(coords=(x, y, 0)) for x in range(4) for y in range(4)]
     mesh = SimpleNamespace(shape={"data": 4, "fsdp": 4, "tensor": 1}, devices=np.array(places).reshape(4, 4, 1))
-    chip = plan.CHIPS["v5p"]
+    chip = slices.CHIPS["v5p"]
     assert (plan.links(mesh, "fsdp"), plan.links(mesh, "data × fsdp")) == (1, 2)
 
     def seconds(kind: str, axis: str, group: int) -> float:

@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 
 # Curves are drawn in stand-in colours that become CSS variables, so that one drawing is readable in light and in dark.
 SPLITS = {"train": "#030303", "eval": "#040404", "validation": "#050505"}
@@ -76,7 +76,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     A run without result.json gets a page that says it is unfinished. Raises UsageError where config.json is missing or
     a file is damaged; a torn last line of metrics.jsonl is no damage, as the run may be writing it.
     """
-    workdir = epath.Path(workdir)
+    workdir = place(workdir)
     paths = [workdir / name for name in ("config.json", "result.json", "metrics.jsonl", "source.patch")]
     files = {path.name: path.read_bytes() for path in paths if path.exists()}
     if "config.json" not in files:

@@ -7,6 +7,8 @@ import sys
 
 import jax
 
+from bigjax import place
+
 
 def keep_memory() -> None:
     """Lets glibc keep the memory of large arrays instead of returning it to the system after each use.
@@ -24,10 +26,10 @@ def keep_memory() -> None:
 
 def cache_compilations(on: bool) -> None:
     """JAX's persistent compilation cache, in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update("jax_enable_compilation_cache", on)
-    if on and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "bigjax", "compiled"))
+    if on:
+        usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bigjax", "compiled")
+        jax.config.update("jax_compilation_cache_dir", str(place(jax.config.jax_compilation_cache_dir or usual)))
 
 
 class Terminal(io.FileIO):
