@@ -1,0 +1,49 @@
+"""What C++ prints: gloo's greetings are dropped, everything else arrives."""
+
+import subprocess
+import sys
+
+from conftest import REPOSITORY
+
+SCRIPT = """
+import os, subprocess, sys
+sys.path.insert(0, REPOSITORY)
+from bigjax.run import noise
+
+before = sys.stdout
+with noise.dropped():
+    print("from Python: \\u00e9")
+    os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks.\\nfrom C++, [Gloo] within\\nno end of line")
+    subprocess.run(["echo", " from a child"])
+    try:
+        with noise.dropped():
+            print("nested")
+            sys.stdout.flush()
+            raise KeyError
+    except KeyError:
+        pass
+    os.write(2, b"[Gloo] an error\\n")
+assert sys.stdout is before
+print("after")
+sys.stdout.flush()
+os.write(1, b"[Gloo] after\\n")
+"""
+
+
+def test_only_its_lines_are_dropped() -> None:
+    script = SCRIPT.replace("REPOSITORY", repr(str(REPOSITORY)))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode("utf-8").splitlines()
+    assert sorted(lines[:-2]) == sorted(
+        ["from Python: é", "from C++, [Gloo] within", "no end of line from a child", "nested"]
+    )
+    assert lines[-2:] == ["after", "[Gloo] after"] and done.stderr == b"[Gloo] an error\n"
+
+
+def test_a_stdout_that_is_not_the_process_s_own_is_left(capsys) -> None:
+    from bigjax.run import noise
+
+    before = sys.stdout
+    with noise.dropped():
+        assert sys.stdout is before
