@@ -13,7 +13,10 @@ from bigjax.run import noise
 before = sys.stdout
 with noise.dropped():
     print("from Python: \\u00e9")
-    os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks.\\nfrom C++, [Gloo] within\\nno end of line")
+    said = b"[Gloo] Rank %d is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\\n"
+    os.write(1, said % 0 + b"from C++, [Gloo] Rank within\\n17\\n" + said % 12)
+    os.write(1, b"[Gloo] Rank [Gloo] Rank 23 is connected to  is connected to 77 peer ranks. ")
+    os.write(1, b"Expected number of connected peer ranks is :  peer ranks. 7\\n7\\n\\nno end of line")
     subprocess.run(["echo", " from a child"])
     try:
         with noise.dropped():
@@ -36,7 +39,7 @@ def test_only_its_lines_are_dropped() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.decode("utf-8").splitlines()
     assert sorted(lines[:-2]) == sorted(
-        ["from Python: é", "from C++, [Gloo] within", "no end of line from a child", "nested"]
+        ["from Python: é", "from C++, [Gloo] Rank within", "17", "no end of line from a child", "nested"]
     )
     assert lines[-2:] == ["after", "[Gloo] after"] and done.stderr == b"[Gloo] an error\n"
 

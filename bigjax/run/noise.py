@@ -3,16 +3,20 @@
 import contextlib
 import io
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
 
-DROPPED = (b"[Gloo] ",)  # how lines begin that tell a user nothing: each group of processes says that it has met
+# What gloo tells of each group of devices that meets. Several threads print it piece by piece, into one another.
+GLOO = re.compile(
+    rb"(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+|\s+)*"
+)
 
 
 @contextlib.contextmanager
 def dropped() -> Iterator[None]:
-    """While it is entered such lines don't reach stdout; all other lines do, and what Python prints goes there as ever.
+    """While it is entered gloo's greetings don't reach stdout; all other lines do, and Python prints there as ever.
 
     Only where stdout is the process's own: nothing happens in a notebook.
     """
@@ -44,9 +48,11 @@ def dropped() -> Iterator[None]:
 
 
 def pass_on(out: int, real: int) -> None:
-    """The lines from one file descriptor to another, to their end; without those of DROPPED."""
+    """The lines from one file descriptor to another, to their end; without gloo's."""
+    gloo = False
     with os.fdopen(out, "rb") as lines:
         for line in lines:
+            gloo = bool(GLOO.fullmatch(line)) and (gloo or b"e" in line)  # a number may be somebody else's
             with contextlib.suppress(OSError):
-                if not line.startswith(DROPPED):
+                if not gloo:
                     os.write(real, line)
