@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from etils import epath
+from rich.console import Console
 
 from bigjax import UsageError
+from bigjax.experiment import RunConfig
 from bigjax.ops.attention import attention, splash_attention
 from bigjax.tools import hlo, plan, slices
 
@@ -105,6 +109,33 @@ def test_splash_attention_is_attention(kv_heads: int) -> None:
     for a, b in zip(splash, plain, strict=True):
         scale = float(jnp.abs(b.astype(jnp.float32)).max())
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.02 * scale)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [(0, "0 MiB"), (2**20 * 1.5, "1.5 MiB"), (50e6, "47.7 MiB"), (2e9, "1.86 GiB")]
+)
+def test_small_states_are_in_megabytes(size: float, shown: str) -> None:
+    p = {"topology": "v5e:2x4", "chips": 8, "mesh": {"data": 8}, "batch_size": 8, "parameters": 1, "state_bytes": size}
+    p |= {"model_flops_per_step": 1, "hardware_flops_per_step": 1, "why": "so", "compile_seconds": 1}
+    with (console := Console(width=110)).capture() as said:
+        plan.show(p, console)
+    assert re.search(rf"state a chip +{re.escape(shown)}\s", said.get())
+
+
+def test_a_plan_leaves_the_accelerators_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which JAX would take when it is asked for anything; what the environment says later is too late for it."""
+    before = jax.config.jax_platforms
+    seen = []
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: seen.append(jax.config.jax_platforms) or {})
+    monkeypatch.setattr(plan, "show", lambda *_: None)
+    try:
+        jax.config.update("jax_platforms", "tpu,cpu")
+        plan.write_plan(None, RunConfig(), topology="v5e:2x4", home=epath.Path(tmp_path))
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert seen == ["cpu"] and (tmp_path / "plan.json").read_text() == "{}\n"
+    with pytest.raises(UsageError, match="--batch-size 0: give a number above 0"):
+        plan.write_plan(None, RunConfig(batch_size=0), topology="v5e:2x4", home=epath.Path(tmp_path))
 
 
 # ---- real plans
