@@ -1,6 +1,7 @@
 """bigjax: functional Flax models, one sharded train step, from a laptop's CPU to a TPU pod."""
 
-import importlib
+import importlib.util
+import os
 import re
 import signal
 from pathlib import Path
@@ -46,17 +47,18 @@ class Interrupted(KeyboardInterrupt):
 def place(path: Any, flag: str = "") -> Any:
     """Where a user says that something lies, as an epath.Path: ~ expanded, file:// as the local path that it is.
 
-    UsageError, with the `flag` that said so: it is empty, or in storage other than gs://.
+    UsageError, with the `flag` that said so, where nothing is: an empty name, or storage other than gs://.
     """
     from etils import epath
 
-    scheme, slashes, rest = re.fullmatch(r"(?:([A-Za-z][\w+.-]+):(/+))?(.*)", str(path), re.S).groups()
+    text = str(path)
+    scheme, slashes, rest = re.fullmatch(r"(?:([A-Za-z][\w+.-]+):(/+))?(.*)", text, re.S).groups()
     if scheme == "file" and (rest.startswith("localhost/") or len(slashes) != 2):
         return epath.Path(unquote("/" + rest.removeprefix("localhost/")))
-    if not str(path).strip() or (scheme and (scheme, slashes) != ("gs", "//")):
-        raise UsageError(
-            f"{flag}{str(path)!r} is no place that is read or written: give a local path, or gs://bucket/folder"
-        )
+    if not text.strip() or os.path.expanduser(text).startswith("~") or (scheme and (scheme, slashes) != ("gs", "//")):
+        raise UsageError(f"{flag}{text!r} is no place to read or write: give a local path, or gs://bucket/folder")
+    if scheme and not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+        raise UsageError(f'{flag}{text} needs gcsfs: pip install -e ".[gcs]"')
     return epath.Path(path).expanduser()
 
 

@@ -47,8 +47,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
             from bigjax.tools.plan import write_plan
 
             home = home_of(config, f"{name}_plan")
-            write_plan(build, config, topology=flags.topology, home=home, everywhere=flags.search)
-            return
+            return write_plan(build, config, topology=flags.topology, home=home, everywhere=flags.search)
         with processes.joined(config.distributed, shared(name, verb, config)):
             run(verb, config, build, name=name)
     except Interrupted as e:

@@ -193,7 +193,9 @@ doctor.examine("gs://bucket/runs", quick=True)
 def test_buckets_without_gcsfs_name_the_extra() -> None:
     """In a process of its own: fsspec remembers a gcsfs that another test has imported."""
     line = gs(first="import sys; sys.modules['gcsfs'] = None")
-    assert line.startswith("failed") and line.endswith('— pip install -e ".[gcs]"')
+    assert line.startswith("failed") and line.endswith(
+        '--workdir gs://bucket/runs needs gcsfs: pip install -e ".[gcs]"'
+    )
 
 
 def test_a_bucket_that_cannot_be_reached_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

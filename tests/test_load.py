@@ -1,12 +1,14 @@
 """What bigjax.load runs of a script, which checkpoint it takes; a run's history; places."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import chex
+import jax
 import numpy as np
 import pytest
 from conftest import tiny_experiment
@@ -14,11 +16,13 @@ from etils import epath
 
 import bigjax
 from bigjax import UsageError, train
+from bigjax.data import sources, text, tfds, tokens
 from bigjax.experiment import RunConfig
 from bigjax.look import report
 from bigjax.models import MLP
-from bigjax.run import checkpoint, modules, workdir
+from bigjax.run import checkpoint, machine, modules, restore, workdir
 from bigjax.tasks import classify
+from bigjax.tools import prepare
 
 FLAGS = {"steps": 2, "batch_size": 8, "log_every": 1, "eval_every": 2, "save_every": 1}
 
@@ -168,12 +172,59 @@ def test_a_place_is_a_path(path, expected, monkeypatch):
     assert str(bigjax.place(path)) == expected.replace("HOME", "/home/of/somebody")
 
 
-@pytest.mark.parametrize(
-    "path", ["", " ", "https://a/b", "s3://a/b", "az://a/b", "gs:/a/b", "hdfs://a", "file://host/a", "GS://a"]
-)
-def test_what_is_no_place_is_one_line(path):
-    for flag, give in (("--workdir ", lambda: train.fit(tiny_experiment(), RunConfig(workdir=path, **FLAGS))),
-                       ("", lambda: bigjax.load(path))):  # fmt: skip
-        with pytest.raises(UsageError) as error:
-            give()
-        assert str(error.value).startswith(f"{flag}{path!r} is no place") and "\n" not in str(error.value)
+NOWHERE = ["", " ", "~no-one/x", *"https://a/b s3://a/b az://a/b gs:/a/b hdfs://a file://host/a GS://a".split()]
+READERS = {
+    "--workdir ": lambda path: train.fit(tiny_experiment(), RunConfig(workdir=path, **FLAGS)),
+    "--init-from ": lambda path: restore.transfer(None, path),
+    "--to ": lambda path: prepare.prepare("python", path),
+    "TFDS_DATA_DIR ": lambda path: os.environ.update(TFDS_DATA_DIR=path) or tfds.folder(),
+    "load": bigjax.load,
+    "checkpoints": checkpoint.listing,
+    "report": report.write_report,
+    "data": sources.load,
+    "tokens": lambda path: tokens.load(f"tokens:{path}"),
+    "tokenizer": text.load_tokenizer,
+    "text": lambda path: prepare.prepare(f"{path}.txt", "to"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_place_is_one_line(reader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", "")
+    for path in NOWHERE:
+        if not path.strip() and reader in ("data", "tokens", "text", "TFDS_DATA_DIR "):
+            continue  # these have more to say of it
+        flag = reader if reader.endswith(" ") else ""
+        with pytest.raises(UsageError, match=re.escape(f"{flag}'{path}") + ".*is no place to read or write: give") as e:
+            READERS[reader](path)
+        assert "\n" not in str(e.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_gcsfs_the_extra_is_named(monkeypatch):
+    for name in ("gcsfs", "tensorflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match=r'--workdir gs://b/x needs gcsfs: pip install -e "\.\[gcs\]"'):
+        train.fit(tiny_experiment(), RunConfig(workdir="gs://b/x", **FLAGS))
+
+
+def test_readers_take_files_by_url_and_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/sets")
+    np.savez(
+        tmp_path / "my data.npz", image=np.arange(80, dtype=np.uint8).reshape(20, 2, 2, 1), label=np.arange(20) % 2
+    )
+    for name in ("~/my data.npz", f"file://{tmp_path}/my%20data.npz"):
+        assert len(sources.load(name, eval_data=name).train["label"]) == 20
+    assert tfds.folder() == str(tmp_path / "sets")
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    assert f"--data tokens:{tmp_path}/tokens" in prepare.prepare("~/a.txt", "~/tokens")
+    assert len(tokens.load(f"tokens:file://{tmp_path}/tokens").train) == 8
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", "~/compiled")
+        machine.cache_compilations(True)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

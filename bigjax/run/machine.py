@@ -1,4 +1,4 @@
-"""What a program finds and sets before it trains: accelerators, memory, compiled programs, a terminal that may be lost."""
+"""What a program finds and sets before it trains: accelerators, memory, a cache, a terminal that may be lost."""
 
 import ctypes
 import io
@@ -38,7 +38,8 @@ def cache_compilations(on: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", on)
     if on:
         usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bigjax", "compiled")
-        jax.config.update("jax_compilation_cache_dir", str(place(jax.config.jax_compilation_cache_dir or usual)))
+        folder = place(jax.config.jax_compilation_cache_dir or usual, "JAX_COMPILATION_CACHE_DIR ")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class Terminal(io.FileIO):
