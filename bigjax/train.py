@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -147,6 +147,7 @@ def loop(
     hooks: list[OnLog],
 ) -> Run:
     """From where `start` stands to the end: updates, log windows, evaluations, checkpoints, the result."""
+    from bigjax.data.prefetch import doing, next_batch
     from bigjax.look.diagnose import blame, layer_rows
     from bigjax.look.report import write_report
     from bigjax.run import processes
@@ -240,28 +241,6 @@ def loop(
             folder.write_json(home / "result.json", result)
             write_report(home)
     return Run(state, result, home)
-
-
-def doing(program: Program, step: int) -> str:
-    """What the watchdog says of the update after `step`."""
-    from bigjax.data import pipeline
-
-    size = size_of(program.train)
-    rows = pipeline.batch_rows(step, seed=program.config.seed, batch_size=program.config.batch_size, size=size)
-    return f"update {step + 1} (batch {step}: examples {', '.join(map(str, rows[:8]))}, ...)"
-
-
-def next_batch(batches: Iterator[Any], program: Program, step: int) -> Any:
-    """Batch number `step`; what fails in the data thread is one line that names it."""
-    from bigjax.data.prefetch import DataError
-
-    again = "the same command goes on from the last checkpoint"
-    try:
-        if (batch := next(batches, None)) is not None:
-            return batch
-    except DataError as e:
-        raise UsageError(f"{doing(program, step)}: {e}; {again}") from e
-    raise UsageError(f"{doing(program, step)}: the data ended; {again}")
 
 
 def wait(checkpoints: Any, watchdog: Any) -> int | None:

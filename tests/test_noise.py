@@ -44,6 +44,33 @@ def test_only_its_lines_are_dropped() -> None:
     assert lines[-2:] == ["after", "[Gloo] after"] and done.stderr == b"[Gloo] an error\n"
 
 
+def test_a_terminal_that_is_lost_is_told_once_and_stops_nothing() -> None:
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from bigjax.run import noise
+with noise.dropped():
+    os.write(1, b"from C++\\n")
+    for i in range(3):
+        print("from Python", flush=True)
+    sys.stdin.read()
+    for i in range(3):
+        print("lost", flush=True)
+        os.write(1, b"lost\\n")
+print("the end", file=sys.stderr)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    assert sorted(process.stdout.readline() for _ in range(4)) == [b"from C++\n", *[b"from Python\n"] * 3]
+    process.stdout.close()
+    process.stdin.close()
+    told = process.stderr.read().decode().splitlines()
+    assert process.wait(60) == 0 and told == [
+        "standard output takes nothing any more (Broken pipe): the run goes on without it",
+        "the end",
+    ]
+
+
 def test_a_stdout_that_is_not_the_process_s_own_is_left(capsys) -> None:
     from bigjax.run import noise
 

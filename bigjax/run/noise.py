@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from bigjax.run.machine import Terminal
+
 # What gloo tells of each group of devices that meets. Several threads print it piece by piece, into one another.
 GLOO = re.compile(
     rb"(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+|\s+)*"
@@ -36,7 +38,7 @@ def dropped() -> Iterator[None]:
     thread = threading.Thread(target=pass_on, args=(out, real), name="bigjax-noise", daemon=True)
     thread.start()
     how = {k: getattr(shown, k) for k in ("encoding", "errors", "line_buffering", "write_through")}
-    sys.stdout = io.TextIOWrapper(os.fdopen(os.dup(real), "wb"), **how)
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(Terminal(os.dup(real), "w")), **how)
     try:
         yield
     finally:
