@@ -60,15 +60,13 @@ with noise.dropped():
 print("the end", file=sys.stderr)
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
-    assert sorted(process.stdout.readline() for _ in range(4)) == [b"from C++\n", *[b"from Python\n"] * 3]
-    process.stdout.close()
-    process.stdin.close()
-    told = process.stderr.read().decode().splitlines()
-    assert process.wait(60) == 0 and told == [
-        "standard output takes nothing any more (Broken pipe): the run goes on without it",
-        "the end",
-    ]
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert sorted(process.stdout.readline() for _ in range(4)) == [b"from C++\n", *[b"from Python\n"] * 3]
+        process.stdout.close()
+        process.stdin.close()
+        told = process.stderr.read().decode().splitlines()
+    lost = "standard output takes nothing any more (Broken pipe): the run goes on without it"
+    assert process.returncode == 0 and told == [lost, "the end"]
 
 
 def test_a_stdout_that_is_not_the_process_s_own_is_left(capsys) -> None:
