@@ -1,16 +1,16 @@
 """The evaluation that counts each example once, for any batch size and number of devices."""
 
 import contextlib
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial, reduce
 
 import jax
 import numpy as np
 from etils import epath
 
 from bigjax import UsageError, sharding
-from bigjax.experiment import Experiment, RunConfig, Split, check, home_of
+from bigjax.experiment import Experiment, RunConfig, Split, check, home_of, key_of
 from bigjax.metrics import Metrics
 from bigjax.program import AHEAD, Program
 from bigjax.step import TrainState, check_metrics, to_float
@@ -26,10 +26,9 @@ def evaluator(
     """
     from bigjax.data import pipeline
 
-    key = jax.random.key(seed)
-    rows = {"batch_size": batch_size, "rows": sharding.rows_here(mesh, batch_size)}
+    key, rows = key_of(seed), {"batch_size": batch_size, "rows": sharding.rows_here(mesh, batch_size)}
 
-    @functools.partial(jax.jit, out_shardings=sharding.everywhere(mesh))
+    @partial(jax.jit, out_shardings=sharding.everywhere(mesh))
     def one(params: Params, model_state: ModelState, batch: Batch) -> Metrics:
         metrics = task.evaluate(params, model_state, Fields(to_float(batch)), key)
         check_metrics("task.evaluate", metrics)
@@ -49,8 +48,7 @@ def evaluator(
         return jax.tree.map(exact, jax.device_get(part))
 
     def evaluate(params: Params, model_state: ModelState, split: Split) -> Metrics:
-        added = functools.partial(jax.tree.map, np.add)
-        return functools.reduce(added, map(widened, parts(params, model_state, split)))
+        return reduce(partial(jax.tree.map, np.add), map(widened, parts(params, model_state, split)))
 
     return evaluate
 

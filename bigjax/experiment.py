@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, get_type_hints
 
+import jax
 import numpy as np
 import optax
 
@@ -57,17 +58,20 @@ class Within:
     least: float
     most: float = math.inf
     open: bool = False  # the least itself is not allowed
+    whole: bool = False
 
     def refuses(self, value: float) -> str | None:
         """What to give instead of `value`; None if it will do."""
-        if self.least < value < self.most or (value == self.least and not self.open):
+        fits = self.least < value < self.most or (value == self.least and not self.open)
+        if fits and not (self.whole and isinstance(value, float)):
             return None
         if self.most < math.inf:
-            return f"a number from {self.least:g} up to, but below, {self.most:g}"
+            return f"a {'whole ' * self.whole}number from {self.least} up to, but below, {self.most}"
         return "a number above 0" if self.open else f"a number from {self.least:g} upwards"
 
 
 Positive, NonNegative, Fraction = Within(0, open=True), Within(0), Within(0, 1)
+Seed, Count = Within(0, 2**64, whole=True), Within(1, 2**31, whole=True)  # a count is int32 on the devices
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,9 @@ class RunConfig:
     """The flags that every experiment has; a script adds its own fields and gives its own defaults."""
 
     workdir: str | None = None  # default: runs/NAME; may be gs://bucket/folder
-    seed: Annotated[int, NonNegative] = 0
-    split_seed: Annotated[int, NonNegative] = 0  # of what is held out of your own data or for validation
-    steps: Annotated[int | None, Positive] = None  # updates; of steps, epochs and minutes whichever ends first
+    seed: Annotated[int, Seed] = 0
+    split_seed: Annotated[int, Seed] = 0  # of what is held out of your own data or for validation
+    steps: Annotated[int | None, Count] = None  # updates; of steps, epochs and minutes whichever ends first
     epochs: Annotated[float | None, Positive] = None  # passes over the training split
     minutes: Annotated[float | None, Positive] = None  # of training; made a number of steps once the speed is known
     batch_size: Annotated[int, Positive] = 128  # examples an update, over all devices
@@ -91,7 +95,7 @@ class RunConfig:
     hang_seconds: Annotated[float, NonNegative] = 1800.0  # an update that takes longer ends the run; 0: never
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
-    log_every: Annotated[int, Positive] = 50
+    log_every: Annotated[int, Count] = 50
     eval_every: Annotated[int, Positive] = 500
     save_every: Annotated[int, Positive] = 500  # updates
     save_minutes: Annotated[float, NonNegative] = 10.0  # and when the last save is so long ago; 0: only by updates
@@ -129,7 +133,7 @@ def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequenc
 def check(config: RunConfig) -> None:
     """Raises UsageError for a value that its annotation doesn't allow, naming its flag."""
     for flag, value, allowed in numbers(config):
-        if not np.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # a whole number may be too large for a float
             raise UsageError(f"--{flag} {value}: give a finite number")
         if instead := next(filter(None, (within.refuses(value) for within in allowed)), None):
             raise UsageError(f"--{flag} {value}: give {instead}")
@@ -139,6 +143,12 @@ def check(config: RunConfig) -> None:
         raise UsageError(f"--best {config.best}: say max:METRIC or min:METRIC, as max:accuracy or min:loss")
     if config.best and not config.validation:
         raise UsageError("--best chooses on the validation split: hold one out with --validation 0.1")
+
+
+def key_of(seed: int) -> Key:
+    """The key of a whole number below 2^64, each its own; below 2^32 it is `jax.random.key(seed)`."""
+    with jax.enable_x64(True):
+        return jax.jit(jax.random.key)(jax.device_put(np.uint64(seed)))
 
 
 @dataclass(frozen=True)

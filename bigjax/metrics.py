@@ -46,8 +46,8 @@ def rows_of(values: Any) -> int | None:
 def total(values: Array | Bins, mask_B: Array) -> Array:
     """The sum over the rows whose mask is not 0; whole numbers stay whole numbers."""
     if not isinstance(values, Bins):
-        mask_B = mask_B if jnp.issubdtype(values.dtype, jnp.inexact) else mask_B.astype(jnp.int32)
-        return (values * mask_B.reshape(-1, *(1,) * (values.ndim - 1))).sum(0)
+        dtype = jnp.float32 if jnp.issubdtype(values.dtype, jnp.inexact) else jnp.int32
+        return (values.astype(dtype) * mask_B.astype(dtype).reshape(-1, *(1,) * (values.ndim - 1))).sum(0)
     weight_B = mask_B.astype(jnp.int32) if values.weight_B is None else values.weight_B * mask_B
     index = tuple(jnp.where(i < 0, n, i) for i, n in zip(values.index, values.shape))  # not counted from the end
     return jnp.zeros(values.shape, weight_B.dtype).at[index].add(weight_B, mode="drop")

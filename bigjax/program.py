@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError, metrics, sharding
-from bigjax.experiment import Experiment, RunConfig, Split
+from bigjax.experiment import Experiment, RunConfig, Split, key_of
 from bigjax.metrics import Metrics
 from bigjax.step import TrainState, init_state, train_step
 from bigjax.task import Batch, Key
@@ -42,7 +42,7 @@ class Program:
     ):
         from bigjax.data import pipeline
 
-        task, self.train, self.key = experiment.task, train, jax.random.key(config.seed)
+        task, self.train, self.key = experiment.task, train, key_of(config.seed)
         self.experiment, self.config, self.steps = experiment, config, steps
         self.mesh = mesh or sharding.make_mesh(config.mesh, batch_size=config.batch_size)
         for model in task.models.values():
@@ -93,10 +93,9 @@ class Program:
 
     def controls(self, *, dropped: int = 0) -> Controls:
         """On the devices; with --nonfinite skip any number of dropped updates is accepted."""
-        if self.config.nonfinite == "skip":
-            dropped = 2**31 - 1
-        values = jax.tree.map(jnp.int32, Controls(dropped, self.config.log_every, self.steps))
-        return jax.jit(lambda x: x, out_shardings=sharding.everywhere(self.mesh))(values)
+        accepted = 2**31 - 1 if self.config.nonfinite == "skip" else dropped
+        made = lambda: jax.tree.map(jnp.int32, Controls(accepted, self.config.log_every, self.steps))  # noqa: E731
+        return jax.jit(made, out_shardings=sharding.everywhere(self.mesh))()
 
     def lowered(self) -> Any:
         """The update, lowered for the mesh."""

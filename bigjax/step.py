@@ -131,9 +131,7 @@ def check_metrics(who: str, metrics: Mapping[str, Any]) -> None:
         if name in RESERVED:
             raise UsageError(f"{who} gives a metric called {name!r}, as the log's own: give it another name")
         if not is_pair(value):
-            raise UsageError(
-                f"{who} gives the metric {name!r} as something else than (sum, count) in arrays: give both"
-            )
+            raise UsageError(f"{who} gives the metric {name!r} as something else than arrays (sum, count): give both")
 
 
 def gradients(
@@ -165,7 +163,7 @@ def gradients(
         (value, (count, _, out)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         (state, sums), _ = jax.lax.scan(body, (model_state[player], (value, count, out, grads)), parts)
         value, count, out, grads = sums
-    return jax.tree.map(lambda g: g / count, grads), state, out, value / count
+    return jax.tree.map(lambda g: g / count.astype(value.dtype), grads), state, out, value / count.astype(value.dtype)
 
 
 def train_step(
@@ -199,9 +197,10 @@ def train_step(
         grads[player], model_state[player], mine, value = gradients(
             loss, player, params, model_state, batch, jax.random.fold_in(key, i), accumulate=accumulate
         )
-        own = optax.with_extra_args_support(tx[player])
-        updates[player], opt_state[player] = own.update(grads[player], opt_state[player], params[player], value=value)
-        params[player] = optax.apply_updates(params[player], updates[player])
+        rule, own = optax.with_extra_args_support(tx[player]), params[player]
+        with jax.numpy_dtype_promotion("standard"):  # optax raises its decays to counts
+            updates[player], opt_state[player] = rule.update(grads[player], opt_state[player], own, value=value)
+        params[player] = optax.apply_updates(own, updates[player])
         if twice := out.keys() & mine.keys():
             raise UsageError(f"two players give a metric called {min(twice)!r}: name each after its player")
         out |= mine

@@ -161,9 +161,7 @@ def fields(*names: str) -> Inputs:
 def counted(rows: tuple[Any, Any, Mapping[str, Any]], batch: Batch) -> Metrics:
     """The rows that a task's `per_example` gives, summed without the padding; the loss is among them as `loss`."""
     if not (isinstance(rows, tuple) and len(rows) == 3 and isinstance(rows[2], Mapping)):
-        raise UsageError(
-            "per_example gives something else than (loss of each row, count of each row, metrics): return these three"
-        )
+        raise UsageError("per_example gives something else than (loss of each row, its count, metrics): return these")
     if "loss" in rows[2]:
         raise UsageError("per_example gives a metric called 'loss', which is the loss itself: give it another name")
     mask_B, out = batch["mask"], {}
@@ -204,9 +202,9 @@ def one_player(
     def loss(params: Params, model_state: ModelState, batch: Batch, key: Key) -> Any:
         own = variables(params, model_state)
         out, state = apply(model, own, inputs(batch), key=key, index_B=batch["index"], train=True)
-        metrics = counted(per_example(out, batch), batch)
-        total, count = metrics["loss"]
-        return (total + count * weight_penalty(params["model"], l1=l1, l2=l2), count), (state, metrics)
+        sums = counted(per_example(out, batch), batch)
+        total, count = sums["loss"]
+        return (total + count.astype(total.dtype) * weight_penalty(params["model"], l1=l1, l2=l2), count), (state, sums)
 
     def evaluation(params: Params, model_state: ModelState, batch: Batch, key: Key) -> Metrics:
         own = variables(params, model_state)

@@ -1,6 +1,8 @@
 """Strict settings for every test, and a tiny classifier that trains in a second."""
 
 import atexit
+import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -24,14 +26,46 @@ import optax  # noqa: E402
 import pytest  # noqa: E402
 from gcs_server import serving  # noqa: E402
 
-from bigjax import train  # noqa: E402
+from bigjax import evaluation, train  # noqa: E402
 from bigjax.experiment import Experiment, RunConfig  # noqa: E402
 from bigjax.models import MLP  # noqa: E402
 from bigjax.program import Program  # noqa: E402
+from bigjax.run import restore  # noqa: E402
 from bigjax.tasks import classify  # noqa: E402
+from bigjax.use import generate  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", os.environ.get("BIGJAX_OPTIMIZED") != "1")  # compiles in half
+
+
+@contextlib.contextmanager
+def no_silent_transfer() -> Iterator[None]:
+    """While it is entered, in every thread, JAX refuses what moves to the devices without having been told to."""
+    before = jax.config.jax_transfer_guard
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_transfer_guard", before)
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function under `no_silent_transfer`: of a test itself every number that it writes is a transfer."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with no_silent_transfer():
+            return function(*arguments, **options)
+
+    return call
+
+
+train.fit, restore.load, generate.generate = map(guarded, (train.fit, restore.load, generate.generate))
+train.evaluate = evaluation.evaluate = guarded(evaluation.evaluate)
+# scripts of other processes are under it as a whole, those that import this file as the tests of this one
+os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"}
+jax.config.update("jax_transfer_guard", "allow")
 
 hypothesis.settings.register_profile("bigjax", deadline=None)  # the machines are shared: time is no reason to fail
 hypothesis.settings.load_profile("bigjax")

@@ -141,7 +141,7 @@ def test_the_verb_may_stand_behind_flags(arguments: str, verb: str, rest: str) -
         ("--learning-rat 3", ["--learning-rat", "--learning-rate"]),
         ("--batch-size many", ["--batch-size", "many"]),
         ("--dtype float16", ["--dtype", "float16", "bfloat16"]),
-        ("--steps 0", ["error: --steps 0: give a number above 0"]),
+        ("--steps 0", ["error: --steps 0: give a whole number from 1 up to, but below, 2147483648"]),
         ("--learning-rate -1", ["error: --learning-rate -1.0: give a number above 0"]),
         ("--learning-rate nan", ["error: --learning-rate nan: give a finite number"]),
         ("--features 8 0", ["error: --features 0: give a number above 0"]),

@@ -4,13 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import optax
 import pytest
 from conftest import tiny_experiment
 
 from bigjax import UsageError, cli
-from bigjax.experiment import Fraction, Positive, Published, RunConfig, Within, check, size_of
+from bigjax.experiment import Fraction, Positive, Published, RunConfig, Within, check, key_of, size_of
 from bigjax.task import Task
 
 
@@ -59,7 +60,12 @@ def test_defaults_pass():
             )
             for value in (0, -1)
         ),
-        ({"seed": -1}, "--seed"),
+        ({"seed": -1}, "--seed -1: give a whole number from 0 up to, but below, 18446744073709551616"),
+        ({"seed": 2**64}, "--seed 18446744073709551616: give a whole number"),
+        ({"split_seed": 10**400}, "--split-seed 10+: give a whole number"),
+        ({"split_seed": 1.5}, "--split-seed 1.5: give a whole number"),
+        ({"steps": 2**31}, "--steps 2147483648: give a whole number from 1 up to, but below, 2147483648"),
+        ({"log_every": 2**40}, "--log-every"),
         ({"features": (8, 0)}, "--features"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
         ({"minutes": float("inf")}, "--minutes inf"),
@@ -80,6 +86,14 @@ def test_a_value_without_sense_is_refused_by_its_flag(change, flag):
     with pytest.raises(UsageError, match=f"^{flag}") as error:
         check(Config(**change))
     assert "\n" not in str(error.value)
+
+
+def test_each_seed_has_a_key_of_its_own_and_small_ones_have_jaxs():
+    seeds = [0, 7, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63 - 1, 2**63, 2**64 - 1]
+    check(Config(seed=seeds[-1], split_seed=seeds[-1]))
+    bits = [jax.random.key_data(key_of(seed)).tolist() for seed in seeds]
+    assert len(set(map(tuple, bits))) == len(seeds)
+    assert bits[:4] == [jax.random.key_data(jax.random.key(seed)).tolist() for seed in seeds[:4]]
 
 
 def test_published_numbers():

@@ -57,6 +57,12 @@ def test_compiled_once_for_all_keys_temperatures_and_stop_tokens():
     assert _generate._cache_size() == 1
 
 
+def test_no_prompts_give_no_texts():
+    model, variables = build()
+    none = generate(model, variables, prompt_BL[:0], length=5, key=jax.random.key(0), top_k=3, top_p=0.9)
+    assert none.shape == (0, L + 5) and none.dtype == jnp.int32
+
+
 def test_a_stop_token_ends_its_row_only():
     model, variables = build()
     how = {"length": 8, "key": jax.random.key(3), "temperature": 1.0}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, no_silent_transfer
 from flax import linen as nn
 
 from bigjax import models
@@ -109,7 +109,8 @@ def test_gradients_reach_every_parameter(name):
 
     def loss(params):
         outputs = train(model, {"params": params, **state}, inputs)
-        return sum(jnp.sin(y + jnp.arange(y.size).reshape(y.shape)).sum() for y in jax.tree.leaves(outputs))
+        phases = [jnp.arange(y.size, dtype=y.dtype).reshape(y.shape) for y in jax.tree.leaves(outputs)]
+        return sum(jnp.sin(y + p).sum() for y, p in zip(jax.tree.leaves(outputs), phases, strict=True))
 
     gradients = jax.jit(jax.grad(loss))(variables["params"])
     for path, g in flax.traverse_util.flatten_dict(gradients, sep="/").items():
@@ -125,6 +126,18 @@ def test_is_pure_and_random_only_in_training(name):
     if hasattr(model, "dropout"):
         a, b = (jax.tree.leaves(train(model, variables, inputs, jax.random.key(k))) for k in (5, 6))
         assert any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@everyone
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_empty_batch_gives_an_empty_result_and_no_transfer_is_silent(name, dtype):
+    model, variables, inputs = made(name, dtype=dtype)
+    none = [x[:0] for x in inputs]
+    with no_silent_transfer():
+        some, nothing = (jax.jit(model.apply)(variables, *x) for x in (inputs, none))
+        jax.jit(jax.grad(lambda v: sum(y.sum() for y in jax.tree.leaves(model.apply(v, *none)))))(variables)
+    for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(nothing), strict=True):
+        assert (b.shape, b.dtype) == ((0, *a.shape[1:]), a.dtype)
 
 
 @everyone

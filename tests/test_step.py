@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import blobs
+from conftest import blobs, tiny_experiment
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.evaluation import evaluator
+from bigjax.evaluation import evaluate, evaluator
+from bigjax.experiment import RunConfig
 from bigjax.look.diagnose import first_nonfinite, layer_rows
 from bigjax.models import MLP
 from bigjax.sharding import MeshConfig, make_mesh
@@ -255,6 +256,16 @@ def dropped_run() -> tuple[Task, dict[str, Array], dict[str, Any]]:
     return task, rows(**blobs(8, seed=0)), {"model": optax.adam(0.01)}
 
 
+def test_large_seeds_train_and_are_none_of_the_small_ones(fit_tiny: Callable[..., Any]) -> None:
+    """Two that agree in their low 32 bits, and the largest."""
+    flags = {"steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "validation": 0.2}
+    runs = [fit_tiny(folder=str(s), seed=s, split_seed=s, **flags) for s in (7, 7 + 2**32, 2**64 - 1)]
+    assert len({np.asarray(run.state.params["model"]["dense_0"]["kernel"]).tobytes() for run in runs}) == 3
+    assert [run.result["seed"] for run in runs] == [7, 7 + 2**32, 2**64 - 1]
+    config = RunConfig(workdir=str(runs[-1].workdir), batch_size=8, seed=2**64 - 1, split_seed=2**64 - 1, **flags)
+    assert evaluate(tiny_experiment(), config)["step"] == 1
+
+
 def test_seeds_share_one_compilation_and_decide_the_bits() -> None:
     task, batch, tx = dropped_run()
 
@@ -441,7 +452,7 @@ ONE = jnp.ones(())
         (lambda w: ((w.sum(), ONE), {}), "second part is no pair of a model state and a dict"),
         (
             lambda w: ((w.sum(), ONE), ({}, {"error": w.sum()})),
-            r"gives the metric 'error' as something else than \(sum, count\)",
+            r"gives the metric 'error' as something else than arrays \(sum, count\)",
         ),
     ],
 )

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import blobs
+from conftest import blobs, no_silent_transfer
 from jax import Array
+from test_families import FAMILIES, Family
 
 from bigjax import UsageError
 from bigjax.metrics import Bins
 from bigjax.models import MLP
-from bigjax.step import init_state, train_step
+from bigjax.step import init_state, to_float, train_step
 from bigjax.task import Task, fields, forward, one_player
 from bigjax.tasks import classify, regress
 
@@ -142,6 +143,24 @@ def test_l1_and_l2_are_terms_of_the_loss_and_leave_biases_alone() -> None:
         )
     _, (_, metrics) = task.losses["model"](params, EMPTY, batch, KEY)
     np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], plain, rtol=1e-5)  # comparable with evaluation
+
+
+REGRESSION = Family(MLP(features=(3,), outputs=1), partial(regress, inputs=fields("image")))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "regression"])
+def test_an_empty_batch_counts_nothing(name: str) -> None:
+    family = (FAMILIES | {"regression": REGRESSION})[name]
+    task, split = family.task(family.models), family.data(2, seed=0)
+    two = to_float(rows(**split | ({"target": np.zeros(2, np.float32)} if name == "regression" else {})))
+    none = {k: v[:0] for k, v in two.items()}
+    state = jax.jit(task.init)(KEY, two)
+    with no_silent_transfer():
+        counts = jax.device_get(jax.jit(task.evaluate)(*state, none, KEY))
+    for metric, values in counts.items():
+        for value in values:
+            np.testing.assert_array_equal(value, np.zeros_like(value), err_msg=metric)
+    assert set(counts) == set(task.evaluate(*state, two, KEY))
 
 
 @pytest.mark.parametrize("kind", ["classify", "regress"])

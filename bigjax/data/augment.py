@@ -140,8 +140,8 @@ def affine(
     """
     height, width = image_BHWC.shape[1:3]
     centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
-    y_BHW = jnp.arange(height)[None, :, None] - centre_y - shift_B2[:, 0, None, None]
-    x_BHW = jnp.arange(width)[None, None, :] - centre_x - shift_B2[:, 1, None, None]
+    y_BHW = jnp.arange(height).astype(jnp.float32)[None, :, None] - centre_y - shift_B2[:, 0, None, None]
+    x_BHW = jnp.arange(width).astype(jnp.float32)[None, None, :] - centre_x - shift_B2[:, 1, None, None]
     cos_B, sin_B = jnp.cos(jnp.deg2rad(degrees_B)) / scale_B, jnp.sin(jnp.deg2rad(degrees_B)) / scale_B
     # where each pixel of the result comes from: the inverse of the turn (y points down), then of the shear
     from_y = cos_B[:, None, None] * y_BHW + sin_B[:, None, None] * x_BHW
@@ -181,7 +181,7 @@ def _crop(image_BHWC: Array, top_B: Array, left_B: Array, *, pad: int) -> Array:
 
 def _inside(size: int, centre_B: Array, side: int) -> Array:
     """(B, size): which places are in the span of `side` around the centre."""
-    from_start = jnp.arange(size)[None] - (centre_B[:, None] - side // 2)
+    from_start = jnp.arange(size).astype(jnp.float32)[None] - (centre_B[:, None] - side // 2)
     return (from_start >= 0) & (from_start < side)
 
 

@@ -95,5 +95,6 @@ def blame(program: Any, state: TrainState, *, dropped: int) -> str:
     with contextlib.closing(program.batches(bad)) as batches:
         batch = next(batches)
     task, augment = program.experiment.task, program.experiment.augment
-    where = first_nonfinite(task, augment, state, batch, jax.random.fold_in(program.key, bad))
+    with jax.transfer_guard("allow"):  # operation by operation, once
+        where = first_nonfinite(task, augment, state, batch, jax.random.fold_in(program.key, bad))
     return f"update {bad + 1} (batch {bad}) is not finite: {where}"

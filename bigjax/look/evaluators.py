@@ -28,7 +28,8 @@ def images_of(split: pipeline.Split, count: int | None = None) -> np.ndarray:
         if isinstance(split, Mapping)
         else np.stack([split[i]["image"] for i in rows])
     )
-    return np.asarray(to_float({"image": jnp.asarray(image)})["image"])
+    with jax.transfer_guard("allow"):
+        return np.asarray(to_float({"image": jnp.asarray(image)})["image"])
 
 
 def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
@@ -57,7 +58,18 @@ def to_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
     It runs where the variables lie, over the mesh that is set; every process must call it.
     """
     compiled = jax.jit(function)
-    return lambda variables, *inputs: sharding.to_host(compiled(variables, *inputs))
+
+    def call(variables: Any, *inputs: np.ndarray) -> Any:
+        with jax.transfer_guard("allow"):  # it is given NumPy arrays: they are to be moved
+            return sharding.to_host(compiled(variables, *inputs))
+
+    return call
+
+
+def normal(key: Key, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers, on the host."""
+    with jax.transfer_guard("allow"):
+        return np.asarray(jax.random.normal(key, shape))
 
 
 def generate_images(generator: nn.Module, params: Params, model_state: ModelState, key: Key, count: int) -> np.ndarray:
@@ -66,7 +78,7 @@ def generate_images(generator: nn.Module, params: Params, model_state: ModelStat
     Compiled once for a generator and a count.
     """
     labels = (np.arange(count) % generator.classes,) if generator.classes else ()
-    latent_NZ = np.asarray(jax.random.normal(key, (count, generator.latent)))
+    latent_NZ = normal(key, (count, generator.latent))
     return _generating(generator)(variables(params, model_state, "generator"), latent_NZ, *labels)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from bigjax.data import pipeline
 from bigjax.experiment import Pictures
-from bigjax.look.evaluators import encoder, generate_images, images_of, to_numpy
+from bigjax.look.evaluators import encoder, generate_images, images_of, normal, to_numpy
 from bigjax.step import to_float
 from bigjax.task import Key, ModelState, Params, mode, variables
 
@@ -85,7 +85,7 @@ def prior_samples(model: nn.Module, *, count: int = 100) -> Draw:
     decode = decoder(model)
 
     def draw(params: Params, model_state: ModelState, key: Key) -> Pictures:
-        code_NZ = np.asarray(jax.random.normal(key, (count, model.code)))
+        code_NZ = normal(key, (count, model.code))
         return Pictures(decode(variables(params, model_state), code_NZ), columns=10)
 
     return draw

@@ -32,7 +32,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         act, init, dtype = activation(self.activation), initializer(self.kernel_init), jnp.dtype(self.dtype)
-        x = x.reshape(x.shape[0], -1)
+        x = jax.lax.collapse(x, 1)
         for i, width in enumerate(self.features):
             x = act(nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x))
             self.sow("intermediates", f"stage_{i}", x)
@@ -50,7 +50,7 @@ class ConvEncoder(Stack):
         for i, width in enumerate(self.features):
             x = act(conv(width, 3, strides=2, kernel_init=init, dtype=dtype, name=f"conv_{i}")(x))
             self.sow("intermediates", f"stage_{i}", x)
-        x = nn.Dropout(self.dropout)(x.reshape(x.shape[0], -1), deterministic=not train)
+        x = nn.Dropout(self.dropout)(jax.lax.collapse(x, 1), deterministic=not train)
         return nn.Dense(self.outputs, dtype=dtype, kernel_init=init, name="out")(x)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import MONOTONE, activation, conv, initializer, normalize
+from bigjax.models.layers import MONOTONE, activation, conv, initializer, normalize, promoting
 from bigjax.ops.convolution import max_pool
 from bigjax.sharding import constrain
 
@@ -54,7 +54,9 @@ class CNN(nn.Module):
         x = normalize(x_BHWC, self.mean, self.std, dtype=self.dtype)
 
         def norm(x: Array, i: int) -> Array:
-            return nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x) if self.batch_norm else x
+            if not self.batch_norm:
+                return x
+            return promoting(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}"))(x)
 
         for i, width in enumerate(self.features):
             lost, pool = self.kernel - 1 if self.padding == "VALID" else 0, 2 if i < self.pools else 1
@@ -71,7 +73,7 @@ class CNN(nn.Module):
             else:
                 x = max_pool(act(x))
             self.sow("intermediates", f"stage_{i}", x)
-        x = x.reshape(x.shape[0], -1)
+        x = jax.lax.collapse(x, 1)
         for i, width in enumerate(self.dense):
             x = nn.Dropout(self.dropout)(x, deterministic=not train)
             x = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x)

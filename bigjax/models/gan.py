@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import conv, grid, initializer, normalize, upsample
+from bigjax.models.layers import conv, grid, initializer, normalize, promoting, upsample
 from bigjax.sharding import constrain
 
 
@@ -64,7 +64,7 @@ class Generator(nn.Module):
             if i:
                 x = upsample(features, kernel_init=init, dtype=dtype, name=f"upsample_{i - 1}")(x)
             if self.batch_norm:
-                x = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x)
+                x = promoting(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}"))(x)
             x = nn.leaky_relu(x, self.slope)
             self.sow("intermediates", f"stage_{i}", x)
         x = conv(self.image[2], 3, kernel_init=init, dtype=dtype, name="image")(x)
@@ -118,7 +118,7 @@ class Discriminator(nn.Module):
             x = nn.leaky_relu(constrain(x, "batch"), self.slope)
             self.sow("intermediates", f"stage_{i}", x)
             x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        x = x.max((1, 2)) if self.pool == "max" else x.reshape(x.shape[0], -1)
+        x = x.max((1, 2)) if self.pool == "max" else jax.lax.collapse(x, 1)
         self.sow("intermediates", "features", x)
         logit = layer(nn.Dense(1, dtype=dtype, kernel_init=init, name="logit"), x)[:, 0]
         if self.classes:

@@ -55,6 +55,16 @@ def normalize(x: Array, mean: float | tuple[float, ...], std: float | tuple[floa
     return ((x.astype(jnp.float32) - along(mean)) / along(std)).astype(dtype)
 
 
+def promoting(module: nn.Module) -> Callable[[Array], Array]:
+    """A module of flax's that computes in more precision than its input has, also where JAX promotes nothing itself."""
+
+    def call(x: Array) -> Array:
+        with jax.numpy_dtype_promotion("standard"):
+            return module(x)
+
+    return call
+
+
 def conv(features: int, size: int, **fields: Any) -> nn.Conv:
     """`nn.Conv` with a square kernel, in the form that is fastest where it runs; `fields` are `nn.Conv`'s."""
     return nn.Conv(features, (size, size), conv_general_dilated=conv_general_dilated, **fields)

@@ -141,13 +141,13 @@ class LSTM(nn.Module):
         if x.ndim not in (2, 3, 4):
             got = list(x.shape)
             raise UsageError(f"an LSTM takes x (batch, steps, features), not {got}; for tokens give it a vocabulary")
-        x_BLD = x[..., None] if x.ndim == 2 else x.reshape(*x.shape[:2], -1)
+        x_BLD = x[..., None] if x.ndim == 2 else jax.lax.collapse(x, 2)
         mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, -1) for v in (self.mean, self.std))
-        return ((x_BLD - mean) / std).astype(self.dtype)
+        return ((x_BLD.astype(jnp.float32) - mean) / std).astype(self.dtype)
 
     def _pooled(self, x_BLD: Array, length_B: Array | None, real_BL1: Array | None) -> Array:
         if self.pool == "flatten":
-            return x_BLD.reshape(x_BLD.shape[0], -1)
+            return jax.lax.collapse(x_BLD, 1)
         if self.pool == "mean":
             count = x_BLD.shape[1] if length_B is None else jnp.maximum(length_B, 1)[:, None].astype(x_BLD.dtype)
             return x_BLD.sum(1) / count

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigjax.models.layers import activation, initializer, normalize
+from bigjax.models.layers import activation, initializer, normalize, promoting
 from bigjax.sharding import constrain
 
 
@@ -42,11 +42,11 @@ class MLP(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         act, init, dtype = activation(self.activation), initializer(self.kernel_init), jnp.dtype(self.dtype)
         x = normalize(x, self.mean, self.std, dtype=self.dtype)
-        x = x.reshape(x.shape[0], -1)
+        x = jax.lax.collapse(x, 1)
         for i, width in enumerate(self.features):
             x = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"dense_{i}")(x)
             if self.batch_norm:
-                x = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}")(x)
+                x = promoting(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}"))(x)
             x = act(constrain(x, "batch"))
             self.sow("intermediates", f"stage_{i}", x)
             if i == len(self.features) - 1:

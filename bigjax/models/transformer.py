@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.nn.initializers import Initializer
 
 from bigjax import UsageError
+from bigjax.models.layers import promoting
 from bigjax.ops.attention import attention, splash_attention
 from bigjax.sharding import splits_rows_and_heads
 
@@ -34,12 +35,12 @@ def rotary(x_BLHK: Array, positions_L: Array, *, base: float = 10_000.0) -> Arra
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
 
-def norm(kind: str, *, bias: bool, dtype: str, name: str) -> nn.Module:
+def norm(kind: str, *, bias: bool, dtype: str, name: str) -> Callable[[Array], Array]:
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), statistics in float32."""
     if kind == "layer":
-        return nn.LayerNorm(epsilon=1e-5, use_bias=bias, dtype=dtype, name=name)
+        return promoting(nn.LayerNorm(epsilon=1e-5, use_bias=bias, dtype=dtype, name=name))
     if kind == "rms":
-        return nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name)
+        return promoting(nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name))
     raise UsageError(f"norm {kind!r} is unknown: use layer or rms")
 
 

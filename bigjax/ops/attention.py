@@ -38,13 +38,14 @@ def attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, mask: Array | None
 
 def _attend(q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask: Array | None) -> Array:
     B, G, R, L, K = q_BGRLK.shape
+    M = k_BGMK.shape[2]
     q_BGQK = q_BGRLK.reshape(B, G, R * L, K)  # one matrix product serves all R
     score = jnp.matmul(q_BGQK, jnp.swapaxes(k_BGMK, 2, 3), preferred_element_type=jnp.float32)
-    score_BGRLM = score.reshape(B, G, R, L, -1)
+    score_BGRLM = score.reshape(B, G, R, L, M)
     if mask is not None:
         score_BGRLM = jnp.where(mask, score_BGRLM, jnp.finfo(jnp.float32).min)
     weight_BGRLM = jax.nn.softmax(score_BGRLM, axis=-1).astype(v_BGMK.dtype)
-    return (weight_BGRLM.reshape(B, G, R * L, -1) @ v_BGMK).reshape(q_BGRLK.shape)
+    return (weight_BGRLM.reshape(B, G, R * L, M) @ v_BGMK).reshape(q_BGRLK.shape)
 
 
 def splash_attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, interpret: bool = False) -> Array:

@@ -68,7 +68,8 @@ def _double(x: Array, kernel_44CD: Array) -> Array:
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     pixels = [(x[:, i : i + h + 1, j : j + w + 1], kernel_44CD[i::2, j::2]) for i in range(2) for j in range(2)]
     y = jnp.stack([lax.conv_general_dilated(*p, (1, 1), "VALID", dimension_numbers=_NHWC) for p in pixels])
-    return y.reshape(2, 2, b, h, w, -1).transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1)
+    d = kernel_44CD.shape[-1]
+    return y.reshape(2, 2, b, h, w, d).transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, d)
 
 
 def max_pool(x_BHWC: Array) -> Array:

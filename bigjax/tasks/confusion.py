@@ -30,7 +30,7 @@ def class_counts(prediction_B: Array, label_B: Array, *, classes: int) -> dict[s
 def calibration(confidence_B: Array, correct_B: Array) -> dict[str, tuple[Bins, Bins]]:
     """What the expected calibration error needs: by bin of confidence, the sums of both and the examples."""
     bin_B = jnp.clip((confidence_B * CALIBRATION_BINS).astype(jnp.int32), 0, CALIBRATION_BINS - 1)
-    parts, one_B = {"confidence": confidence_B, "correct": 1.0 * correct_B}, jnp.ones_like(confidence_B)
+    parts, one_B = {"confidence": confidence_B, "correct": correct_B.astype(jnp.float32)}, jnp.ones_like(confidence_B)
     bins = partial(Bins, (bin_B,), (CALIBRATION_BINS,))
     return {f"calibration_{name}": (bins(value_B), bins(one_B)) for name, value_B in parts.items()}
 

@@ -87,7 +87,7 @@ def adversarial(
         out = {}
         for name, image, sign in (("real", batch["image"], 1), ("generated", fake, -1)):
             logit_B, _ = discriminated(params, state["discriminator"], image, batch, key, train=False)
-            out[f"{name}_recognised"] = (((sign * logit_B > 0) * mask_B).sum(), mask_B.sum())
+            out[f"{name}_recognised"] = (((sign * logit_B > 0).astype(jnp.float32) * mask_B).sum(), mask_B.sum())
         return out
 
     losses = {"discriminator": discriminator_loss, "generator": generator_loss}

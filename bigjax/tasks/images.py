@@ -3,6 +3,7 @@
 B batch, H height, W width, C channels, Z numbers of a code or a latent.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -24,14 +25,14 @@ def pixel_cross_entropy(logits_BHWC: Array, image_BHWC: Array) -> Array:
     Grey values are taken as probabilities.
     """
     entropy_BHWC = optax.sigmoid_binary_cross_entropy(logits_BHWC, image_BHWC)
-    return entropy_BHWC.reshape(len(entropy_BHWC), -1).sum(-1)
+    return jax.lax.collapse(entropy_BHWC, 1).sum(-1)
 
 
 def reconstruct(model: nn.Module) -> Task:
     """Binary cross-entropy a pixel of `image` (B, H, W, C) under logits of the same shape (an autoencoder's)."""
 
     def per_example(logits_BHWC: Array, batch: Batch) -> tuple[Array, Array, dict]:
-        loss_B = pixel_cross_entropy(logits_BHWC, batch["image"]) / logits_BHWC[0].size
+        loss_B = pixel_cross_entropy(logits_BHWC, batch["image"]) / math.prod(logits_BHWC.shape[1:])
         return loss_B, jnp.ones_like(loss_B), {}
 
     def summarize(metrics: Metrics) -> dict[str, float]:

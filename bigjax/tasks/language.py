@@ -27,9 +27,9 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None) -> Task:
         place_1L = jnp.arange(1, target_BL.shape[1] + 1)[None]
         length_B1 = batch.get("length", jnp.full(len(target_BL), target_BL.shape[1] + 1))[:, None]
         start_B1 = batch.get("start", jnp.ones(len(target_BL), jnp.int32))[:, None]
-        weight_BL = 1.0 * ((place_1L >= start_B1) & (place_1L < length_B1))
+        weight_BL = ((place_1L >= start_B1) & (place_1L < length_B1)).astype(jnp.float32)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, target_BL)
-        right_BL = (logits_BLV.argmax(-1) == target_BL) * weight_BL
+        right_BL = (logits_BLV.argmax(-1) == target_BL).astype(jnp.float32) * weight_BL
         count_B = weight_BL.sum(-1)
         return (loss_BL * weight_BL).sum(-1), count_B, {"accuracy": (right_BL.sum(-1), count_B)}
 

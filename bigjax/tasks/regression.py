@@ -4,6 +4,7 @@ B batch, D numbers a row.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -21,8 +22,7 @@ def regress(
     """Mean squared error of `target` (B,) or (B, D) under the model's output of the same number of values a row."""
 
     def per_example(out: Array, batch: Batch) -> tuple[Array, Array, dict]:
-        target_BD = batch["target"].reshape(len(batch["target"]), -1)
-        out_BD = out.reshape(len(target_BD), -1)
+        target_BD, out_BD = jax.lax.collapse(batch["target"], 1), jax.lax.collapse(out, 1)
         if (given := out_BD.shape[1]) != (wanted := target_BD.shape[1]):  # one of them could be broadcast
             raise UsageError(f"the model gives {given} values a row, `target` has {wanted}: give it {wanted} outputs")
         loss_B = jnp.square(out_BD - target_BD).mean(-1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -62,8 +63,8 @@ def generate(
     """
     if not hasattr(model, "decode"):
         raise UsageError(f"{type(model).__name__} has no decode method: generate needs a model such as GPT")
-    if prompt_BL.ndim != 2 or 0 in prompt_BL.shape:
-        raise UsageError(f"a prompt has at least one row of at least one token, not shape {list(prompt_BL.shape)}")
+    if prompt_BL.ndim != 2 or not prompt_BL.shape[1]:
+        raise UsageError(f"prompts are rows of at least one token, not of shape {list(prompt_BL.shape)}")
     if length < 1:
         raise UsageError(f"length is {length}: ask for at least 1 token")
     if prompt_BL.shape[1] + length > model.context:
@@ -71,11 +72,11 @@ def generate(
         raise UsageError(f"{sizes} exceed the model's context ({model.context}): shorten one")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise UsageError("temperature must be 0 or more, top_k at least 1 and top_p in (0, 1]")
-    prompt_BL = jnp.asarray(prompt_BL, jnp.int32)
+    prompt_BL = jax.device_put(prompt_BL).astype(jnp.int32)
     # Traced unless they change the program, so that trying another temperature, p or stop token compiles nothing.
-    heat = None if temperature == 0 else jnp.float32(temperature)
-    nucleus = None if top_p is None else jnp.float32(top_p)
-    stop = -1 if stop is None else stop
+    heat = None if temperature == 0 else np.float32(temperature)
+    nucleus = None if top_p is None else np.float32(top_p)
+    heat, nucleus, stop = jax.device_put((heat, nucleus, np.int32(-1 if stop is None else stop)))
     return _generate(model, variables, prompt_BL, key, heat, nucleus, stop, length=length, top_k=top_k)
 
 
@@ -87,7 +88,7 @@ def _generate(
     key: Array,
     temperature: Array | None,
     top_p: Array | None,
-    stop: Array | int,
+    stop: Array,
     *,
     length: int,
     top_k: int | None,

@@ -42,7 +42,7 @@ class CNN1D(nn.Module):
         x = x[..., None]
         for width in (5, 3, 3):
             x = nn.relu(nn.Conv(self.channels, (width,), strides=2, padding=1)(x))
-        return nn.Dense(self.outputs)(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+        return nn.Dense(self.outputs)(jax.lax.collapse(x, 1)).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
