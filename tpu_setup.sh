@@ -14,11 +14,18 @@ usage: ./tpu_setup.sh [--dry-run] VERB
                              gs:// --workdir; a CMD that fails on a standing slice is not run again
   status                     the state of the queued resource and of its slice
   logs                       what the last run printed, from each worker
+  ssh [--worker N]           a shell on worker N (default: 0)
+  pull [--all] [--worker N] RUN [FOLDER]
+                             copy a run to this machine: RUN is its working directory, runs/NAME on worker N (default:
+                             0) or gs://...; FOLDER is runs/pulled/NAME unless given. Without its checkpoints and
+                             profile, unless --all
+  list                       all queued resources and slices of the PROJECT in its ZONE (ZONE=-: in every zone)
   delete                     give the slice back: it costs until then
   --dry-run                  print every command instead of running it
 
 environment: required
-  PROJECT ZONE TPU_NAME      for example PROJECT=my-project ZONE=us-central2-b TPU_NAME=my-tpu
+  PROJECT ZONE TPU_NAME      for example PROJECT=my-project ZONE=us-central2-b TPU_NAME=my-tpu; for list the first two,
+                             for pull gs://... the first
   ACCELERATOR                for create and run --until-done: v4-8, v5litepod-16, v5p-8, v6e-8, ...
 environment: optional
   SPOT=1                     create: the same as --spot
@@ -113,8 +120,8 @@ retried() { # STATUS COMMAND...: again where it ends with this STATUS; 255 is ho
   done
 }
 
-on_workers() { # SCRIPT; without the two options ssh waits for hours on a worker that was pre-empted
-  retried 255 gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker=all --command="$1" \
+on_workers() { # SCRIPT [WORKER]; without the two options ssh waits for hours on a worker that was pre-empted
+  retried 255 gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="${2:-all}" --command="$1" \
     --ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30
 }
 
@@ -190,9 +197,42 @@ logs() { # with the worker's name before each line, since all workers answer at 
 sed \"s/^/\$(hostname): /\" ~/bigjax.log"
 }
 
+shell() { x gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$worker" --ssh-flag=-oConnectTimeout=20; }
+
+list() {
+  x gcloud compute tpus queued-resources list "${where[@]}" && x gcloud compute tpus tpu-vm list "${where[@]}"
+}
+
+pull() { # RUN FOLDER; .pulled says of which run a folder is, so that no two are mixed
+  local quoted origin=$1 left=(--exclude=./checkpoints --exclude=./profile) kept='^(checkpoints|profile)/.*'
+  [[ -z $all ]] || left=(--exclude=./.lock) kept='^[.]lock$'
+  [[ $1 == gs://* ]] || origin="$1 of $TPU_NAME in $ZONE"
+  [[ ! -d $2 || -z $(ls -A "$2") || $(cat "$2/.pulled" 2>/dev/null) == "$origin" ]] ||
+    fail "$2 holds other things than $origin: name another FOLDER" 2
+  if [[ $1 == gs://* ]]; then
+    into "$2" "$origin" &&
+      x gcloud storage rsync "$1" "$2" --recursive --exclude="$kept" --project="$PROJECT" --quiet
+  else
+    printf -v quoted '%q' "$1"
+    on_workers "cd ~/bigjax 2>/dev/null && cd $quoted 2>/dev/null && test -f config.json ||
+  { echo \"error: there is no run in $quoted on worker $worker: ./tpu_setup.sh ssh, and look\" >&2; exit 2; }
+tar -cf ~/pulled-bigjax.tar ${left[*]} . || test \$? = 1 # a file that grew meanwhile" "$worker" &&
+      retried 255 gcloud compute tpus tpu-vm scp "$TPU_NAME:pulled-bigjax.tar" "$scratch/bigjax.tar" "${where[@]}" \
+        --worker="$worker" --compress --scp-flag=-oConnectTimeout=20 &&
+      on_workers "rm ~/pulled-bigjax.tar" "$worker" &&
+      into "$2" "$origin" &&
+      x tar -xf "$scratch/bigjax.tar" -C "$2"
+  fi || return
+  note "$1 is in $2"
+}
+
+into() { # FOLDER ORIGIN
+  x mkdir -p "$1" && { [[ -n $dry_run ]] || echo "$2" >"$1/.pulled"; }
+}
+
 delete() { x gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force; }
 
-dry_run='' until_done='' spot='' verb=''
+dry_run='' until_done='' spot='' verb='' worker=0 all='' source='' target=''
 [[ ${SPOT:-0} == 0 ]] || spot=--spot
 while (($#)); do
   case $verb:$1 in
@@ -200,20 +240,33 @@ while (($#)); do
     create:--spot) spot=--spot ;;
     run:--until-done) until_done=1 ;;
     :help | *:-h | *:--help) usage && exit ;;
-    :create | :install | :run | :status | :logs | :delete) verb=$1 ;;
+    :create | :install | :run | :status | :logs | :ssh | :pull | :list | :delete) verb=$1 ;;
     run:[^-]*) break ;;
+    pull:--all) all=1 ;;
+    ssh:--worker | pull:--worker)
+      [[ ${2:-} =~ ^[0-9]+$ ]] || fail "--worker needs a number, as 0: ./tpu_setup.sh $verb --worker 0" 2
+      worker=$2
+      shift
+      ;;
+    pull:[^-]*)
+      [[ -z $target ]] || fail "pull takes a RUN and a FOLDER, not $1 too" 2
+      if [[ -z $source ]]; then source=${1%/}; else target=$1; fi
+      ;;
     *) fail "${verb:-tpu_setup.sh} does not know $1: ./tpu_setup.sh help" 2 ;;
   esac
   shift
 done
-[[ -n $verb ]] || fail "no verb: create, install, run, status, logs or delete; ./tpu_setup.sh help" 2
+[[ -n $verb ]] || fail "no verb: create, install, run, status, logs, ssh, pull, list or delete; ./tpu_setup.sh help" 2
+[[ $verb != pull || -n $source ]] || fail "pull needs a run: ./tpu_setup.sh pull runs/mnist_cnn" 2
 [[ $verb != run || $# -gt 0 ]] || fail "run needs a command: ./tpu_setup.sh run python experiments/vision/mnist_cnn.py" 2
 
-required=(PROJECT=my-project ZONE=us-central2-b TPU_NAME=my-tpu)
+required=(PROJECT=my-project)
+[[ $source == gs://* ]] || required+=(ZONE=us-central2-b)
+[[ $source == gs://* || $verb == list ]] || required+=(TPU_NAME=my-tpu)
 [[ $verb != create && -z $until_done ]] || required+=(ACCELERATOR=v4-8)
 require "${required[@]}"
 : "${EXTRAS:=tpu,gcs,demo}" "${CREATE_TIMEOUT:=14400}" "${MAX_PREEMPTIONS:=20}" "${TRIES:=4}" "${POLL:=30}"
-where=(--project="$PROJECT" --zone="$ZONE" --quiet)
+where=(--project="$PROJECT" --zone="${ZONE:-}" --quiet)
 if [[ -z $dry_run ]]; then
   command -v gcloud >/dev/null || fail "gcloud is not on the PATH: install the Google Cloud CLI" 2
   scratch=$(mktemp -d)
@@ -221,11 +274,19 @@ if [[ -z $dry_run ]]; then
 else
   scratch=${TMPDIR:-/tmp}/bigjax-sync POLL=0
 fi
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
+case $target in
+  '') target=$PWD/runs/pulled/${source##*/} ;;
+  /*) ;;
+  *) target=$here/$target ;;
+esac
 export COPYFILE_DISABLE=1 # macOS: no ._ files in the tar
 exec 3>&1                 # where a dry run prints, also from within $(...)
 
 case $verb in
   create) create ${spot:+"$spot"} ;;
+  ssh) shell ;;
+  pull) pull "$source" "$target" ;;
   *) "$verb" "$@" ;;
 esac

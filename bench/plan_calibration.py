@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "experiments" / "text"))
 
 import gpt  # noqa: E402
 
-from bigjax.run import workdir  # noqa: E402
+from bigjax.run import source, workdir  # noqa: E402
 from bigjax.sharding import MeshConfig  # noqa: E402
 from bigjax.tools import plan  # noqa: E402
 
@@ -108,8 +108,8 @@ def write(runs: list[dict]) -> None:
             "all_fit": all(r["fits"] for r in runs),
             "no_bound_below_measurement": all(r >= 1 for r in ratios),
             "runs": runs,
-            "versions": workdir.versions(),
-            "git_commit": (workdir.git("rev-parse", "HEAD") or "").strip()[:7],
+            "versions": source.versions(),
+            "git_commit": (source.commit() or "unknown")[:7],
         },
     )
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "experiments" / "text"))
 import python_gpt  # noqa: E402
 
 from bigjax.program import AHEAD, Program  # noqa: E402
-from bigjax.run import machine, manifest, workdir  # noqa: E402
+from bigjax.run import machine, manifest, source, workdir  # noqa: E402
 from bigjax.run.checkpoint import Checkpoints  # noqa: E402
 
 RESULT = ROOT / "experiments" / "results" / "save_stall.json"
@@ -111,8 +111,8 @@ def main() -> None:
             "python_gpt": loop,
             "checksums": [checksums({"state": state}, f"{folder}/small"), checksums(large, f"{folder}/large")],
             "devices": workdir.devices(),
-            "versions": workdir.versions(),
-            "git_commit": (workdir.git("rev-parse", "HEAD") or "").strip()[:7],
+            "versions": source.versions(),
+            "git_commit": (source.commit() or "unknown")[:7],
         }
     workdir.write_json(RESULT, found)
     print(RESULT.read_text())

@@ -1,11 +1,14 @@
 """bigjax: functional Flax models, one sharded train step, from a laptop's CPU to a TPU pod."""
 
-import importlib
+import importlib.util
+import os
 import re
 import signal
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+__all__ = ["Interrupted", "SaveError", "UsageError", "load"]
 __version__ = "0.1.0"
 
 
@@ -41,6 +44,24 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped by {name} at step {step}, which is saved: the same command goes on")
 
 
+def place(path: Any, flag: str = "") -> Any:
+    """Where a user says that something lies, as an epath.Path: ~ expanded, file:// as the local path that it is.
+
+    UsageError, with the `flag` that said so, where nothing is: an empty name, or storage other than gs://.
+    """
+    from etils import epath
+
+    text = str(path)
+    scheme, slashes, rest = re.fullmatch(r"(?:([A-Za-z][\w+.-]+):(/+))?(.*)", text, re.S).groups()
+    if scheme == "file" and (rest.startswith("localhost/") or len(slashes) != 2):
+        return epath.Path(unquote("/" + rest.removeprefix("localhost/")))
+    if not text.strip() or os.path.expanduser(text).startswith("~") or (scheme and (scheme, slashes) != ("gs", "//")):
+        raise UsageError(f"{flag}{text!r} is no place to read or write: give a local path, or gs://bucket/folder")
+    if scheme and not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+        raise UsageError(f'{flag}{text} needs gcsfs: pip install -e ".[gcs]"')
+    return epath.Path(path).expanduser()
+
+
 def defined(folder: str, kind: str) -> dict[str, str]:
     """What stands at the top of a folder's files, as `class` or `def`: public name -> file, which is only read."""
     paths = sorted(Path(folder).glob("[a-z]*.py"))
@@ -52,6 +73,10 @@ def member(package: str, folder: str, kind: str, name: str) -> Any:
     if (file := defined(folder, kind).get(name)) is None:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{package}.{file}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:  # lazily, so that importing bigjax.models stays as cheap as importing flax

@@ -2,17 +2,15 @@
 
 import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
-from etils import epath
 
 from bigjax import Interrupted, SaveError, UsageError
-from bigjax.experiment import Experiment, RunConfig, check
+from bigjax.experiment import Experiment, RunConfig, check, home_of
 
 Flat = tyro.conf.OmitArgPrefixes  # `adamw: Flat[AdamW]`: a group of flags without the group's name before each
 
@@ -47,8 +45,10 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
             config = as_trained(Config, config, name=name, arguments=arguments)
         config = settle(config, Config())
         if verb == "plan":
-            plan(config, build, plans, home=epath.Path(config.workdir or f"runs/{name}_plan"))
-            return
+            from bigjax.tools.plan import write_plan
+
+            home = home_of(config, f"{name}_plan")
+            return write_plan(build, config, topology=plans.topology, home=home, everywhere=plans.search)
         with processes.joined(config.distributed, shared(name, verb, config)):
             run(verb, config, build, name=name)
     except Interrupted as e:
@@ -72,7 +72,7 @@ def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, argument
     """The configuration that the run in the working directory was trained with, and the flags given on top of it."""
     from bigjax.run import workdir
 
-    record = workdir.read_config(epath.Path(given.workdir or f"runs/{name}"))["config"]
+    record = workdir.read_config(home_of(given, name))["config"]
     free = {k: getattr(given, k) for k in workdir.FREE}
     trained = dataclasses.replace(workdir.restored(Config(), record), **free)
     return parse(Config, "evaluate", args=arguments, default=trained)[0]
@@ -82,15 +82,6 @@ def settle(config: RunConfig, default: RunConfig) -> RunConfig:
     """--epochs or --minutes alone replaces the script's own number of steps."""
     asked = (config.epochs, config.minutes) != (default.epochs, default.minutes)
     return dataclasses.replace(config, steps=None) if asked and config.steps == default.steps else config
-
-
-def plan(config: RunConfig, build: Callable[[Any], Experiment], flags: Any, *, home: epath.Path) -> None:
-    """Prints what a run would need on a slice; plan.json goes into `home`."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only compiled for
-    from bigjax.tools import plan
-
-    check(config)
-    plan.write_plan(build, config, topology=flags.topology, home=home, everywhere=flags.search)
 
 
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:
@@ -104,7 +95,7 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
     check(config)
     if verb == "report":
         if processes.first():
-            print(report.write_report(epath.Path(config.workdir or f"runs/{name}")))
+            print(report.write_report(home_of(config, name)))
         return
     waits = verb == "train" and processes.first() and sys.stdout.isatty()
     with Display(enabled=waits) as display, display.phase("reading data"):

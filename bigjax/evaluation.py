@@ -7,10 +7,9 @@ from functools import partial, reduce
 
 import jax
 import numpy as np
-from etils import epath
 
 from bigjax import UsageError, sharding
-from bigjax.experiment import Experiment, RunConfig, Split, check, key_of
+from bigjax.experiment import Experiment, RunConfig, Split, check, home_of, key_of
 from bigjax.metrics import Metrics
 from bigjax.program import AHEAD, Program
 from bigjax.step import TrainState, check_metrics, to_float
@@ -81,7 +80,7 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     from bigjax.run.identity import identify
 
     check(config)
-    home = epath.Path(config.workdir or f"runs/{experiment.name}")
+    home = home_of(config, experiment.name)
     record = folder.read_config(home)
     if changes := folder.agree(record, experiment, config):
         raise UsageError(f"{home} was trained with other settings: leave them out\n  " + "\n  ".join(changes))

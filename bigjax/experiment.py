@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from bigjax import UsageError, sharding
+from bigjax import UsageError, place, sharding
 from bigjax.sharding import DistributedConfig, MeshConfig
 from bigjax.task import Batch, Key, ModelState, Params, Task
 
@@ -125,6 +125,11 @@ class Told:  # help(RunConfig) shows the comments above, in their groups
 
 
 RunConfig.__doc__ = Told()
+
+
+def home_of(config: RunConfig, name: str) -> Any:
+    """The working directory, an epath.Path; `name` is the experiment's."""
+    return place(f"runs/{name}" if config.workdir is None else config.workdir, "--workdir ")
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequence[Within]]]:

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from etils import epath
 
 from bigjax import Interrupted, UsageError, sharding
 from bigjax.evaluation import evaluate, evaluation, evaluator
-from bigjax.experiment import Experiment, OnLog, RunConfig, Split, check, size_of
+from bigjax.experiment import Experiment, OnLog, RunConfig, Split, check, home_of, size_of
 from bigjax.metrics import Metrics
 from bigjax.program import AHEAD, Program, planned_steps
 from bigjax.step import TrainState, train_step
@@ -28,6 +28,13 @@ class Run:
     state: TrainState | None
     result: dict[str, Any]
     workdir: epath.Path
+
+    @property
+    def history(self) -> dict[str, dict[int, float]]:
+        """The log, metrics.jsonl: `run.history["eval/accuracy"]` is {step: value}."""
+        from bigjax.run.log import history
+
+        return history(self.workdir)
 
 
 def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_log: OnLog | None = None) -> Run:
@@ -58,7 +65,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     for split in (train, *splits.values()):
         if isinstance(split, Mapping):
             experiment.task.check(split)
-    home, clock = epath.Path(config.workdir or f"runs/{experiment.name}"), Clock()
+    home, clock = home_of(config, experiment.name), Clock()
     fresh = not config.resume or not (home / "config.json").exists()
     if fresh and (home / "config.json").exists():
         Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake in it must not cost the run that is there
@@ -140,6 +147,7 @@ def loop(
     hooks: list[OnLog],
 ) -> Run:
     """From where `start` stands to the end: updates, log windows, evaluations, checkpoints, the result."""
+    from bigjax.data.prefetch import doing, next_batch
     from bigjax.look.diagnose import blame, layer_rows
     from bigjax.look.gallery import draw
     from bigjax.look.report import write_report
@@ -237,28 +245,6 @@ def loop(
             with only_shown("report.html", display.line), display.phase("writing the report"):
                 write_report(home)
     return Run(state, result, home)
-
-
-def doing(program: Program, step: int) -> str:
-    """What the watchdog says of the update after `step`."""
-    from bigjax.data import pipeline
-
-    size = size_of(program.train)
-    rows = pipeline.batch_rows(step, seed=program.config.seed, batch_size=program.config.batch_size, size=size)
-    return f"update {step + 1} (batch {step}: examples {', '.join(map(str, rows[:8]))}, ...)"
-
-
-def next_batch(batches: Iterator[Any], program: Program, step: int) -> Any:
-    """Batch number `step`; what fails in the data thread is one line that names it."""
-    from bigjax.data.prefetch import DataError
-
-    again = "the same command goes on from the last checkpoint"
-    try:
-        if (batch := next(batches, None)) is not None:
-            return batch
-    except DataError as e:
-        raise UsageError(f"{doing(program, step)}: {e}; {again}") from e
-    raise UsageError(f"{doing(program, step)}: the data ended; {again}")
 
 
 def wait(checkpoints: Any, watchdog: Any) -> int | None:

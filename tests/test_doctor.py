@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from etils import epath
 from tfds_fixture import build_mnist
 
 from bigjax import UsageError
@@ -23,10 +25,10 @@ Capture = pytest.CaptureFixture[str]
 
 
 def said(capsys: Capture, lines: object, seconds: float = 30) -> list[str]:
-    """What a check prints, and that its answer is whether a line failed."""
-    well = doctor.check("it", lines, seconds, "do this")
+    """What a check prints, and that its answer counts the lines."""
+    counts = doctor.check("it", lines, seconds, "do this")
     printed = capsys.readouterr().out.splitlines()
-    assert well == all(not line.startswith("failed") for line in printed)
+    assert counts == Counter(line.split()[0] for line in printed)
     return printed
 
 
@@ -34,10 +36,12 @@ def test_a_whole_examination_by_command(tmp_path: Path) -> None:
     env = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "none"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "bigjax", "doctor", "--workdir", str(tmp_path / "new" / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPOSITORY)
-    lines = done.stdout.splitlines()
+    *lines, last = done.stdout.splitlines()
+    counts = Counter(line.split()[0] for line in lines)
+    assert last == f"{counts['ok']} ok, {counts['warning']} warnings, 0 failed"
     assert done.returncode == 0 and {line.split()[0] for line in lines} == {"ok", "warning"}, done.stdout + done.stderr
     told = {line[9:28].strip(): line[28:] for line in lines}
-    assert told["python"].startswith(sys.version.split()[0]) and "jax 0." in told["libraries"]
+    assert told["python"].startswith(sys.version.split()[0]) and "bigjax 0." in told["libraries"]
     assert "1 × cpu; host memory" in told["devices"] and told["processes"].startswith("process 0 of 1")
     assert told["data mnist5k"].startswith(
         "4,000 examples to train on, 1,000 to test on (mnist_autoencoder, mnist_cnn, mnist_gan"
@@ -99,7 +103,8 @@ def test_without_devices_nothing_waits_for_them(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr("jax.devices", none)
     assert doctor.examine(str(REPOSITORY)) is False
-    lines = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.endswith(", 1 failed") and last.startswith(f"{sum(line.startswith('ok') for line in lines)} ok, ")
     assert lines[-1].startswith("failed   devices            RuntimeError: Unable to initialize backend 'tpu' — end")
     assert all(not line.startswith("failed") for line in lines[:-1])
 
@@ -162,7 +167,7 @@ def test_a_folder_that_cannot_be_written(where: str, tmp_path: Path, capsys: Cap
 
 
 def test_a_file_that_comes_back_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(type(doctor.epath.Path(tmp_path)), "read_text", lambda path: "other")
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_text", lambda path: "other")
     (line,) = said(capsys, lambda: doctor.storage("it", str(tmp_path)))
     assert line.startswith("failed") and "what was read is not what was written" in line
     assert list(tmp_path.iterdir()) == []
@@ -179,13 +184,18 @@ doctor.compilation_cache = lambda remedy: []
 doctor.meeting = lambda: []
 doctor.examine("gs://bucket/runs", quick=True)
 """
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    line, count = done.stdout.splitlines()
+    assert count == ("1 ok, 0 warnings, 0 failed" if line.startswith("ok") else "0 ok, 0 warnings, 1 failed")
+    return line
 
 
 def test_buckets_without_gcsfs_name_the_extra() -> None:
     """In a process of its own: fsspec remembers a gcsfs that another test has imported."""
     line = gs(first="import sys; sys.modules['gcsfs'] = None")
-    assert line.startswith("failed") and line.endswith('— pip install -e ".[gcs]"')
+    assert line.startswith("failed") and line.endswith(
+        '--workdir gs://bucket/runs needs gcsfs: pip install -e ".[gcs]"'
+    )
 
 
 def test_a_bucket_that_cannot_be_reached_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +67,29 @@ def test_two_steps(script: str, folder: Path) -> None:
     assert any(k.startswith("eval/") for k in result["metrics"])
     assert all(np.isfinite(v) for v in result["metrics"].values())
     assert (folder / "runs" / script / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_gpt_is_tiny_without_an_accelerator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """But not for a plan, nor where a model is named."""
+    gpt, there = load("gpt"), []
+    monkeypatch.setattr("bigjax.run.machine.glob", lambda pattern: [f for f in there if fnmatch(f, pattern)])
+    monkeypatch.delenv("JAX_PLATFORMS")
+
+    def model(*words: str) -> str:
+        return cli.parse(gpt.config_for(words), "train", args=[w for w in words if w not in cli.VERBS])[0].model
+
+    assert model("--steps", "2") == model() == model("train") == "tiny"
+    assert (
+        capsys.readouterr().err.splitlines()
+        == ["no accelerator here: trains the tiny model; give --model for another"] * 3
+    )
+    assert model("plan") == model("--seed", "1", "plan") == "gpt2_124m"
+    assert model("--model", "llama_1b") == model("--model=llama_1b") == "llama_1b"
+    for file in ("/dev/accel0", "/dev/vfio/1", "/dev/nvidia0"):
+        there[:] = [file]
+        assert model() == "gpt2_124m"
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert capsys.readouterr().err == "" and model() == "tiny"
 
 
 def test_as_a_user_starts_it(folder: Path) -> None:

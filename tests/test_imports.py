@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from test_layout import imports
 
+import bigjax
+
 LIBRARY = Path(__file__).parents[1] / "bigjax"
 HEAVY = {
     "tensorflow_datasets",
@@ -45,7 +47,13 @@ def test_models_import_nothing_that_flax_does_not(flax):
 
 
 def test_bigjax_itself_is_lazy():
-    assert not {m.partition(".")[0] for m in loaded("import bigjax, bigjax.models")} & {"jax", "flax", "numpy", *HEAVY}
+    code = "import bigjax, bigjax.models; assert 'load' in dir(bigjax) and 'CNN' in dir(bigjax.models)"
+    assert not {m.partition(".")[0] for m in loaded(code)} & {"jax", "flax", "numpy", "etils", *HEAVY}
+
+
+def test_what_bigjax_shows_is_there():
+    assert {"load", "UsageError", "__version__"} < set(dir(bigjax)) and "nope" not in dir(bigjax)
+    assert all(callable(getattr(bigjax, name)) for name in bigjax.__all__)
 
 
 def test_models_know_no_loss_no_optimizer_no_data():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from etils import epath
+from rich.console import Console
 
 from bigjax import UsageError
+from bigjax.experiment import RunConfig
 from bigjax.ops.attention import attention, splash_attention
-from bigjax.tools import hlo, plan
+from bigjax.tools import hlo, plan, slices
 
 SCRIPTS = {p.name: p for p in sorted((REPOSITORY / "experiments").glob("*/*.py"))}
 no_compiler = importlib.util.find_spec("libtpu") is None
@@ -41,7 +45,7 @@ def run(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> subpro
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:", "v5e:2by4", ""])
 def test_what_is_no_slice_gets_the_list_of_slices(topology: str) -> None:
     with pytest.raises(UsageError) as e:
-        plan.slice_of(topology)
+        slices.slice_of(topology)
     assert "is no TPU slice: write KIND:SHAPE" in str(e.value)
     for kind in ("v4: 2x2x1", "v5e: 2x2", "v5p: 2x2x1", "v6e: 2x2"):
         assert kind in str(e.value)
@@ -51,21 +55,21 @@ def test_what_is_no_slice_gets_the_list_of_slices(topology: str) -> None:
 @needs_compiler
 def test_a_slice_that_cannot_be_built_is_refused() -> None:
     with pytest.raises(UsageError, match="v5p:3x8x8 is refused .*: use one of these"):
-        plan.slice_of("v5p:3x8x8")
+        slices.slice_of("v5p:3x8x8")
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(UsageError, match=r'planning needs the TPU compiler: pip install -e "\.\[tpu\]"'):
-        plan.slice_of("v5e:2x4")
+        slices.slice_of("v5e:2x4")
 
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("kind", plan.CHIPS)
+@pytest.mark.parametrize("kind", slices.CHIPS)
 def test_every_slice_of_the_list_exists_with_one_device_a_chip(kind: str) -> None:
-    for shape in plan.CHIPS[kind].shapes.split():
-        _, devices = plan.slice_of(f"{kind}:{shape}")
+    for shape in slices.CHIPS[kind].shapes.split():
+        _, devices = slices.slice_of(f"{kind}:{shape}")
         assert len(devices) == np.prod([int(n) for n in shape.split("x")]), shape
 
 
@@ -73,7 +77,7 @@ def test_rings_of_a_torus() -> None:
     """An all-reduce over 4 × 4 chips of two dimensions, and an all-gather over 4 of one."""
     places = [SimpleNamespace(coords=(x, y, 0)) for x in range(4) for y in range(4)]
     mesh = SimpleNamespace(shape={"data": 4, "fsdp": 4, "tensor": 1}, devices=np.array(places).reshape(4, 4, 1))
-    chip = plan.CHIPS["v5p"]
+    chip = slices.CHIPS["v5p"]
     assert (plan.links(mesh, "fsdp"), plan.links(mesh, "data × fsdp")) == (1, 2)
 
     def seconds(kind: str, axis: str, group: int) -> float:
@@ -105,6 +109,33 @@ def test_splash_attention_is_attention(kv_heads: int) -> None:
     for a, b in zip(splash, plain, strict=True):
         scale = float(jnp.abs(b.astype(jnp.float32)).max())
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.02 * scale)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [(0, "0 MiB"), (2**20 * 1.5, "1.5 MiB"), (50e6, "47.7 MiB"), (2e9, "1.86 GiB")]
+)
+def test_small_states_are_in_megabytes(size: float, shown: str) -> None:
+    p = {"topology": "v5e:2x4", "chips": 8, "mesh": {"data": 8}, "batch_size": 8, "parameters": 1, "state_bytes": size}
+    p |= {"model_flops_per_step": 1, "hardware_flops_per_step": 1, "why": "so", "compile_seconds": 1}
+    with (console := Console(width=110)).capture() as said:
+        plan.show(p, console)
+    assert re.search(rf"state a chip +{re.escape(shown)}\s", said.get())
+
+
+def test_a_plan_leaves_the_accelerators_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which JAX would take when it is asked for anything; what the environment says later is too late for it."""
+    before = jax.config.jax_platforms
+    seen = []
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: seen.append(jax.config.jax_platforms) or {})
+    monkeypatch.setattr(plan, "show", lambda *_: None)
+    try:
+        jax.config.update("jax_platforms", "tpu,cpu")
+        plan.write_plan(None, RunConfig(), topology="v5e:2x4", home=epath.Path(tmp_path))
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert seen == ["cpu"] and (tmp_path / "plan.json").read_text() == "{}\n"
+    with pytest.raises(UsageError, match="--batch-size 0: give a number above 0"):
+        plan.write_plan(None, RunConfig(batch_size=0), topology="v5e:2x4", home=epath.Path(tmp_path))
 
 
 # ---- real plans

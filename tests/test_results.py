@@ -90,6 +90,64 @@ def test_unknown_row_is_named() -> None:
         results.reproduce(["nope"])
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ([0.99, 0.992], [0.991, 0.9925], "holds within its standard error (0.1 %)"),
+        ([0.99, 0.992], [0.98, 0.982], "differs by -1.0 % (7.1 standard errors)"),
+        ([1.0, 1.2], [1.1], "holds within its standard error (0.173)"),
+        ([1.0], [1.5, 1.7], "differs by +0.6 (3.5 standard errors)"),
+        ([1.0], [1.0], "the same"),
+        ([1.0], [1.25], "differs by +0.25 (one seed each)"),
+        ([1.0, 1.0], [1.0, 1.0], "holds within its standard error (0)"),
+        ([1.0, 1.0], [2.0, 2.0], "differs by +1 (no spread to compare it with)"),
+    ],
+)
+def test_the_verdict(old, new, said) -> None:
+    metric = "eval/accuracy" if old[0] < 1 else "eval/loss"
+    assert results.verdict({"metric": metric, "values": old}, {"metric": metric, "values": new}) == said
+
+
+def test_which_seeds() -> None:
+    assert results.seeds_of(None, 3) == [0, 1, 2] and results.seeds_of("2", 3) == [0, 1]
+    assert results.seeds_of("5..7", 1) == [5, 6, 7] and results.seeds_of("7", 1) == list(range(7))
+    assert results.seeds_of("0,3,7..8", 1) == [0, 3, 7, 8]
+    for wrong in ("", "0", "x", "5..", "7..5", "-1", "1..2..3", "1,1", "1.5", "3,"):
+        with pytest.raises(UsageError, match=re.escape(f"--seeds {wrong}: give how many, as 10, or which")):
+            results.seeds_of(wrong, 5)
+
+
+SCRIPT = """
+import json, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+ROWS = {"row": {"data": "none", "metric": "eval/loss", "seeds": 2}}
+seed = int(flags["--seed"])
+result = {"metrics": {"eval/loss": 1 + seed / 10}, "seed": seed, "step": 1, "parameters": 1, "published": []}
+result |= {"seconds": {"total": 2.0, "train": 1.0, "data_wait": 0.0}, "peak_host_bytes": 1, "git_commit": None}
+result |= {"devices": {"kind": "A", "count": 1, "platform": "gpu"}, "versions": {}}
+json.dump(result, open(flags["--workdir"] + "/result.json", "w"))
+"""
+
+
+def test_reproduce_says_what_came_of_it(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/script.py").write_text(SCRIPT)
+    monkeypatch.setattr(results, "experiments", lambda: tmp_path)
+    results.reproduce(["row"], record=True)
+    assert json.loads((tmp_path / "results/row.json").read_text())["seeds"] == [0, 1]
+    capsys.readouterr()
+    results.reproduce(["row"], seeds="1..3")
+    assert capsys.readouterr().out.splitlines() == [
+        "row seed 1: eval/loss 1.1 in 2 s",
+        "row seed 2: eval/loss 1.2 in 2 s",
+        "row seed 3: eval/loss 1.3 in 2 s",
+        "row eval/loss: published none, recorded 1.05 ± 0.0707 (2 seeds), now 1.2 ± 0.1 (3 seeds)",
+        "row: differs by +0.15 (2.0 standard errors); 2 s a run on A, 2 s recorded on A",
+    ]
+    with pytest.raises(UsageError, match="--record keeps what a row's own seeds give: leave --seeds out"):
+        results.reproduce(["row"], seeds="1..3", record=True)
+
+
 def test_other_corpus_is_refused(tmp_path, monkeypatch) -> None:
     record = {"metric": "eval/bits_per_byte", "values": [1.9], "published": [], "corpus_sha256": "a" * 64}
     (tmp_path / "results").mkdir()

@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "tpu_setup.sh"
 VARIABLES = {"PROJECT": "my-project", "ZONE": "us-central2-b", "TPU_NAME": "my-tpu", "ACCELERATOR": "v4-8"}
+NEEDED = {"create": [*VARIABLES], "until": [*VARIABLES], "list": ["PROJECT", "ZONE"], "pull gs": ["PROJECT"]}
 VERBS = {
     "create": ["create"],
     "install": ["install"],
@@ -19,13 +20,17 @@ VERBS = {
     "until": ["run", "--until-done", "true"],
     "status": ["status"],
     "logs": ["logs"],
+    "ssh": ["ssh"],
+    "pull": ["pull", "runs/r"],
+    "pull gs": ["pull", "gs://bucket/r"],
+    "list": ["list"],
     "delete": ["delete"],
 }
 
 # Everything this cloud knows is files in $CLOUD: calls, queue (its state; none: nothing created), coming (the states
 # that the next requests will pass through), lost (how many connections are still to fail), worker0/ and worker1/.
 GCLOUD = """
-import json, os, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 cloud, arguments = Path(os.environ["CLOUD"]), sys.argv[1:]
 with open(cloud / "calls", "a") as f:
@@ -35,11 +40,22 @@ def read(name):
 kind, verb = arguments[2:4]
 what = {a.partition("=")[0]: a.partition("=")[2] for a in arguments if a.startswith("--")}
 workers = [cloud / "worker0", cloud / "worker1"]
+if arguments[1] == "rsync":  # a bucket is a folder; what --exclude means is gcloud's
+    for path in (cloud / "bucket").glob("r/**/*"):
+        to = Path(verb) / path.relative_to(cloud / "bucket/r")
+        if path.is_file() and not re.match(what["--exclude"], str(path.relative_to(cloud / "bucket/r"))):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, to)
+    sys.exit()
+if what.get("--worker", "all") != "all":
+    workers = [workers[int(what["--worker"])]]
 def next_state():
     first, *rest = read("coming").splitlines() or ["ACTIVE"]
     (cloud / "coming").write_text("\\n".join(rest))
     (cloud / "queue").write_text(first)
-if verb == "create":
+if verb == "list":
+    print(kind, read("queue") and "my-tpu")
+elif verb == "create":
     next_state()
     for worker in workers:  # new machines
         shutil.rmtree(worker, ignore_errors=True)
@@ -64,6 +80,8 @@ elif not read("queue").startswith("ACTIVE"):
 elif int(read("lost") or 0):
     (cloud / "lost").write_text(str(int(read("lost")) - 1))
     sys.exit(255)
+elif verb == "scp" and ":" in arguments[4]:
+    shutil.copy(workers[0] / arguments[4].partition(":")[2], arguments[5])
 elif verb == "scp":
     for worker in workers:
         shutil.copy(arguments[4], worker / arguments[5].partition(":")[2])
@@ -71,7 +89,7 @@ elif verb == "ssh":
     statuses = []
     for worker in workers:
         env = os.environ | {"HOME": str(worker), "PATH": f"{cloud}/remote:/usr/bin:/bin"}
-        command = ["bash", "-c", what["--command"]]
+        command = ["bash", "-c", what["--command"]] if "--command" in what else ["bash"]
         statuses.append(subprocess.run(command, env=env, cwd=worker, start_new_session=True).returncode)
     if not read("queue").startswith("ACTIVE"):
         sys.exit(255)  # pre-empted meanwhile
@@ -114,10 +132,11 @@ class Setup:
     def git(self, *arguments: str, cwd: Path | None = None) -> str:
         return subprocess.check_output(["git", *arguments], cwd=cwd or self.tree, env=self.env, text=True)
 
-    def __call__(self, *arguments: str, status: int = 0, **env: str) -> subprocess.CompletedProcess:
+    def __call__(self, *arguments: str, status: int = 0, typed: str = "", **env: str) -> subprocess.CompletedProcess:
         command = [str(self.tree / "tpu_setup.sh"), *arguments]
         # run from elsewhere: the script finds its own checkout
-        done = subprocess.run(command, cwd=self.cloud, env=self.env | env, capture_output=True, text=True, timeout=100)
+        how = {"cwd": self.cloud, "env": self.env | env, "capture_output": True, "text": True, "timeout": 100}
+        done = subprocess.run(command, input=typed, **how)
         assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
         return done
 
@@ -140,6 +159,11 @@ class Setup:
         self("create")
         self("install")
         self.forget()
+
+    def a_run(self, folder: Path) -> None:
+        for name in ("config.json", "gallery/0.png", "checkpoints/2/state", "profile/trace"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"{name} in {folder}")
 
     def path(self, *tools: str) -> str:
         """A PATH with nothing but these."""
@@ -173,7 +197,7 @@ def test_shellcheck() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_missing_variable_is_one_line(tpu: Setup, verb: str) -> None:
-    needed = [name for name in VARIABLES if name != "ACCELERATOR" or verb in ("create", "until")]
+    needed = NEEDED.get(verb, ["PROJECT", "ZONE", "TPU_NAME"])
     for name in needed:
         message = one_error(tpu(*VERBS[verb], status=2, **{name: ""}))
         assert name in message and f"{name}=" in message
@@ -189,7 +213,8 @@ def test_a_dry_run_prints_the_calls_and_touches_nothing(tpu: Setup, verb: str) -
     for arguments in (["--dry-run", *VERBS[verb]], [VERBS[verb][0], "--dry-run", *VERBS[verb][1:]]):
         done = tpu(*arguments, PATH=no_gcloud)
         printed = done.stdout.splitlines()
-        assert all(line.startswith(("gcloud compute tpus ", "git clone", "tar ", "rm ")) for line in printed)
+        begin = ("gcloud compute tpus ", "gcloud storage ", "git clone", "tar ", "rm ", "mkdir ")
+        assert all(line.startswith(begin) for line in printed)
     assert "error" not in done.stderr
     assert sorted(tpu.tree.parent.rglob("*")) == before
 
@@ -199,6 +224,8 @@ def test_a_dry_run_prints_the_calls_and_touches_nothing(tpu: Setup, verb: str) -
     if verb != "create":
         tpu.standing()
         tpu("run", "true")
+        tpu.a_run(tpu.workers()[0] / "bigjax/runs/r")
+        tpu.a_run(tpu.cloud / "bucket/r")
         tpu.forget()
     tpu(*VERBS[verb])
     made = calls()
@@ -431,9 +458,70 @@ def test_status_and_delete(tpu: Setup) -> None:
     tpu("delete", status=1)
 
 
+def test_a_shell_on_one_worker(tpu: Setup) -> None:
+    tpu.standing()
+    assert tpu("ssh", typed="pwd; exit 3\n", status=3).stdout.split() == [str(tpu.workers()[0])]
+    assert tpu("ssh", "--worker", "1", typed="pwd\n").stdout.split() == [str(tpu.workers()[1])]
+
+
+def test_list(tpu: Setup) -> None:
+    tpu("create")
+    tpu.forget()
+    assert tpu("list", TPU_NAME="").stdout.splitlines() == ["queued-resources my-tpu", "tpu-vm my-tpu"]
+    assert all({"--project=my-project", "--zone=us-central2-b"} < set(call) for call in tpu.calls())
+    tpu("list", ZONE="-")
+    assert "--zone=-" in tpu.calls()[-1]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_pull_a_run_from_a_worker(tpu: Setup) -> None:
+    tpu.standing()
+    source = tpu.workers()[1] / "bigjax/runs/it's mine"
+    tpu.a_run(source)
+    pulled = tpu.tree / "runs/pulled/it's mine"
+    arguments = ["pull", "--worker", "1", "runs/it's mine/"]
+    assert f"runs/it's mine is in {pulled}" in tpu(*arguments).stderr
+    assert files(pulled) == [".pulled", "config.json", "gallery/0.png"]
+    assert (pulled / "config.json").read_text() == f"config.json in {source}"
+    assert not list(tpu.cloud.glob("worker?/*pulled*"))
+    (source / "config.json").write_text("newer")
+    tpu(*arguments, "--all")
+    assert (pulled / "config.json").read_text() == "newer" and (pulled / "checkpoints/2/state").exists()
+    (tpu.cloud / "other").mkdir()
+    (tpu.cloud / "other/precious").write_text("")
+    for folder in ("other", str(pulled)):  # the caller's folder is the cloud
+        message = one_error(tpu("pull", "--worker", "1", str(source), folder, status=2))
+        assert message.endswith(f"holds other things than {source} of my-tpu in us-central2-b: name another FOLDER")
+    tpu("pull", "--worker", "1", str(source), "new/folder")
+    assert files(tpu.cloud / "new/folder") == files(pulled)[:1] + ["config.json", "gallery/0.png"]
+    message = one_error(tpu("pull", "runs/it's mine", "elsewhere", status=2))  # not on worker 0
+    assert message.startswith("error: there is no run in runs/it\\'s\\ mine on worker 0: ./tpu_setup.sh ssh")
+    assert not (tpu.cloud / "elsewhere").exists()
+
+
+def test_pull_a_run_from_a_bucket(tpu: Setup) -> None:
+    tpu.a_run(tpu.cloud / "bucket/r")
+    tpu("pull", "gs://bucket/r/", "r", TPU_NAME="", ZONE="")
+    assert files(tpu.cloud / "r") == [".pulled", "config.json", "gallery/0.png"]
+    (call,) = tpu.calls()
+    assert call[:2] == ["storage", "rsync"] and call[2:4] == ["gs://bucket/r", str(tpu.cloud / "r")]
+    assert {"--recursive", "--project=my-project"} < set(call)
+    tpu("pull", "--all", "gs://bucket/r", "r")
+    assert "profile/trace" in files(tpu.cloud / "r") and "checkpoints/2/state" in files(tpu.cloud / "r")
+
+
 @pytest.mark.parametrize(
     "arguments, text",
     [
+        (["pull"], "pull needs a run"),
+        (["pull", "a", "b", "c"], "pull takes a RUN and a FOLDER, not c too"),
+        (["pull", "--every", "a"], "pull does not know --every"),
+        (["ssh", "--worker"], "--worker needs a number"),
+        (["ssh", "--worker", "all"], "--worker needs a number"),
+        (["ssh", "1"], "ssh does not know 1"),
         ([], "no verb"),
         (["start"], "does not know start"),
         (["delete", "--spot"], "delete does not know --spot"),

@@ -5,7 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ import bigjax
 from bigjax import UsageError, train
 from bigjax.experiment import RunConfig
 from bigjax.models import CNN, MLP
-from bigjax.run import modules, workdir
+from bigjax.run import modules, source, workdir
+from bigjax.run.places import one_place
 from bigjax.task import Task
 from bigjax.tasks import classify
 
@@ -186,27 +189,109 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_commit_and_edits_are_recorded(tmp_path, monkeypatch):
-    (source := tmp_path / "source").mkdir()
-    git(source, "init")
-    (source / "model.py").write_text("width = 8\n")
-    (source / "latin.txt").write_bytes(b"caf\xe9\n")
-    git(source, "add", ".")
-    git(source, "commit", "-m", "first")
-    (source / "model.py").write_text("width = 9\n")
-    (source / "latin.txt").write_bytes(b"th\xe9\n")
-    monkeypatch.chdir(source)
+    (folder := tmp_path / "source").mkdir()
+    git(folder, "init")
+    (folder / "model.py").write_text("width = 8\n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "first")
+    (folder / "model.py").write_text("width = 9\n")
+    (folder / "latin.txt").write_bytes(b"th\xe9\n")
+    monkeypatch.chdir(folder)
     opened(tmp_path / "run")
     record = json.loads((tmp_path / "run/config.json").read_text())
-    assert record["git_commit"] == git(source, "rev-parse", "HEAD").strip()
+    assert record["git_commit"] == git(folder, "rev-parse", "HEAD").strip()
+    assert record["git_repository"] == str(folder)
     patch = (tmp_path / "run/source.patch").read_text()
     assert "-width = 8\n+width = 9\n" in patch
 
 
-def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_commit_is_that_of_the_script_or_of_bigjax(tmp_path, monkeypatch):
+    """And not of another repository that happens to be the current folder."""
+    for name in ("source", "elsewhere"):
+        (tmp_path / name).mkdir()
+        git(tmp_path / name, "init")
+        (tmp_path / name / "train.py").write_text("")
+        git(tmp_path / name, "add", ".")
+        git(tmp_path / name, "commit", "-m", name)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "source/train.py"))
+    assert source.repository() == tmp_path / "source"
+    assert source.commit() == git(tmp_path / "source", "rev-parse", "HEAD").strip()
+    (tmp_path / "alone.py").write_text("")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "alone.py"))
+    bare = tmp_path / "site-packages/bigjax/__init__.py"  # as pip installs it: a file that git doesn't know
+    for library, expected in ((REPOSITORY / "bigjax/__init__.py", REPOSITORY), (bare, None)):
+        monkeypatch.setattr(bigjax, "__file__", str(library))
+        bare.parent.mkdir(parents=True, exist_ok=True)
+        assert source.repository() == expected
+        assert (source.commit() is None) == (expected is None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", pytest.__file__)  # an installed command is no script
+    assert source.script() is None and source.repository() == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["in a repository", "in none"])
+def test_what_git_does_not_track_is_in_the_patch_whole(within, tmp_path, monkeypatch):
+    """The script and the modules beside it, so that the patch makes them again; no large ones, none of libraries."""
+    (home := tmp_path / "home").mkdir()
+    files = {"mine.py": "x = 'é'\n", "helper.py": "y = 1", "latin.py": "z = '\xe9'", "large.py": "#" * 2**21}
+    for name, text in files.items():
+        (home / name).write_text(text, encoding="latin-1" if name == "latin.py" else "utf-8")
+    (home / "notes.txt").write_text("not loaded")
+    (home / "tracked.py").write_text("a = 1\n")
+    if within:
+        git(home, "init")
+        git(home, "add", "tracked.py")
+        git(home, "commit", "-m", "first")
+        (home / "tracked.py").write_text("a = 2\n")
+    else:
+        monkeypatch.setattr(source, "repository", lambda: None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(home / "mine.py"))
+    for name in ("helper", "latin", "large", "tracked"):
+        module = types.ModuleType(name)
+        module.__file__ = str(home / f"{name}.py")
+        monkeypatch.setitem(sys.modules, name, module)
     opened(tmp_path / "run")
-    assert json.loads((tmp_path / "run/config.json").read_text())["git_commit"] is None
-    assert (tmp_path / "run/source.patch").read_text() == ""
+    (again := tmp_path / "again").mkdir()
+    git(again, "init")
+    (again / "tracked.py").write_text("a = 1\n")
+    if not within:
+        (again / "tracked.py").unlink()
+    git(again, "apply", str(tmp_path / "run/source.patch"))
+    expected = {"mine.py": files["mine.py"], "helper.py": files["helper.py"]}
+    expected["tracked.py"] = "a = 2\n" if within else "a = 1\n"
+    assert {p.name: p.read_text() for p in again.glob("*.py")} == expected
+
+
+def test_from_a_mere_checkout_the_version_says_so(monkeypatch):
+    def known(name):
+        if name in ("bigjax", "grain"):
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", known)
+    found = source.versions()
+    assert found["bigjax"] == f"{bigjax.__version__}+source" and found["grain"] == "unknown" and found["jax"] == "1.0"
+
+
+def test_one_file_by_two_spellings_is_the_same_setting(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    for name in ("x.npz", "y.npz"):
+        (home / "data" / name).write_text(name)
+    (home / "link.npz").symlink_to(home / "data/x.npz")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    opened(tmp_path / "run", data="data/x.npz", init_from="tokens:data")
+    for spelling in ("./data/x.npz", "~/data/x.npz", f"{home}/data/../data/x.npz", f"file://{home}/link.npz"):
+        opened(tmp_path / "run", data=spelling, init_from="tokens:./data/")
+    monkeypatch.chdir(home / "data")
+    opened(tmp_path / "run", data="x.npz", init_from=f"tokens:{home}/data")
+    assert "data: data/x.npz -> y.npz" in refused(tmp_path / "run", data="y.npz", init_from="tokens:.")
+    assert "init_from: tokens:data -> ." in refused(tmp_path / "run", data="x.npz", init_from=".")
+    for old, new in (("none", "./none"), ("", "."), (" ", "."), ("s3://a/b", "s3://a/b/"), ("x\0", "./x\0")):
+        assert not one_place(old, new)
+    assert one_place("gs://a/b", "gs://a/b/") and not one_place("gs://a/b", "gs://a/c")
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -415,7 +500,7 @@ def test_what_a_script_makes_by_a_call_is_not_made_by_load(tmp_path):
     source += "    def __call__(self, x): return SCALE * x\n"
     (tmp_path / "mine.py").write_text(source)
     spec = {"class": "__main__.Net", "file": str(tmp_path / "mine.py"), "fields": {}}
-    with pytest.raises(UsageError, match="makes SCALE by a call, which loading must not run"):
+    with pytest.raises(UsageError, match="line 2 makes SCALE by more than a definition, which loading must not run"):
         modules.module_from(spec)
     (tmp_path / "mine.py").write_text(source.replace("abs(-2.0)", "2.0"))
     assert modules.module_from(spec).apply({}, 3.0) == 6.0

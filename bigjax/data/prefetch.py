@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bigjax import UsageError
+from bigjax.experiment import size_of
+from bigjax.program import Program
 
 END = object()
 
@@ -82,3 +84,23 @@ class Prefetcher(Iterator[Any], contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def doing(program: Program, step: int) -> str:
+    """What the watchdog says of the update after `step`."""
+    from bigjax.data import pipeline
+
+    size = size_of(program.train)
+    rows = pipeline.batch_rows(step, seed=program.config.seed, batch_size=program.config.batch_size, size=size)
+    return f"update {step + 1} (batch {step}: examples {', '.join(map(str, rows[:8]))}, ...)"
+
+
+def next_batch(batches: Iterator[Any], program: Program, step: int) -> Any:
+    """Batch number `step`; what fails in the data thread is one line that names it."""
+    again = "the same command goes on from the last checkpoint"
+    try:
+        if (batch := next(batches, None)) is not None:
+            return batch
+    except DataError as e:
+        raise UsageError(f"{doing(program, step)}: {e}; {again}") from e
+    raise UsageError(f"{doing(program, step)}: the data ended; {again}")

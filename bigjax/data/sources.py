@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.data.files import few, npz, stray
 from bigjax.data.pictures import folder_of_images
 from bigjax.data.pipeline import Dataset, hold_out, shares
@@ -125,7 +124,7 @@ def _open(name: str, background: str) -> Dataset:
         return tfds.read(tfds.NAMES.get(name, name.removeprefix("tfds:")))
     if name.startswith("tokens:"):
         raise UsageError(f"{name} is text in tokens, which only a language model reads: give other --data")
-    path = epath.Path(name).expanduser()
+    path = place(name)
     if path.is_dir():
         return folder_of_images(path, background=background)
     ending = path.suffix.lower()

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.data.files import stray
 from bigjax.data.pipeline import Dataset
 from bigjax.experiment import Split, size_of
@@ -228,7 +227,7 @@ def load_tokenizer(path: str) -> "Tokenizer":
     """Any `tokenizer.json`, or the folder with one. Ids stay as they are: where 0 isn't its padding, go by `length`."""
     import tokenizers as library
 
-    file = epath.Path(path)
+    file = place(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
         text = file.read_text()

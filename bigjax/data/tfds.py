@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.data.files import THREADS, few, image_form
 from bigjax.data.pipeline import Dataset
 from bigjax.experiment import Split
@@ -60,7 +60,7 @@ def _quiet() -> Iterator[None]:
 
 def folder() -> str:
     """Where TFDS sets are looked for: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    return str(place(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR "))
 
 
 def builder(name: str, where: str, **options: Any) -> Any:

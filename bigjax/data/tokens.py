@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.data.pipeline import Dataset
 from bigjax.data.text import window_count, window_fields
 
@@ -101,7 +101,7 @@ def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) 
     model, is given; it may be larger than the tokenizer's. Of `test` and `val` files `test` is the test split.
     UsageError: a missing folder or file; a torn file; a token outside the vocabulary.
     """
-    folder = epath.Path(name.removeprefix("tokens:")).expanduser()
+    folder = place(name.removeprefix("tokens:").strip() or ".")
     if name.strip() in ("", "tokens:") or not folder.is_dir():
         shown = name.strip() or "(an empty name)"
         raise UsageError(f"{shown} is not a folder: give tokens:DIR with train.bin and test.bin (or val.bin) in DIR")

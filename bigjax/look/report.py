@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.look.charts import curves, legend, show
 from bigjax.look.pictures import gallery_page, load_gallery
 
@@ -24,7 +24,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     A run without result.json gets a page that says it is unfinished. Raises UsageError where config.json is missing or
     a file is damaged; a torn last line of metrics.jsonl is no damage, as the run may be writing it.
     """
-    workdir = epath.Path(workdir)
+    workdir = place(workdir)
     paths = [workdir / name for name in ("config.json", "result.json", "metrics.jsonl", "source.patch")]
     files = {path.name: path.read_bytes() for path in paths if path.exists()}
     if "config.json" not in files:

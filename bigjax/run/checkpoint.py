@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bigjax import SaveError, UsageError
+from bigjax import SaveError, UsageError, place
 from bigjax.optim import path_string
 from bigjax.run import manifest, processes
 
@@ -69,7 +69,7 @@ class Checkpoints:
                 get_metric_fn=lambda m: m[name], reverse=mode == "min", n=keep, keep_checkpoints_without_metrics=False
             )
             kept = policies.AnyPreservationPolicy([kept, ranked])
-        self.folder = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
+        self.folder = place(directory) if "://" in str(directory) else place(directory).absolute()
         self.saving: int | None = None
         bucket = "://" in str(directory)
         if bucket and not read_only and processes.first():
@@ -270,7 +270,7 @@ def listing(workdir: epath.PathLike, *, verify: bool = False) -> tuple[list[str]
     Without `verify` the files are not read again, and what has checksums is said to have them. Raises UsageError where
     there is no checkpoint.
     """
-    folder = epath.Path(workdir) / "checkpoints"
+    folder = place(workdir) / "checkpoints"
     steps, gone = committed(folder), lost(folder)
     if not steps + gone:
         raise UsageError(f"{workdir} holds no checkpoint: give the working directory of a run that saved one")

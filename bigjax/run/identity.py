@@ -16,7 +16,8 @@ from bigjax import UsageError, sharding
 from bigjax.experiment import RunConfig, size_of
 from bigjax.program import Program
 from bigjax.run import processes
-from bigjax.run.workdir import LENGTH, changes_of_state, devices, read_config, settings, versions, write_json
+from bigjax.run.source import versions
+from bigjax.run.workdir import LENGTH, changes_of_state, devices, read_config, settings, write_json
 from bigjax.step import to_float
 from bigjax.task import Fields
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from bigjax import SaveError, UsageError
+from bigjax import SaveError, UsageError, place
 from bigjax.run.shown import only_shown
 
 BUCKET_SECONDS = 1.0  # Google's limit for writing the same object again
@@ -42,6 +42,17 @@ def read_log(path: epath.Path) -> Iterator[dict[str, Any]]:
             if n < len(lines):
                 raise UsageError(f"{path}, line {n} is damaged: repair or remove that line") from None
             return  # torn: the step it belongs to is run again
+
+
+def history(workdir: epath.PathLike) -> dict[str, dict[int, float]]:
+    """What the log of a run holds, {"eval/accuracy": {step: value}}, steps in order; all of its sessions are in it."""
+    found: dict[str, dict[int, float]] = {}
+    for record in read_log(place(workdir) / "metrics.jsonl"):
+        step, split = record["step"], record["split"]
+        for name, value in record.items():
+            if name not in ("step", "split"):
+                found.setdefault(f"{split}/{name}", {})[step] = value
+    return found
 
 
 class Log:

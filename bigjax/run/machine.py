@@ -1,11 +1,14 @@
-"""What a program sets in its process before it trains: memory, the compilation cache, a terminal that may be lost."""
+"""What a program finds and sets before it trains: accelerators, memory, a cache, a terminal that may be lost."""
 
 import ctypes
 import io
 import os
 import sys
+from glob import glob
 
 import jax
+
+from bigjax import place
 
 
 def keep_memory() -> None:
@@ -22,12 +25,21 @@ def keep_memory() -> None:
         mallopt(parameter, value)
 
 
+def accelerators() -> list[str]:
+    """The device files of accelerators that JAX may use here. No device is asked: processes must first meet."""
+    if os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
+        return []
+    kinds = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
+    return [file for kind in kinds for file in glob(f"/dev/{kind}")]
+
+
 def cache_compilations(on: bool) -> None:
     """JAX's persistent compilation cache, in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update("jax_enable_compilation_cache", on)
-    if on and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "bigjax", "compiled"))
+    if on:
+        usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bigjax", "compiled")
+        folder = place(jax.config.jax_compilation_cache_dir or usual, "JAX_COMPILATION_CACHE_DIR ")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class Terminal(io.FileIO):
@@ -43,7 +55,7 @@ class Terminal(io.FileIO):
             number, nowhere = self.fileno(), os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, number)  # for all that write there, C++ too
             os.close(nowhere)
-            if number == 1:
+            if number != 2:  # 1, or what stands in for it (`noise`)
                 told = f"standard output takes nothing any more ({e.strerror}): the run goes on without it"
                 print(told, file=sys.stderr, flush=True)
             return len(data)

@@ -5,9 +5,10 @@ import dataclasses
 import importlib
 import importlib.util
 import math
+import symtable
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def class_of(spec: Mapping[str, Any]) -> type[nn.Module]:
     """The class that config.json names.
 
     Nothing is imported for it but the module, or the definitions of the script, whose source says that it is a Linen
-    module; and nothing is called. Raises UsageError for anything else.
+    module; and nothing is called. Raises UsageError for anything else, and where importing it would train.
     """
     where, _, name = str(spec["class"]).rpartition(".")
     main = sys.modules["__main__"]
@@ -80,25 +81,43 @@ def class_of(spec: Mapping[str, Any]) -> type[nn.Module]:
     if "file" in spec and str(Path(getattr(main, "__file__", None) or "/").resolve()) != spec["file"]:
         found = getattr(definitions(Path(spec["file"]), name), name, None)
     else:  # the script itself asks, which must not run once more; or a module
-        if where not in sys.modules and not defines(where, name):
-            raise UsageError(f"{where} defines no Linen module {name} here: import what does, or {REMEDY}")
+        if where not in sys.modules:
+            path, tree = source_of(where) or (None, ast.Module([], []))
+            if not is_linen(tree, name):
+                raise UsageError(f"{where} defines no Linen module {name} here: import what does, or {REMEDY}")
+            if call := trains(tree):
+                raise UsageError(
+                    f"{path}, line {call.lineno} calls {ast.unparse(call.func)} whenever it is imported: put that "
+                    f'under if __name__ == "__main__", or {REMEDY}'
+                )
         found = getattr(importlib.import_module(where), name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found is not nn.Module):
         raise UsageError(f"{spec['class']} is no flax.linen.Module: config.json is damaged, or {REMEDY}")
     return found
 
 
-def defines(module: str, name: str) -> bool:
-    """Whether a module's source has a Linen module of this name at its top; neither it nor its parents are imported."""
+def source_of(module: str) -> tuple[Path, ast.Module] | None:
+    """The file of a module and what it says; neither the module nor its parents are imported. None: it has none."""
     top, *below = module.split(".")
     try:
         found = importlib.util.find_spec(top)
         folders = list(found.submodule_search_locations or ()) if found else []
         path = Path(*folders[:1], *below) if below else Path(found.origin)
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        return is_linen(ast.parse(path.read_text()), name)
+        return path, ast.parse(path.read_bytes())
     except (AttributeError, TypeError, ValueError, OSError, SyntaxError):
-        return False
+        return None
+
+
+def trains(tree: ast.Module) -> ast.Call | None:
+    """Where importing a module would train: the call at its top, of a name as training has it."""
+    for node in tree.body:
+        if isinstance(node, DEFINING) or (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)):
+            continue
+        for call in (p for p in ast.walk(node) if isinstance(p, ast.Call)):
+            if ast.unparse(call.func).rpartition(".")[2] in ("fit", "main", "run", "train", "train_step"):
+                return call
+    return None
 
 
 def is_linen(tree: ast.Module, name: str) -> bool:
@@ -113,20 +132,31 @@ def is_linen(tree: ast.Module, name: str) -> bool:
 
 
 def definitions(path: Path, name: str) -> types.ModuleType:
-    """A script's imports, classes, functions and constants, without whatever else it does: it must not train."""
+    """Of a script the class `name`, with the imports, classes, functions and constants that it needs: nothing else of
+    it is run, so it cannot train.
+    """
     if not path.exists():
         raise UsageError(f"the script {path} that defines {name} is gone: put it back, or {REMEDY}")
-    tree = ast.parse(path.read_text())
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError) as e:
+        raise UsageError(f"the script {path} that defines {name} cannot be read ({e}): repair it, or {REMEDY}") from e
     if not is_linen(tree, name):
         raise UsageError(f"{path} defines no Linen module {name}: put it back, or {REMEDY}")
-    assigned = ast.Assign | ast.AnnAssign
-    made = [n for n in tree.body if isinstance(n, assigned) and any(isinstance(p, ast.Call) for p in ast.walk(n))]
-    lost = {p.id for n in made for p in ast.walk(n) if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)}
-    kept = [n for n in tree.body if isinstance(n, (*DEFINING, ast.Assign, ast.AnnAssign)) and n not in made]
-    used = {p.id for n in kept for p in ast.walk(n) if isinstance(p, ast.Name)}
-    if needed := sorted(lost & used):
-        raise UsageError(f"{path} makes {needed[0]} by a call, which loading must not run: {REMEDY}")
-    tree.body = kept
+    constants = set().union(*(made(n) for n in tree.body if not isinstance(n, DEFINING)))
+    needed, taken = {name}, set()
+    gives = {node: made(node) | changed(node, constants) for node in tree.body}
+    while more := [node for node in tree.body if node not in taken and (always(node) or needed & gives[node])]:
+        for node in more:
+            if not defining(node):
+                which = min(needed & gives[node])
+                raise UsageError(
+                    f"{path}, line {node.lineno} makes {which} by more than a definition, which loading must not run: "
+                    f"{REMEDY}"
+                )
+            needed |= used(node)
+        taken |= set(more)
+    tree.body = [node for node in tree.body if node in taken]
     module = sys.modules["bigjax_run_script"] = types.ModuleType("bigjax_run_script")  # dataclasses look it up
     module.__file__ = str(path)
     try:
@@ -134,3 +164,52 @@ def definitions(path: Path, name: str) -> types.ModuleType:
     except Exception as e:
         raise UsageError(f"what {path} defines can't be read without running it ({e!r}): {REMEDY}") from e
     return module
+
+
+def always(node: ast.stmt) -> bool:
+    """Whether it may be needed though no name says so: from __future__ import annotations, from somewhere import *."""
+    return isinstance(node, ast.ImportFrom) and (node.module == "__future__" or node.names[0].name == "*")
+
+
+def defining(node: ast.stmt) -> bool:
+    """Whether a statement at the top only defines: it calls nothing, and isn't what a script does as __main__."""
+    if isinstance(node, ast.If | ast.Try):
+        inner = [p for p in ast.iter_child_nodes(node) if isinstance(p, ast.stmt)]
+        inner += [p for handler in getattr(node, "handlers", ()) for p in handler.body]
+        return all(defining(part) for part in inner) and not (isinstance(node, ast.If) and acting(node.test))
+    assigned = isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and not acting(node)
+    return assigned or isinstance(node, (*DEFINING, ast.Pass))
+
+
+def acting(node: ast.AST) -> bool:
+    return any(isinstance(p, ast.Call) or (isinstance(p, ast.Name) and p.id == "__name__") for p in ast.walk(node))
+
+
+def used(node: ast.stmt) -> set[str]:
+    """The names that a statement takes from the script, in what it defines too."""
+
+    def of(table: symtable.SymbolTable) -> set[str]:
+        top = table.get_type() == "module"
+        mine = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+        return mine.union(*map(of, table.get_children()))
+
+    return of(symtable.symtable(ast.unparse(node), "script", "exec"))
+
+
+def made(node: ast.stmt) -> set[str]:
+    """The names that a statement at the top gives a value."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return {node.name}
+    parts = list(ast.walk(node))
+    names = {p.id for p in parts if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)}
+    names |= {p.asname or p.name.partition(".")[0] for p in parts if isinstance(p, ast.alias)}
+    return names | {p.name for p in parts if isinstance(p, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def changed(node: ast.stmt, constants: Container[str]) -> set[str]:
+    """The constants that a statement at the top changes: x[0] = 1, x.a = 1, x.append(1)."""
+    if isinstance(node, DEFINING):
+        return set()
+    put = [p for p in ast.walk(node) if isinstance(p, ast.Attribute | ast.Subscript) and isinstance(p.ctx, ast.Store)]
+    asked = [p.func for p in ast.walk(node) if isinstance(p, ast.Call) and isinstance(p.func, ast.Attribute)]
+    return {p.value.id for p in put + asked if isinstance(p.value, ast.Name) and p.value.id in constants}

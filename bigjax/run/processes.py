@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from bigjax import Interrupted, UsageError
+from bigjax.run import noise
 from bigjax.sharding import DistributedConfig
 
 
@@ -68,8 +69,9 @@ def joined(config: DistributedConfig, about: Mapping[str, Any]) -> Iterator[None
     about = {"--distributed.processes": count, **about}
     peers = Peers(*meet(coordinator, count, index, name=name, about=about, timeout=config.timeout))
     try:
-        initialize(coordinator, count, index, timeout=config.timeout, by_flags=config.coordinator is not None)
-        yield
+        with noise.dropped():
+            initialize(coordinator, count, index, timeout=config.timeout, by_flags=config.coordinator is not None)
+            yield
     except Interrupted:  # all of them, at the same step
         peers.leave(None)
         raise

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.metrics import Metrics
 from bigjax.optim import path_string
 from bigjax.program import Program
+from bigjax.run import manifest
 from bigjax.run.checkpoint import Checkpoints, to_stderr
 from bigjax.run.modules import module_from
 from bigjax.run.workdir import read_config
@@ -19,19 +20,26 @@ from bigjax.step import TrainState, averages_of
 
 
 def load(
-    workdir: epath.PathLike, *, player: str | None = None, model: nn.Module | None = None
+    workdir: epath.PathLike,
+    *,
+    step: int | str | None = None,
+    player: str | None = None,
+    model: nn.Module | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """(module, variables) of a finished or interrupted run, from its newest checkpoint, on the first device.
 
-    `player` chooses among several (a GAN's "generator"). If the run kept averages (--ema), you get those. `model` is
-    for a module that config.json can't rebuild: with functions or arrays as fields, or defined in a notebook.
+    `step` is that of another checkpoint, or "best": of a run with --best, the best of those that are kept. `player`
+    chooses among several (a GAN's "generator"). If the run kept averages (--ema), you get those. `model` is for a
+    module that config.json can't rebuild: with functions or arrays as fields, or defined in a notebook.
 
         model, variables = bigjax.load("runs/mnist_cnn")
         logits_BC = model.apply(variables, images_BHWC)
 
-    Raises UsageError if there is no run, no checkpoint, no such player, or only you can say what the module was.
+    The script that trained is read, and of it nothing is run but the definitions that the module's class needs. Raises
+    UsageError if there is no run, no such checkpoint or player, or only you can say what the module was.
     """
-    models = read_config(workdir)["models"]
+    record = read_config(workdir)
+    models = record["models"]
     if player is None and len(models) == 1:
         player = next(iter(models))
     if player not in models:
@@ -39,9 +47,8 @@ def load(
             f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})"
         )
     module = module_from(models[player]) if model is None else model
-    with contextlib.closing(Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)) as checkpoints:
-        if (step := checkpoints.newest(tell=to_stderr)) is None:
-            raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
+    with contextlib.closing(Checkpoints(place(workdir) / "checkpoints", read_only=True)) as checkpoints:
+        step = which(checkpoints, step, best=record["config"].get("best"), workdir=workdir)
         state = checkpoints.shapes(step)["state"]
         averaged = player in (state.get("ema") or {})
         parts = ("ema", "model_state") if averaged else ("params", "model_state")
@@ -54,6 +61,29 @@ def load(
     if "batch_stats" not in average and set(average) != {"params"}:  # release 0.1 averaged parameters alone
         average = {"params": average}
     return module, {**kept, **average}
+
+
+def which(checkpoints: Checkpoints, step: int | str | None, *, best: str | None, workdir: epath.PathLike) -> int:
+    """The step that is asked for; UsageError if it isn't there, or damaged."""
+    if step is None and (step := checkpoints.newest(tell=to_stderr)) is not None:
+        return step
+    if not (there := checkpoints.steps()):
+        raise UsageError(f"{workdir} holds no checkpoint yet: let it train until one is saved")
+    kept = ", ".join(map(str, there))
+    if step == "best":
+        mode, _, name = (best or "").partition(":")
+        scores = {n: score for n in there if (score := (checkpoints.manager.metrics(n) or {}).get(name)) is not None}
+        if not scores:
+            raise UsageError(
+                f"{workdir} has no best checkpoint: train with --validation 0.1 --best max:accuracy, or give step= one "
+                f"of {kept}"
+            )
+        step = (max if mode == "max" else min)(scores, key=scores.get)
+    if step not in there:
+        raise UsageError(f"{workdir} has no checkpoint of step {step!r}: give step= one of {kept}")
+    if wrong := manifest.damage(checkpoints.folder, step):
+        raise UsageError(f"the checkpoint of step {step} in {workdir} is damaged ({wrong}): give another of {kept}")
+    return step
 
 
 def resume(checkpoints: Checkpoints, step: int, program: Program) -> tuple[TrainState, Metrics]:
@@ -78,8 +108,8 @@ def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
 
     Raises UsageError where the source has no checkpoint, or nothing fits.
     """
-    read_config(source)
-    checkpoints = Checkpoints(epath.Path(source) / "checkpoints", read_only=True)
+    read_config(place(source, "--init-from "))
+    checkpoints = Checkpoints(place(source) / "checkpoints", read_only=True)
     step = checkpoints.newest(tell=to_stderr)
     if step is None:
         raise UsageError(f"--init-from {source} holds no checkpoint: give a run that saved one")

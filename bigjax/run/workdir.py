@@ -8,23 +8,22 @@ import os
 import re
 import resource
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import jax
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics
 from bigjax.program import Program
-from bigjax.run import processes
+from bigjax.run import processes, source
 from bigjax.run.atomic import write_whole
 from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
+from bigjax.run.places import one_place
 from bigjax.run.shown import for_report, own_metric
 
 # Settings that may differ between a run and its resumption: they change no number.
@@ -46,20 +45,6 @@ def write_json(path: epath.Path, value: Any) -> None:
     write_whole(path, (json_text(value, indent=1) + "\n").encode())
 
 
-def git(*arguments: str) -> str | None:
-    """What git prints in the current folder, or None where there is no repository or no git."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def versions() -> dict[str, str]:
-    libraries = ("bigjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": sys.version.split()[0], **{n: version(n) for n in libraries}}
-
-
 def devices() -> dict[str, Any]:
     first = jax.devices()[0]
     count = {"count": jax.device_count(), "processes": jax.process_count()}
@@ -79,10 +64,12 @@ def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
         **for_report(experiment, config, settings(config), settings(type(config)())),
         "steps": None,  # settled when training starts
         "models": {k: module_spec(m) for k, m in experiment.task.models.items()},
-        "versions": versions(),
-        "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
+        "versions": source.versions(),
+        "git_commit": source.commit(),
+        "git_repository": str(source.repository() or "") or None,
         "devices": devices(),
         "command": sys.argv,
+        "folder": os.getcwd(),
     }
 
 
@@ -101,11 +88,11 @@ def restored(default: Any, record: Mapping[str, Any]) -> Any:
 def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
     """What must be equal in processes that run together: the verb, every flag, and the versions."""
     flags = {"--" + k.replace("_", "-"): v for k, v in dataclasses.asdict(config).items() if k != "distributed"}
-    return json.loads(json.dumps({"experiment": f"{name} {verb}", **flags, **versions()}))
+    return json.loads(json.dumps({"experiment": f"{name} {verb}", **flags, **source.versions()}))
 
 
 def difference(
-    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "", folder: str = ""
 ) -> list[str]:
     """The settings that differ, as `learning_rate: 0.001 -> 0.01`; those of FREE are left out.
 
@@ -116,10 +103,10 @@ def difference(
     for k in sorted(new):
         b, usual = new[k], defaults.get(k)
         a = old.get(k, {**usual, **old} if isinstance(usual, dict) and isinstance(b, dict) else usual)
-        if (not prefix and k in FREE) or a == b:
+        if (not prefix and k in FREE) or a == b or one_place(a, b, folder):
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += difference(a, b, usual if isinstance(usual, dict) else {}, f"{prefix}{k}.")
+            lines += difference(a, b, usual if isinstance(usual, dict) else {}, f"{prefix}{k}.", folder)
         else:
             lines.append(f"{prefix}{k}: {a} -> {b}")
     return lines
@@ -127,7 +114,7 @@ def difference(
 
 def agree(record: Mapping[str, Any], experiment: Experiment, config: RunConfig) -> list[str]:
     """How these settings differ from those that config.json records."""
-    lines = difference(record["config"], settings(config), settings(type(config)()))
+    lines = difference(record["config"], settings(config), settings(type(config)()), folder=record.get("folder", ""))
     if record["experiment"] != experiment.name:
         lines.insert(0, f"experiment: {record['experiment']} -> {experiment.name}")
     return lines
@@ -135,7 +122,7 @@ def agree(record: Mapping[str, Any], experiment: Experiment, config: RunConfig) 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """config.json of a working directory; UsageError where there is none."""
-    path = epath.Path(workdir) / "config.json"
+    path = place(workdir) / "config.json"
     if not path.exists():
         raise UsageError(f"{workdir} holds no run (no config.json): train first, or give the --workdir of a run")
     try:
@@ -209,7 +196,7 @@ def _open(
                 f"--workdir {workdir} holds no run, but other things ({', '.join(other[:3])}): "
                 "name an empty or new folder"
             )
-        (workdir / "source.patch").write_text(git("diff", "HEAD") or "")
+        (workdir / "source.patch").write_text(source.edits())
         write_json(path, description)
         return None
     changes = agree(read_config(workdir), experiment, config)
@@ -289,8 +276,8 @@ def make_result(
         "examples_per_second": round(examples / seconds["train"], 1) if seconds["train"] else None,
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "devices": devices(),
-        "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
-        "versions": versions(),
+        "git_commit": source.commit(),
+        "versions": source.versions(),
         **experiment.facts,
     }
     if counts:

@@ -9,17 +9,18 @@ from typing import Annotated
 import tyro
 
 from bigjax import UsageError
-from bigjax.run import processes
+from bigjax.run import processes, source
 from bigjax.sharding import DistributedConfig
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Run rows of the table of results again, and print published, recorded and new values."""
+    """Run rows of the table of results again; print published, recorded and new values, and whether they agree."""
 
     rows: tyro.conf.Positional[list[str]] = field(
         default_factory=list
     )  # names of rows; none means all that are recorded
+    seeds: str | None = None  # how many (10: 0 to 9) or which (5..14; 0,3,7), instead of those that are recorded
     record: bool = False  # keep the new values in experiments/results
 
 
@@ -64,13 +65,11 @@ def main() -> None:
     )
     try:
         if command is None:
-            from bigjax import __version__
-
-            print(__version__)
+            print(source.version("bigjax"))
         elif isinstance(command, Reproduce):
             from bigjax.tools import results
 
-            results.reproduce(command.rows, record=command.record)
+            results.reproduce(command.rows, seeds=command.seeds, record=command.record)
         elif isinstance(command, Doctor):
             from bigjax.tools import doctor
 

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from importlib import metadata
@@ -15,11 +16,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 
-from bigjax import UsageError
-from bigjax.run import machine, processes
+from bigjax import UsageError, place
+from bigjax.run import machine, processes, source
 
 PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", *PLUGINS)
@@ -27,31 +27,34 @@ STORAGE_SECONDS = 25
 
 
 def examine(workdir: str = "runs", *, quick: bool = False) -> bool:
-    """Prints a line for each thing checked; whether none failed. `quick` leaves the two steps of training out."""
+    """Prints a line for each thing checked, then their count; whether none failed. `quick`: without the two steps."""
     there = f"choose a --workdir other than {workdir}"
     if "://" in workdir:
         there = (
             f"check the network, gcloud auth application-default login, and name and roles (docs/tpu.md) of {workdir}"
         )
-    well = check("libraries", libraries, 120, "pip install -e .")
-    well &= check("data", data, STORAGE_SECONDS, "set TFDS_DATA_DIR to a folder of this machine")
-    well &= check("working directory", lambda: storage("working directory", workdir), STORAGE_SECONDS, there)
     cache = "set JAX_COMPILATION_CACHE_DIR to another folder"
-    well &= check("compilation cache", lambda: compilation_cache(cache), STORAGE_SECONDS, cache)
-    if not check("devices", devices, 120, "end other programs that hold the accelerator, or restart the machine"):
-        return False  # what comes behind it would only wait for them again
-    well &= check("processes", meeting, 60, "start this command on every machine, and open the ports between them")
-    if not quick:
-        well &= check("two steps", two_steps, 300, "see above for what else failed, or reinstall bigjax")
-    return well
+    said = check("libraries", libraries, 120, "pip install -e .")
+    said += check("data", data, STORAGE_SECONDS, "set TFDS_DATA_DIR to a folder of this machine")
+    said += check("working directory", lambda: storage("working directory", workdir), STORAGE_SECONDS, there)
+    said += check("compilation cache", lambda: compilation_cache(cache), STORAGE_SECONDS, cache)
+    found = check("devices", devices, 120, "end other programs that hold the accelerator, or restart the machine")
+    said += found
+    if not found["failed"]:  # else what comes behind it would only wait for them again
+        said += check("processes", meeting, 60, "start this command on every machine, and open the ports between them")
+        if not quick:
+            said += check("two steps", two_steps, 300, "see above for what else failed, or reinstall bigjax")
+    warnings = f"{said['warning']} warning" + "s" * (said["warning"] != 1)
+    print(f"{said['ok']} ok, {warnings}, {said['failed']} failed", flush=True)
+    return not said["failed"]
 
 
 def line(status: str, name: str, found: str, remedy: str = "") -> str:
     return f"{status:<8} {name:<18} {found}" + (f" — {remedy}" if remedy else "")
 
 
-def check(name: str, lines: Callable[[], Iterable[str]], seconds: float, remedy: str) -> bool:
-    """Prints lines as they come, or one that says why the next does not within `seconds`; whether none failed."""
+def check(name: str, lines: Callable[[], Iterable[str]], seconds: float, remedy: str) -> Counter[str]:
+    """Prints lines as they come, or one that says why the next does not within `seconds`; how many begin with what."""
     said: queue.Queue[str | None] = queue.Queue()
 
     def work() -> None:
@@ -67,15 +70,18 @@ def check(name: str, lines: Callable[[], Iterable[str]], seconds: float, remedy:
         said.put(None)
 
     threading.Thread(target=work, daemon=True).start()  # left behind where it never answers
-    well = True
+    counts = Counter[str]()
+
+    def show(each: str) -> None:
+        print(each, flush=True)
+        counts[each.split()[0]] += 1
+
     try:
         for each in iter(lambda: said.get(timeout=seconds), None):
-            print(each, flush=True)
-            well &= not each.startswith("failed")
+            show(each)
     except queue.Empty:
-        print(line("failed", name, f"no answer within {seconds:g} s", remedy), flush=True)
-        return False
-    return well
+        show(line("failed", name, f"no answer within {seconds:g} s", remedy))
+    return counts
 
 
 def libraries() -> Iterator[str]:
@@ -83,7 +89,8 @@ def libraries() -> Iterator[str]:
     from bigjax import train  # noqa: F401  (whatever a run imports)
 
     installed = {d.name: d.version for d in metadata.distributions()}
-    told = [f"{name} {installed[name]}" for name in LIBRARIES if name in installed]
+    told = [f"bigjax {source.version('bigjax')}"]
+    told += [f"{name} {installed[name]}" for name in LIBRARIES if name in installed]
     yield line("ok", "libraries", ", ".join(told))
 
 
@@ -126,7 +133,7 @@ def data() -> Iterator[str]:
 def storage(name: str, folder: str) -> Iterator[str]:
     """Writes a file there and reads it back; on gs:// asks what Orbax asks of a bucket before it saves."""
     begin = time.perf_counter()
-    file = epath.Path(folder) / f".doctor-{uuid.uuid4().hex}"
+    file = place(folder, "--workdir ") / f".doctor-{uuid.uuid4().hex}"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(file.name)
     back = file.read_text()

@@ -3,11 +3,8 @@
 import dataclasses
 import json
 import math
-import os
-import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,68 +15,12 @@ from rich.table import Table
 
 from bigjax import UsageError, sharding
 from bigjax.data import pipeline
-from bigjax.experiment import Experiment, RunConfig
+from bigjax.experiment import Experiment, RunConfig, check
 from bigjax.program import Program, planned_steps
 from bigjax.tools import hlo
-
-
-@dataclass(frozen=True)
-class Chip:
-    """flops: bfloat16 a second; hbm: bytes; bandwidth: of the HBM, bytes a second; link: of one interconnect link in
-    both directions, bytes a second; dims: of the torus that the links make; shapes: of slices.
-
-    Sources: flops, hbm and bandwidth from Google Cloud's TPU documentation (cloud.google.com/tpu/docs, pages v4, v5e,
-    v5p, v6e); links from "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus), there one way.
-    """
-
-    flops: float
-    hbm: float
-    bandwidth: float
-    link: float
-    dims: int
-    shapes: str
-
+from bigjax.tools.slices import GIB, Chip, slice_of
 
 Build = Callable[[Any], Experiment]
-
-GIB = 2**30
-CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1228e9, 9.0e10, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 9.0e10, 2, "2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1.8e11, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 1.8e11, 2, "2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
-}
-
-# Only the compiler is wanted: it shall not ask the network which TPU this is, nor lock it, nor say what it misses.
-LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-
-
-def slice_of(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a slice such as v5p:8x8x8; UsageError where there is no such slice, or no libtpu."""
-    kind, _, shape = topology.partition(":")
-    known = "; ".join(f"{k}: {c.shapes}" for k, c in CHIPS.items())
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise UsageError(f"--topology {topology!r} is no TPU slice: write KIND:SHAPE, of these\n  {known}")
-    os.environ |= LIBTPU
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise UsageError('planning needs the TPU compiler: pip install -e ".[tpu]"') from None
-    from jax.experimental import topologies
-
-    try:
-        one = {"chip_config_name": "megacore"} if kind == "v4" else {}  # its two cores as one device, as v5p has it
-        devices = topologies.get_topology_desc(topology_name=topology, platform="tpu", **one).devices
-    except jax.errors.JaxRuntimeError as e:
-        reason = str(e).splitlines()[0][:200]
-        raise UsageError(f"--topology {topology} is refused ({reason}): use one of these\n  {known}") from None
-    return CHIPS[kind], list(devices)
 
 
 def flops(jaxpr: Any) -> float:
@@ -215,7 +156,7 @@ def show(p: dict[str, Any], console: Console) -> None:
         return f"{value:.3g} {unit}".strip()
 
     def gib(value: float) -> str:
-        return f"{value / GIB:.2f} GiB"
+        return f"{value / GIB:.2f} GiB" if value >= 0.1 * GIB else f"{value / 2**20:.3g} MiB"
 
     mesh = " × ".join(f"{k} {v}" for k, v in p["mesh"].items())
     rows = [
@@ -285,6 +226,8 @@ def search(build: Build, config: RunConfig, *, topology: str, tell: Callable[[st
 
 def write_plan(build: Build, config: RunConfig, *, topology: str, home: epath.Path, everywhere: bool = False) -> None:
     """Prints the table and writes plan.json into the working directory; `everywhere`: of the best mesh, with all."""
+    check(config)
+    jax.config.update("jax_platforms", "cpu")  # the slice is only compiled for; accelerators here are left to others
     console = Console(width=110)
     if everywhere:
         tried = search(build, config, topology=topology, tell=print)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.data import text, tfds
 from bigjax.run.atomic import write_whole
 
@@ -29,7 +29,7 @@ def prepare(name: str, to: str, *, tokenizer: str | None = None, vocabulary: int
     `python` (the standard library), a .txt or a .jsonl with `text` in each line become token files, with `tokenizer`
     as `write_tokens` takes it ("bytes" if None); any other name is a TFDS set. Raises UsageError.
     """
-    path = epath.Path(name).expanduser()
+    path = place(name)
     if name == "python" or path.suffix in (".txt", ".jsonl"):
         return write_tokens(name, to, tokenizer=tokenizer or "bytes", vocabulary=vocabulary, separator=separator)
     if path.is_file() or "/" in name.removeprefix("tfds:").partition(":")[0]:
@@ -41,15 +41,16 @@ def prepare(name: str, to: str, *, tokenizer: str | None = None, vocabulary: int
 
 def build_tfds(name: str, to: str) -> str:
     """Builds the TFDS set `name` as array_record files in the TFDS folder `to`. Raises UsageError."""
-    remote = "://" in to
+    there = place(to, "--to ")
+    remote = "://" in str(there)
     with tempfile.TemporaryDirectory() as scratch:  # array_record writes to local disks only
-        folder = scratch if remote else str(epath.Path(to).expanduser())
+        folder = scratch if remote else str(there)
         builder = tfds.builder(name, folder, file_format="array_record")
         if builder.info.splits:
             raise UsageError(f"{folder} has the TFDS set {name} already: delete it there, or name another --to")
         _download_and_prepare(builder, name, to)
         if remote:
-            _copy(epath.Path(scratch) / builder.name, epath.Path(to) / builder.name)
+            _copy(epath.Path(scratch) / builder.name, there / builder.name)
             return f"copy it to each machine (gcloud storage cp -r {to}/{builder.name} DIR) and set TFDS_DATA_DIR=DIR"
         return f"read it by --data tfds:{name}, with TFDS_DATA_DIR={folder}"
 
@@ -95,7 +96,7 @@ def write_tokens(name: str, to: str, *, tokenizer: str = "bytes", vocabulary: in
     of a tokenizer.json. `separator` ends each text of a .jsonl; a tokenizer may know it as one token
     (`<|endoftext|>`). Raises UsageError.
     """
-    folder = epath.Path(to).expanduser()
+    folder = place(to, "--to ")
     for file in ("train.bin", "test.bin"):
         if (folder / file).exists():
             raise UsageError(f"{folder} holds a {file} already: name another --to, or delete it there")
@@ -134,7 +135,7 @@ def _texts(name: str, separator: str) -> tuple[bytes, bytes]:
     if name == "python":
         corpus = text.python_corpus()
         return corpus.train, corpus.test
-    path = epath.Path(name).expanduser()
+    path = place(name)
     try:
         content = path.read_bytes()
         content.decode()

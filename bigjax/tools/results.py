@@ -7,6 +7,7 @@ table made of them, and the line "Measured: …" in a script's docstring is `hea
 
 import ast
 import json
+import math
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,20 +128,58 @@ def device_name(result: Row) -> str:
     return kind if count == 1 else f"{count} × {kind}"
 
 
-def run(folder: Path, name: str, row: Row) -> dict[str, Any]:
+def verdict(old: Row, new: Row) -> str:
+    """Whether a new mean is the recorded one, by the standard error of their difference.
+
+    Where a row has one seed, the spread of the other counts for both; where both have one, only equal values hold.
+    """
+    means = [statistics.mean(r["values"]) for r in (old, new)]
+    spreads = [statistics.stdev(r["values"]) for r in (old, new) if len(r["values"]) > 1]
+    variance = statistics.mean(s**2 for s in spreads) if spreads else 0.0
+    error = math.sqrt(sum((statistics.variance(r["values"]) if len(r["values"]) > 1 else variance) / len(r["values"])
+                          for r in (old, new)))  # fmt: skip
+    apart, unit = means[1] - means[0], number(old["metric"], error)
+    if not spreads:
+        return "the same" if apart == 0 else f"differs by {difference(old['metric'], apart)} (one seed each)"
+    if abs(apart) <= error:
+        return f"holds within its standard error ({unit})"
+    times = f"{abs(apart) / error:.1f} standard errors" if error else "no spread to compare it with"
+    return f"differs by {difference(old['metric'], apart)} ({times})"
+
+
+def difference(metric: str, value: float) -> str:
+    return ("+" if value > 0 else "") + number(metric, value)
+
+
+def seeds_of(said: str | None, count: int) -> list[int]:
+    """0 … N-1 of "N", or those of "5..14" and "0,3,7"; `count` where nothing is said."""
+    try:
+        if said is None or said.isdecimal():
+            seeds = list(range(count if said is None else int(said)))
+        else:
+            ends = [part.split("..") for part in said.split(",")]
+            seeds = [s for end in ends for s in range(int(end[0]), int(end[-1]) + 1)]
+            if any(len(end) > 2 for end in ends) or min(seeds) < 0 or len({*seeds}) < len(seeds):
+                raise ValueError
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise UsageError(f"--seeds {said}: give how many, as 10, or which, as 5..14 or 0,3,7")
+    return seeds
+
+
+def run(folder: Path, name: str, row: Row, seeds: Sequence[int]) -> dict[str, Any]:
     """Runs a row's script once a seed, each in a new working directory; what is to be recorded."""
     results = []
-    for seed in range(row["seeds"]):
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as home:
             command = [sys.executable, str(folder / row["script"]), *shlex.split(row["arguments"])]
             done = subprocess.run([*command, "--seed", str(seed), "--workdir", home], stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise UsageError(f"row {name}, seed {seed} ended with exit status {done.returncode}: see above")
             results.append(json.loads((Path(home) / "result.json").read_text()))
-        print(
-            f"{name} seed {seed}: {row['metric']} {number(row['metric'], results[-1]['metrics'][row['metric']])}",
-            flush=True,
-        )
+        value, seconds = results[-1]["metrics"][row["metric"]], results[-1]["seconds"]["total"]
+        print(f"{name} seed {seed}: {row['metric']} {number(row['metric'], value)} in {seconds:.0f} s", flush=True)
     first = results[0]
     shared = set.intersection(*(set(r["metrics"]) for r in results))
     return {
@@ -168,17 +207,22 @@ def run(folder: Path, name: str, row: Row) -> dict[str, Any]:
     }
 
 
-def reproduce(names: list[str], *, record: bool = False) -> None:
-    """Runs rows again (without names all that are recorded) and prints published, recorded and new values.
+def reproduce(names: list[str], *, seeds: str | None = None, record: bool = False) -> None:
+    """Runs rows again (without names all that are recorded) and prints published, recorded and new values, with whether
+    the new hold beside the recorded.
 
-    `record` keeps the new ones.
+    `seeds` as `seeds_of` has them, instead of the row's own; `record` keeps the new values, which must be of those.
     """
     folder = experiments()
     known = rows(folder)
+    seeds_of(seeds, 1)
+    if record and seeds is not None:
+        raise UsageError("--record keeps what a row's own seeds give: leave --seeds out, or change `seeds` in its ROWS")
     if unknown := [n for n in names if n not in known]:
         raise UsageError(f"there is no row {unknown[0]!r}: use one of {', '.join(known)}")
     for name in names or recorded(folder):
-        old, new = recorded(folder).get(name), run(folder, name, known[name])
+        chosen = seeds_of(seeds, known[name]["seeds"])
+        old, new = recorded(folder).get(name), run(folder, name, known[name], chosen)
         if old and old.get("corpus_sha256") != new.get("corpus_sha256"):
             raise UsageError(
                 f"row {name} was recorded on another corpus (SHA-256 {old['corpus_sha256'][:12]}, here "
@@ -189,6 +233,11 @@ def reproduce(names: list[str], *, record: bool = False) -> None:
             f"{name} {new['metric']}: published {published}, "
             f"recorded {measured(old) if old else 'none'}, now {measured(new)}"
         )
+        if old:
+            print(
+                f"{name}: {verdict(old, new)}; {new['seconds']:.0f} s a run on {new['device']}, "
+                f"{old['seconds']:.0f} s recorded on {old['device']}"
+            )
         if record:
             (folder / "results").mkdir(exist_ok=True)
             (folder / "results" / f"{name}.json").write_text(json.dumps(new, indent=1) + "\n")

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from etils import epath
 
-from bigjax import UsageError, cli, load, optim, train
+from bigjax import UsageError, cli, load, optim, place, train
 from bigjax.data import sources
 from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, Positive, Published, RunConfig
@@ -61,14 +61,14 @@ def classifier_of(c: Config) -> Classifier:
     own = "runs/mnist_cnn" if c.data == Config.data else f"runs/mnist_gan_classifier_{epath.Path(c.data).stem}"
     home = c.classifier or own
     same = {k: getattr(c, k) for k in ("data", "eval_data", "split_seed")}  # else it may know the test rows
-    result = epath.Path(home) / "result.json"
+    result = place(home, "--classifier ") / "result.json"
     if not result.exists():
         told = telling(f"the classifier, mnist_cnn.py on {c.data}, in {home}")
         script = runpy.run_path(str(epath.Path(__file__).parents[1] / "vision" / "mnist_cnn.py"))
         config = script["Config"](workdir=home, mesh=c.mesh, compilation_cache=c.compilation_cache, **same)
         train.fit(replace(script["build"](config), name="mnist_cnn"), config, quiet=True, on_log=told)
     there = workdir.read_config(home)["config"]
-    if (known := {k: there.get(k) for k in same}) != same:
+    if workdir.difference(known := {k: there.get(k) for k in same}, same, {}):
         raise UsageError(f"the classifier in {home} is of {known}, not {same}: give another as --classifier")
     return *load(home), json.loads(result.read_text())["metrics"]["eval/accuracy"]
 

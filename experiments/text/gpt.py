@@ -7,7 +7,9 @@ Measured: not yet.
         --mesh.tensor 8
 """
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Literal
 
 import jax
@@ -18,6 +20,7 @@ from bigjax.data import tokens
 from bigjax.experiment import Experiment, Positive, RunConfig
 from bigjax.look.gallery import speaker, text_sample
 from bigjax.models import GPT
+from bigjax.run import machine
 from bigjax.tasks import next_token
 
 METRIC = "eval/bits_per_byte"  # of text whose bytes are known
@@ -48,7 +51,7 @@ PRESETS = {
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "random"  # tokens at random, to try speed; or tokens:DIR
-    model: Literal[tuple(PRESETS)] = "gpt2_124m"
+    model: Literal[tuple(PRESETS)] = "gpt2_124m"  # to train without an accelerator: tiny
     steps: int | None = 1000
     batch_size: int = 8
     context: Annotated[int | None, Positive] = None  # tokens a row; the model's own by default
@@ -87,5 +90,14 @@ def build(c: Config) -> Experiment:
     )
 
 
+def config_for(words: Sequence[str]) -> type[Config]:
+    """Its --model is tiny where no accelerator is, unless the words of the command name one, or ask for a plan."""
+    if machine.accelerators() or any(w.startswith("--model") or w in cli.VERBS.keys() - {"train"} for w in words):
+        return Config
+    print("no accelerator here: trains the tiny model; give --model for another", file=sys.stderr)
+    kind = Config.__annotations__["model"]
+    return make_dataclass("Config", [("model", kind, "tiny")], bases=(Config,), frozen=True)
+
+
 if __name__ == "__main__":
-    cli.main(Config, build)
+    cli.main(config_for(sys.argv[1:]), build)
