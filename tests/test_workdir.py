@@ -215,11 +215,11 @@ def test_the_commit_is_that_of_the_script_or_of_bigjax(tmp_path, monkeypatch):
         git(tmp_path / name, "add", ".")
         git(tmp_path / name, "commit", "-m", name)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "source/train.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "source/train.py"), raising=False)
     assert source.repository() == tmp_path / "source"
     assert source.commit() == git(tmp_path / "source", "rev-parse", "HEAD").strip()
     (tmp_path / "alone.py").write_text("")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "alone.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "alone.py"), raising=False)
     bare = tmp_path / "site-packages/bigjax/__init__.py"  # as pip installs it: a file that git doesn't know
     for library, expected in ((REPOSITORY / "bigjax/__init__.py", REPOSITORY), (bare, None)):
         monkeypatch.setattr(bigjax, "__file__", str(library))
@@ -246,7 +246,7 @@ def test_what_git_does_not_track_is_in_the_patch_whole(within, tmp_path, monkeyp
         (home / "tracked.py").write_text("a = 2\n")
     else:
         monkeypatch.setattr(source, "repository", lambda: None)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(home / "mine.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(home / "mine.py"), raising=False)
     for name in ("helper", "latin", "large", "tracked"):
         module = types.ModuleType(name)
         module.__file__ = str(home / f"{name}.py")
