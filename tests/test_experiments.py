@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
@@ -71,25 +71,17 @@ def test_two_steps(script: str, folder: Path) -> None:
 
 def test_gpt_is_tiny_without_an_accelerator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """But not for a plan, nor where a model is named."""
-    gpt, there = load("gpt"), []
-    monkeypatch.setattr("bigjax.run.machine.glob", lambda pattern: [f for f in there if fnmatch(f, pattern)])
-    monkeypatch.delenv("JAX_PLATFORMS")
+    gpt = load("gpt")
 
-    def model(*words: str) -> str:
-        return cli.parse(gpt.config_for(words), "train", args=[w for w in words if w not in cli.VERBS])[0].model
+    def layers(*words: str) -> int:
+        return gpt.build(cli.parse(gpt.Config, "train", args=words)[0]).task.models["model"].layers
 
-    assert model("--steps", "2") == model() == model("train") == "tiny"
-    assert (
-        capsys.readouterr().err.splitlines()
-        == ["no accelerator here: trains the tiny model; give --model for another"] * 3
-    )
-    assert model("plan") == model("--seed", "1", "plan") == "gpt2_124m"
-    assert model("--model", "llama_1b") == model("--model=llama_1b") == "llama_1b"
-    for file in ("/dev/accel0", "/dev/vfio/1", "/dev/nvidia0"):
-        there[:] = [file]
-        assert model() == "gpt2_124m"
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert capsys.readouterr().err == "" and model() == "tiny"
+    assert layers() == 2
+    assert capsys.readouterr().err == "no accelerator here: this is the tiny model; give --model for another\n"
+    assert layers("--attention", "splash") == 12  # as a plan sets it
+    assert layers("--model", "llama_1b") == 16
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert layers() == 12 and capsys.readouterr().err == ""
 
 
 def test_as_a_user_starts_it(folder: Path) -> None:

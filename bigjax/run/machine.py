@@ -1,10 +1,9 @@
-"""What a program finds and sets before it trains: accelerators, memory, a cache, a terminal that may be lost."""
+"""What a program sets in its process before it trains: memory, the compilation cache, a terminal that may be lost."""
 
 import ctypes
 import io
 import os
 import sys
-from glob import glob
 
 import jax
 
@@ -23,14 +22,6 @@ def keep_memory() -> None:
         return
     for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-8, 1)):  # mmap threshold, trim threshold, arenas
         mallopt(parameter, value)
-
-
-def accelerators() -> list[str]:
-    """The device files of accelerators that JAX may use here. No device is asked: processes must first meet."""
-    if os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
-        return []
-    kinds = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
-    return [file for kind in kinds for file in glob(f"/dev/{kind}")]
 
 
 def cache_compilations(on: bool) -> None:

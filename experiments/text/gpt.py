@@ -8,8 +8,7 @@ Measured: not yet.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import jax
@@ -20,7 +19,6 @@ from bigjax.data import tokens
 from bigjax.experiment import Experiment, Positive, RunConfig
 from bigjax.look.gallery import speaker, text_sample
 from bigjax.models import GPT
-from bigjax.run import machine
 from bigjax.tasks import next_token
 
 METRIC = "eval/bits_per_byte"  # of text whose bytes are known
@@ -51,7 +49,7 @@ PRESETS = {
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "random"  # tokens at random, to try speed; or tokens:DIR
-    model: Literal[tuple(PRESETS)] = "gpt2_124m"  # to train without an accelerator: tiny
+    model: Literal[tuple(PRESETS)] | None = None  # gpt2_124m; without an accelerator tiny
     steps: int | None = 1000
     batch_size: int = 8
     context: Annotated[int | None, Positive] = None  # tokens a row; the model's own by default
@@ -64,9 +62,13 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    preset = PRESETS[c.model]
+    backend = jax.default_backend()
+    small = c.model is None and backend == "cpu" and c.attention == "auto"  # which is settled where a slice is planned
+    if small:
+        print("no accelerator here: this is the tiny model; give --model for another", file=sys.stderr)
+    preset = PRESETS[c.model or ("tiny" if small else "gpt2_124m")]
     length = c.context or preset["context"]
-    here = "splash" if jax.default_backend() == "tpu" else "plain"
+    here = "splash" if backend == "tpu" else "plain"
     attention = here if c.attention == "auto" else c.attention
     how = {"attention": attention, "split_residual": c.split_residual, "scan": c.scan, "remat": c.remat}
     model = GPT(**preset | {"context": length}, **how, dtype=c.dtype)
@@ -90,14 +92,5 @@ def build(c: Config) -> Experiment:
     )
 
 
-def config_for(words: Sequence[str]) -> type[Config]:
-    """Its --model is tiny where no accelerator is, unless the words of the command name one, or ask for a plan."""
-    if machine.accelerators() or any(w.startswith("--model") or w in cli.VERBS.keys() - {"train"} for w in words):
-        return Config
-    print("no accelerator here: trains the tiny model; give --model for another", file=sys.stderr)
-    kind = Config.__annotations__["model"]
-    return make_dataclass("Config", [("model", kind, "tiny")], bases=(Config,), frozen=True)
-
-
 if __name__ == "__main__":
-    cli.main(config_for(sys.argv[1:]), build)
+    cli.main(Config, build)
