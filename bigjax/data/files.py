@@ -3,6 +3,7 @@
 Shapes: N examples, H height, W width, C channels, D features.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from urllib.parse import unquote
 
@@ -35,16 +36,30 @@ def named_once(path: epath.Path, names: Sequence[str], *, what: str) -> list[str
 def located(name: str) -> epath.Path:
     """The path that `name` says, with ~ expanded: on this machine (also as file:///...) or gs://.
 
-    UsageError: another kind of address.
+    UsageError: another kind of address; a bucket that can't be reached.
     """
     kind, mark, rest = name.partition("://")
-    if not mark or kind == "gs":
+    if not mark:
         return epath.Path(name).expanduser()
+    if kind == "gs":
+        return _in_a_bucket(name)
     if kind == "file" and rest.startswith(("/", "localhost/")):
         return epath.Path("/" + unquote(rest.partition("/")[2]))
     if kind == "file":
         raise UsageError(f"{name} is no file of this machine: write file:///PATH, or the path alone")
     raise UsageError(f"{name} is not on this machine: download it first, and give its path (gs:// is read as it is)")
+
+
+def _in_a_bucket(name: str) -> epath.Path:
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UsageError(f'{name} needs the package gcsfs: pip install -e ".[gcs]"')
+    try:
+        epath.Path(name).exists()
+    except Exception as e:  # whatever the network and the credentials do to gcsfs
+        bucket = "/".join(name.split("/")[:3])
+        why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+        raise UsageError(f"{name} cannot be reached ({why}): try python -m bigjax doctor --workdir {bucket}") from e
+    return epath.Path(name)
 
 
 def chosen(where: object, names: Sequence[str], columns: Mapping[str, str | None]) -> list[str]:
