@@ -3,12 +3,12 @@
 Shapes: N examples, H height, W width, C channels, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.data.pipeline import Dataset
 
 THREADS = 16
@@ -29,6 +29,42 @@ def named_once(path: epath.Path, names: Sequence[str], *, what: str) -> list[str
                 f"({names[i]!r}): rename or remove one of them"
             )
     return read
+
+
+def located(name: str) -> epath.Path:
+    """The place that `name` says (`bigjax.place`). UsageError: another kind of address; a bucket out of reach."""
+    kind, mark, _ = name.partition("://")
+    if mark and kind not in ("file", "gs"):
+        raise UsageError(
+            f"{name} is not on this machine: download it first, and give its path (gs:// is read as it is)"
+        )
+    path = place(name)
+    if kind == "gs" and mark:
+        try:
+            path.exists()
+        except Exception as e:  # whatever the network and the credentials do to gcsfs
+            bucket = "/".join(name.split("/")[:3])
+            why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+            raise UsageError(f"{name} cannot be reached ({why}): try python -m bigjax doctor --workdir {bucket}") from e
+    return path
+
+
+def chosen(where: object, names: Sequence[str], columns: Mapping[str, str | None]) -> list[str]:
+    """The names, with that of the column that is given for a field (None: none) made the field's.
+
+    A column that has the field's name already is another one from then on. UsageError: no such column.
+    """
+    out = list(names)
+    for field, column in columns.items():
+        if column is None:
+            continue
+        wanted = column.strip().lower() if column.strip().lower() in FIELDS else column.strip()
+        if wanted not in names:
+            raise UsageError(f"{where} has no column {column!r}: there are {few(names)}")
+        others = ("label", "target") if field in ("label", "target") else (field,)
+        out = [f"{name} (another)" if name in others else name for name in out]
+        out[names.index(wanted)] = field
+    return out
 
 
 def stray(text: str) -> str:
@@ -75,6 +111,8 @@ def checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Datas
         inputs = inputs[..., None]
     if given == "image":
         image_form(path, inputs.shape)
+    elif inputs.ndim != 2:
+        raise UsageError(f"{path}: x has shape {inputs.shape}: it must be (N,D); images are called image")
     if given == "image" and np.issubdtype(inputs.dtype, np.integer):
         if inputs.min() < 0 or inputs.max() > 255:
             raise UsageError(
