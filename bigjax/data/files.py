@@ -32,19 +32,14 @@ def named_once(path: epath.Path, names: Sequence[str], *, what: str) -> list[str
 
 
 def located(name: str) -> epath.Path:
-    """The place that `name` says (`bigjax.place`). UsageError: another kind of address; a bucket out of reach."""
-    kind, mark, _ = name.partition("://")
-    if mark and kind not in ("file", "gs"):
-        raise UsageError(
-            f"{name} is not on this machine: download it first, and give its path (gs:// is read as it is)"
-        )
-    path = place(name)
-    if kind == "gs" and mark:
+    """`bigjax.place` of data. UsageError: also a bucket that can't be reached."""
+    path = place(name, "data ")
+    if "://" in str(path):
         try:
             path.exists()
         except Exception as e:  # whatever the network and the credentials do to gcsfs
-            bucket = "/".join(name.split("/")[:3])
             why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+            bucket = "/".join(name.split("/")[:3])
             raise UsageError(f"{name} cannot be reached ({why}): try python -m bigjax doctor --workdir {bucket}") from e
     return path
 

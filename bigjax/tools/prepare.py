@@ -15,7 +15,6 @@ from etils import epath
 
 from bigjax import UsageError, place
 from bigjax.data import corpus, text, tfds
-from bigjax.data.files import located
 from bigjax.run.atomic import write_whole
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def prepare(name: str, to: str, *, tokenizer: str | None = None, vocabulary: int
     `python` (the standard library), a .txt or a .jsonl with `text` in each line become token files, with `tokenizer`
     as `write_tokens` takes it ("bytes" if None); any other name is a TFDS set. Raises UsageError.
     """
-    path = located(name)
+    path = place(name)
     if name == "python" or path.suffix in (".txt", ".jsonl"):
         return write_tokens(name, to, tokenizer=tokenizer or "bytes", vocabulary=vocabulary, separator=separator)
     if path.is_file() or "/" in name.removeprefix("tfds:").partition(":")[0]:
@@ -135,7 +134,7 @@ def _texts(name: str, separator: str) -> tuple[bytes, bytes]:
     """(train, test) in UTF-8."""
     if not name.endswith(".jsonl"):
         return corpus.parts(name)
-    path = located(name)
+    path = place(name)
     lines = enumerate(corpus.read(path).splitlines(keepends=True), 1)
     return corpus.last_tenth(name, [_document(path, n, line, separator) for n, line in lines if line.strip()])
 

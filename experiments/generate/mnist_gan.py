@@ -8,7 +8,7 @@ Measured: frechet ratio 1.971 in 217 s on 2 CPU cores, commit 34da450.
 
 import json
 import runpy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -67,13 +67,12 @@ def classifier_of(c: Config) -> Classifier:
         told = telling(f"the classifier, mnist_cnn.py on {c.data}, in {home}")
         script = runpy.run_path(str(epath.Path(__file__).parents[1] / "vision" / "mnist_cnn.py"))
         config = script["Config"](workdir=home, mesh=c.mesh, compilation_cache=c.compilation_cache, **same)
-        experiment = script["build"](config)
+        experiment = replace(script["build"](config), name="mnist_cnn")
         config = replace(config, batch_size=min(config.batch_size, size_of(experiment.train)))
-        train.fit(replace(experiment, name="mnist_cnn"), config, quiet=True, on_log=told)
-    there = workdir.restored(Config(), workdir.read_config(home)["config"])
-    known, asked = ({k: workdir.settings(one)[k] for k in same} for one in (there, c))
-    if workdir.difference(known, asked, {}):
-        raise UsageError(f"the classifier in {home} is of {known}, not {asked}: give another as --classifier")
+        train.fit(experiment, config, quiet=True, on_log=told)
+    there, wanted = workdir.read_config(home)["config"], {k: v for k, v in asdict(c).items() if k in same}
+    if lines := workdir.difference(there, wanted, asdict(Config())):
+        raise UsageError(f"the classifier in {home} is of other data ({', '.join(lines)}): give another --classifier")
     return *load(home), json.loads(result.read_text())["metrics"]["eval/accuracy"]
 
 
@@ -83,10 +82,8 @@ def build(c: Config) -> Experiment:
     generator = Generator(data.shape("image"), c.latent, c.generator_features, batch_norm=True, **shared)
     shared |= {"pool": "flatten", "spectral_norm": c.spectral_norm, "use_bias": True}
     discriminator = Discriminator(c.discriminator_features, **shared)
-    critic, nearest = (
-        replace(c.adamw, learning_rate=c.discriminator_rate),
-        nearest_training_images(generator, data.train),
-    )
+    critic = replace(c.adamw, learning_rate=c.discriminator_rate)
+    nearest = nearest_training_images(generator, data.train)
     return Experiment(
         task=adversarial(generator, discriminator, loss=c.loss),
         tx=lambda steps: {"discriminator": critic(steps), "generator": c.adamw(steps)},
