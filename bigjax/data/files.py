@@ -3,7 +3,8 @@
 Shapes: N examples, H height, W width, C channels, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from urllib.parse import unquote
 
 import numpy as np
 from etils import epath
@@ -29,6 +30,38 @@ def named_once(path: epath.Path, names: Sequence[str], *, what: str) -> list[str
                 f"({names[i]!r}): rename or remove one of them"
             )
     return read
+
+
+def located(name: str) -> epath.Path:
+    """The path that `name` says, with ~ expanded: on this machine (also as file:///...) or gs://.
+
+    UsageError: another kind of address.
+    """
+    kind, mark, rest = name.partition("://")
+    if not mark or kind == "gs":
+        return epath.Path(name).expanduser()
+    if kind == "file" and rest.startswith(("/", "localhost/")):
+        return epath.Path("/" + unquote(rest.partition("/")[2]))
+    if kind == "file":
+        raise UsageError(f"{name} is no file of this machine: write file:///PATH, or the path alone")
+    raise UsageError(f"{name} is not on this machine: download it first, and give its path (gs:// is read as it is)")
+
+
+def chosen(where: object, names: Sequence[str], columns: Mapping[str, str | None]) -> list[str]:
+    """The names, with that of the column that is given for a field (None: none) made the field's.
+
+    A column that has the field's name already is another one from then on. UsageError: no such column.
+    """
+    out = list(names)
+    for field, column in columns.items():
+        if column is None:
+            continue
+        wanted = column.strip().lower() if column.strip().lower() in FIELDS else column.strip()
+        if wanted not in names:
+            raise UsageError(f"{where} has no column {column!r}: there are {few(names)}")
+        out = [f"{name} (another)" if name == field else name for name in out]
+        out[names.index(wanted)] = field
+    return out
 
 
 def stray(text: str) -> str:
@@ -75,6 +108,8 @@ def checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Datas
         inputs = inputs[..., None]
     if given == "image":
         image_form(path, inputs.shape)
+    elif inputs.ndim != 2:
+        raise UsageError(f"{path}: x has shape {inputs.shape}: it must be (N,D); images are called image")
     if given == "image" and np.issubdtype(inputs.dtype, np.integer):
         if inputs.min() < 0 or inputs.max() > 255:
             raise UsageError(
