@@ -13,6 +13,7 @@ from tfds_fixture import build_set
 
 from bigjax import UsageError, cli, train
 from bigjax.data import sources
+from bigjax.data.reading import Images
 
 WORDS = ("the film was good", "a very bad plot", "it is not what i saw before", "we all liked every minute")
 
@@ -93,11 +94,10 @@ def test_gan_on_cifar10(recipe: Any, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     ]
     assert "step 2 eval" in out and "mnist_cnn," not in out  # the classifier's own training says nothing
     mnist_gan = load("mnist_gan")
-    for changed in ({"data": "mnist5k"}, {"data": "cifar10", "split_seed": 1}):  # it was trained on our test rows
+    resized = {"data": "cifar10", "images": Images(resize=8)}
+    for changed in ({"data": "mnist5k"}, {"data": "cifar10", "split_seed": 1}, resized):  # it knows our test rows
         config = mnist_gan.Config(classifier="runs/mnist_gan_classifier_cifar10", **changed)
-        with pytest.raises(
-            UsageError, match="the classifier in runs/mnist_gan_classifier_cifar10 is of .*, not .*: give"
-        ):
+        with pytest.raises(UsageError, match="classifier_cifar10 is of other data \\(.* -> .*\\): give"):
             mnist_gan.classifier_of(config)
     assert cli.parse(mnist_gan.Config, "train", args=["--judge", "x"])[0].classifier == "x"  # its name once
 

@@ -4,12 +4,11 @@ Shapes: N examples, H height, W width, C channels, D features.
 """
 
 from collections.abc import Mapping, Sequence
-from urllib.parse import unquote
 
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
+from bigjax import UsageError, place
 from bigjax.data.pipeline import Dataset
 
 THREADS = 16
@@ -33,18 +32,8 @@ def named_once(path: epath.Path, names: Sequence[str], *, what: str) -> list[str
 
 
 def located(name: str) -> epath.Path:
-    """The path that `name` says, with ~ expanded: on this machine (also as file:///...) or gs://.
-
-    UsageError: another kind of address.
-    """
-    kind, mark, rest = name.partition("://")
-    if not mark or kind == "gs":
-        return epath.Path(name).expanduser()
-    if kind == "file" and rest.startswith(("/", "localhost/")):
-        return epath.Path("/" + unquote(rest.partition("/")[2]))
-    if kind == "file":
-        raise UsageError(f"{name} is no file of this machine: write file:///PATH, or the path alone")
-    raise UsageError(f"{name} is not on this machine: download it first, and give its path (gs:// is read as it is)")
+    """`bigjax.place` of data."""
+    return place(name, "data ")
 
 
 def chosen(where: object, names: Sequence[str], columns: Mapping[str, str | None]) -> list[str]:

@@ -48,6 +48,10 @@ class Dataset:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of this field of an example, the first to train on."""
+        return tuple(int(n) for n in example(self.train)[name].shape)
+
 
 class Named(dict[str, np.ndarray]):
     """Arrays in memory, and the `names` (N,) of their rows."""

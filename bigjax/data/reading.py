@@ -25,8 +25,14 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which columns of a .csv or .jsonl are read."""
+class Text:
+    """Which column of a .csv or .jsonl is read."""
 
     text_column: str | None = None  # else the one called text
+
+
+@dataclass(frozen=True)
+class Columns(Text):
+    """Which columns of a .csv or .jsonl are read."""
+
     label_column: str | None = None  # else the one called label

@@ -72,6 +72,11 @@ def load(
     return data
 
 
+def fields_of(name: str) -> tuple[str, ...]:
+    """The fields of the data called `name`. UsageError: as `load`."""
+    return tuple(example(_open(name, takes=(), background="white", resize=None, columns={}).train))
+
+
 def _of_use(names: Sequence[str], *, columns: tuple[str | None, ...], background: str) -> None:
     """UsageError for a flag of `reading` that says nothing about any of the data."""
     told = " and ".join(names)
@@ -122,6 +127,7 @@ def image_statistics(split: Split) -> tuple[Any, Any]:
     Give the training split. Of a reader 2,000 examples, evenly spread, are read. A channel that never varies has a
     deviation of 1, and a line on stderr says which (counted from 0).
     """
+    check(split, ("image",), name="the split")
     if isinstance(split, Mapping):
         blocks = [split["image"][i : i + 1000] for i in range(0, size_of(split), 1000)]
     else:

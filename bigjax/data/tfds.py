@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError
-from bigjax.data.files import THREADS, few, image_form, located
+from bigjax import UsageError, place
+from bigjax.data.files import THREADS, few, image_form
 from bigjax.data.pipeline import Dataset
 from bigjax.experiment import Split
 
@@ -64,7 +64,7 @@ def _quiet() -> Iterator[None]:
 
 def folder() -> str:
     """Where TFDS sets are looked for: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    return str(located(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+    return str(place(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR "))
 
 
 def prepared(where: str) -> list[str]:

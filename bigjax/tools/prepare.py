@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError, place
-from bigjax.data import text, tfds
+from bigjax.data import corpus, text, tfds
 from bigjax.run.atomic import write_whole
 
 if TYPE_CHECKING:
@@ -132,25 +132,11 @@ def write_tokens(name: str, to: str, *, tokenizer: str = "bytes", vocabulary: in
 
 def _texts(name: str, separator: str) -> tuple[bytes, bytes]:
     """(train, test) in UTF-8."""
-    if name == "python":
-        corpus = text.python_corpus()
-        return corpus.train, corpus.test
+    if not name.endswith(".jsonl"):
+        return corpus.parts(name)
     path = place(name)
-    try:
-        content = path.read_bytes()
-        content.decode()
-    except UnicodeDecodeError as e:
-        raise UsageError(f"{path} is not UTF-8 text (byte {e.start}): convert it") from e
-    except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror or e}): check the path and its permissions") from e
-    lines = content.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
-    if path.suffix == ".jsonl":
-        lines = [_document(path, n, line, separator) for n, line in enumerate(lines, 1) if line.strip()]
-    if len(lines) < 2:
-        raise UsageError(f"{path} has {len(lines)} lines of text: at least two are needed, one of them to test on")
-    cut = min(int(0.9 * len(lines)), len(lines) - 1)
-    train, test = b"".join(lines[:cut]), b"".join(lines[cut:])
-    return train, test
+    lines = enumerate(corpus.read(path).splitlines(keepends=True), 1)
+    return corpus.last_tenth(name, [_document(path, n, line, separator) for n, line in lines if line.strip()])
 
 
 def _document(path: epath.Path, number: int, line: bytes, separator: str) -> bytes:

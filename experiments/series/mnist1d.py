@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from bigjax import cli, optim
-from bigjax.data import sources
+from bigjax.data import reading, sources
 from bigjax.experiment import Experiment, Positive, Published, RunConfig
 from bigjax.models import LSTM, MLP
 from bigjax.task import fields
 from bigjax.tasks import classify
 
+TAKES = ("x", "label")
 ROWS = {
     "mnist1d_linear": {"arguments": "--model linear", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
     "mnist1d_mlp": {"arguments": "--model mlp", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
@@ -47,7 +48,8 @@ class CNN1D(nn.Module):
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data: str = "mnist1d"
+    data: str = "mnist1d"  # or a path to your own .npz or .csv with numbers and `label`
+    columns: cli.Flat[reading.Label] = reading.Label()
     model: Literal["linear", "mlp", "cnn", "gru"] = "cnn"
     steps: int | None = 6000
     batch_size: int = 100
@@ -59,7 +61,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.columns))
     model = {
         "linear": MLP(features=(), outputs=data.classes),
         "mlp": MLP(features=(100, 100), outputs=data.classes),
