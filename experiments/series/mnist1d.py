@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigjax import cli, optim
+from bigjax import UsageError, cli, optim
 from bigjax.data import reading, sources
 from bigjax.experiment import Experiment, Positive, Published, RunConfig
 from bigjax.models import LSTM, MLP
@@ -62,6 +62,8 @@ class Config(RunConfig):
 
 def build(c: Config) -> Experiment:
     data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.columns))
+    if c.model == "cnn" and data.shape("x")[0] < 3:
+        raise UsageError(f"the cnn takes at least 3 columns of numbers, and {c.data} has fewer: use --model linear")
     model = {
         "linear": MLP(features=(), outputs=data.classes),
         "mlp": MLP(features=(100, 100), outputs=data.classes),

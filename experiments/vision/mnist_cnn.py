@@ -54,6 +54,8 @@ def build(c: Config) -> Experiment:
         std=std,
         dtype=c.dtype,
     )
+    if min(data.shape("image")[:2]) < model.least_side():
+        model = model.clone(padding="SAME")
     return Experiment(
         task=classify(model, classes=data.classes, label_smoothing=c.label_smoothing),
         tx=c.adamw,
