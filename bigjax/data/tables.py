@@ -86,7 +86,7 @@ def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]], takes: Seque
         raise UsageError(f"{path} has no examples: give it at least one line of data")
     columns = list(rows[0][1])
     alone = "text" in takes and "label" not in takes
-    forms = (("text",),) if alone else (("text", "label"), ("source", "target"))
+    forms = (("text",) if alone else ("text", "label"), ("source", "target"))
     texts = next((form for form in forms if set(form) <= set(columns)), None)
     predicted = [c for c in ("label", "target") if c in columns]
     inputs = [v for c, v in rows[0][1].items() if c not in predicted]

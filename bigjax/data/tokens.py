@@ -142,16 +142,17 @@ def _other(name: str) -> None:
     """UsageError for what is no folder of tokens, but text to make them of, or other data."""
     from bigjax.data import sources
 
-    if name == "python" or name.lower().endswith((".txt", ".jsonl")):
+    if name.startswith("tokens:") or not name.strip():
+        return
+    plain = name == "python" or name.lower().endswith(".txt")
+    try:
+        held = ("text",) if plain else sources.fields_of(name)
+    except UsageError:  # which would say what other data there are
+        return
+    if plain or ("text" in held and name.lower().endswith(".jsonl")):
         raise UsageError(
             f"{name} is text, not yet in tokens: python -m bigjax prepare {name} --to DIR, then --data tokens:DIR"
         )
-    if name.startswith("tokens:") or not name.strip():
-        return
-    try:
-        held = sources.fields_of(name)
-    except UsageError:  # which would say what other data there are
-        return
     check(held, ("tokens",), name=name)
 
 

@@ -32,7 +32,8 @@ class Generator(nn.Module):
 
     Dense to features[0] channels on the smallest grid, a 4×4 transposed convolution of stride 2 for each further entry
     of `features`, what goes beyond the image cut off, a 3×3 convolution to C channels, sigmoid. With `classes`, one-hot
-    labels (B,) join the latent (Mirza & Osindero 2014). `batch_norm` as in the DCGAN paper; the listing has none. 28×28×1 gives 2,054,785 parameters.
+    labels (B,) join the latent (Mirza & Osindero 2014). `batch_norm` as in the DCGAN paper; the listing has none.
+    28×28×1 gives 2,054,785 parameters.
 
         model = Generator(latent=64, features=(64, 32, 16))
         variables = model.init(jax.random.key(0), jnp.zeros((1, 64)))
