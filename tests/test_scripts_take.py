@@ -55,7 +55,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, tupl
         "images with numbers": (arrays(folder / "numbers.npz", image=image, target=x[:, 0]), ("image", "target")),
         "columns of classes": (table(folder / "a.csv", "a,b,label", lambda n: f"{n},1,{n % 2}"), ("x", "label")),
         "columns of numbers": (arrays(folder / "x.npz", x=x, target=x[:, 0]), ("x", "target")),
-        "texts of classes": (lines(folder / "t.jsonl", lambda n: {"text": f"it {n}", "label": n % 2}), ("text", "label")),
+        "texts of classes": (lines(folder / "t.jsonl", lambda n: {"text": f"{n}", "label": n % 2}), ("text", "label")),
         "texts in a table": (table(folder / "t.csv", "text,label", lambda n: f"it {n},{n % 2}"), ("text", "label")),
         "pairs": (lines(folder / "p.jsonl", lambda n: {"source": f"a {n}", "target": "b"}), ("source", "target")),
         "tokens": (f"tokens:{folder / 'tokens'}", ("tokens",)),
@@ -164,3 +164,187 @@ def test_images_of_any_size_are_learned_from(script: str, shape: tuple[int, ...]
 
     losses, metrics = jax.eval_shape(pass_, key)
     assert len(losses) == len(task.models) and metrics
+
+
+# ---- flags of reading
+
+
+def test_resized_images() -> None:
+    """Bilinear, smoothed where they shrink: means stay, constants stay, nothing leaves the range."""
+    rng = np.random.default_rng(0)
+    image = rng.random((40, 60, 3)).astype(np.float32)
+    small = resized(image, 10)
+    assert small.shape == (10, 10, 3) and small.dtype == np.float32
+    np.testing.assert_allclose(small.mean((0, 1)), image.mean((0, 1)), atol=0.01)
+    assert small.std() < 0.4 * image.std()  # picking single pixels would keep it
+    bytes_ = (image * 255).astype(np.uint8)
+    np.testing.assert_allclose(resized(bytes_, 10), small * 255, atol=2)
+    np.testing.assert_array_equal(resized(np.full((5, 7, 1), 200, np.uint8), 28), np.full((28, 28, 1), 200))
+    ramp = np.broadcast_to(np.arange(4, dtype=np.float32)[:, None, None], (4, 4, 1))
+    np.testing.assert_allclose(resized(ramp, 8)[:, 0, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
+
+
+def test_images_of_different_sizes_are_made_equal(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "p", 20)
+    Image.fromarray(np.full((30, 50), 9, np.uint8)).save(folder / "a" / "large.png")
+    assert "make them equal, by --resize N or by cropping" in said_by(sources.load, str(folder))
+    data = sources.load(str(folder), resize=12)
+    everything = np.concatenate([data.train["image"], data.test["image"]])
+    assert everything.shape == (21, 12, 12, 1) and (everything == 9).all((1, 2, 3)).sum() == 1
+    assert data.train.names[0].endswith(".png")
+    again = sources.load(str(folder), resize=6)
+    assert again.train.names.tolist() == data.train.names.tolist()  # which are held out goes by the files' names
+
+
+def test_all_images_can_be_resized(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).random((20, 8, 6)).astype(np.float32)
+    path = str(arrays(tmp_path / "a.npz", image=image, label=np.arange(20) % 2))
+    wide = str(arrays(tmp_path / "b.npz", image=image.transpose(0, 2, 1), label=np.arange(20) % 2))
+    data = sources.load(path, eval_data=wide, resize=16)
+    assert data.train["image"].shape == data.test["image"].shape == (20, 16, 16, 1) and data.train["image"].max() <= 1
+    assert sources.load("digits", resize=28).test["image"].shape[1:] == (28, 28, 1)
+    text = str(lines(tmp_path / "t.jsonl", lambda n: {"text": f"{n}", "label": n % 2}))
+    assert f"--resize is for images, and {text} holds text, label: leave it out" == said_by(
+        sources.load, text, resize=16
+    )
+    folder = build_pictures(tmp_path / "tfds", [(n % 5 + 4, n % 3 + 4) for n in range(12)])
+    first = folder.train[0]
+    assert first["image"].shape == (16, 16, 3) and first["label"] == first["image"][0, 0, 0] % 2
+    assert len(folder.train) == 8 and len(folder.test) == 4
+
+
+def build_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Any:
+    """A TFDS set of images that differ in size, read by index, 16 pixels a side."""
+    rows = [{"image": np.full((*size, 3), n, np.uint8), "label": n % 2} for n, size in enumerate(sizes)]
+    features = lambda f: {"image": f.Image(shape=(None, None, 3)), "label": f.ClassLabel(num_classes=2)}  # noqa: E731
+    build_set(folder, "shapes", "1.0.0", features, {"train": rows[:8], "test": rows[8:]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", f"file://{folder}")
+        assert tfds.prepared(tfds.folder()) == ["shapes"]
+        assert "did you mean shapes?" in said_by(sources.load, "shape")
+        assert "the TFDS set fashion_mnist is not in" in said_by(sources.load, "fashion_mnist")
+        with pytest.raises(UsageError, match=r"no data called 'neither': use mnist5k, .*, shapes, tfds:NAME, or"):
+            sources.load("neither")
+        return sources.load("shapes", resize=16, takes=("image", "label"))
+
+
+def test_flags_of_reading_that_say_nothing_are_refused(tmp_path: Path) -> None:
+    path = str(arrays(tmp_path / "a.npz", x=np.zeros((4, 1)), label=[0, 1, 0, 1]))
+    for option, said in (
+        ({"text_column": "a"}, "--text-column names a column of a .csv or .jsonl"),
+        ({"label_column": "a"}, "--label-column names a column of a .csv or .jsonl"),
+        ({"background": "red"}, "--background is for folders of pictures"),
+    ):
+        assert said_by(sources.load, path, **option) == f"{said}, and {path} is none: leave it out"
+
+
+def test_columns_that_are_named(tmp_path: Path) -> None:
+    reviews = table(tmp_path / "r.csv", "id,Review,label,stars", lambda n: f"{n},it {n},x,{n % 3}")
+    data = sources.load(str(reviews), text_column="Review", label_column="stars", takes=("text", "label"))
+    assert set(data.train) == {"text", "label"} and data.class_names == ("0", "1", "2")
+    assert data.train["text"][0].startswith("it ")
+    rows = lines(tmp_path / "r.jsonl", lambda n: {"body": f"it {n}", "text": 7, "kind": "ab"[n % 2]})
+    data = sources.load(str(rows), text_column="body", label_column="kind", takes=("text", "label"))
+    assert data.class_names == ("a", "b") and data.train["text"][0].startswith("it ")
+    houses = table(tmp_path / "h.csv", "area,price,label", lambda n: f"{n},{2 * n},1")
+    data = sources.load(str(houses), label_column="price", takes=("x", "target"))
+    assert data.facts["columns"] == ("area", "label (another)")
+    np.testing.assert_array_equal(data.train["target"], 2 * data.train["x"][:, 0])
+    both = sources.load(str(houses), label_column="price", takes=("x", "label"))  # classes, in another script
+    assert both.classes == 40 and set(both.train) == {"x", "label"}
+    takes_text = {"takes": ("text", "label")}
+    for path, options, said in (
+        (reviews, {"text_column": "review"}, "r.csv has no column 'review': there are id, Review, label, stars"),
+        (rows, {"label_column": "sort"}, "r.jsonl, line 1 has no column 'sort': there are body, text, kind"),
+        (houses, {"label_column": "cost", "takes": ("x", "target")}, "h.csv has no column 'cost': there are area"),
+        (reviews, takes_text, "has the columns id, Review, label, stars: it needs text and label, or source and "
+            "target: rename yours, or name them by --text-column and --label-column"),
+        (table(tmp_path / "n.csv", "area,price", lambda n: f"{n},1"), {"takes": ("x", "target")},
+            "beside the inputs, or say which by --label-column"),
+    ):  # fmt: skip
+        assert said in said_by(sources.load, str(path), **options)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "there"),
+    [
+        ("mnist_cnn", "--resize 28 --background red", {"images": {"resize": 28, "background": "red"}}),
+        ("mnist_vae", "--resize 8", {"images": {"resize": 8, "background": "white"}}),
+        ("text_lstm", "--text-column a --label-column b", {"columns": {"text_column": "a", "label_column": "b"}}),
+        ("python_gpt", "--text-column a", {"columns": {"text_column": "a"}}),
+        ("diabetes_linear", "--label-column b", {"columns": {"label_column": "b"}}),
+    ],
+)
+def test_scripts_have_the_flags_of_their_kind(script: str, flags: str, there: dict[str, Any]) -> None:
+    config, _ = cli.parse(load(script).Config, "train", args=flags.split())
+    assert there.items() <= dataclasses.asdict(config).items()
+    assert flags.count("--") == sum(map(len, there.values())) or script == "mnist_vae"
+
+
+# ---- paths
+
+
+def test_paths_in_all_spellings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arrays(tmp_path / "a b.npz", x=np.arange(20.0)[:, None], label=np.arange(20) % 2)
+    for name in ("~/a b.npz", f"file://{tmp_path}/a%20b.npz", f"file://localhost{tmp_path}/a b.npz"):
+        data = sources.load(name, eval_data=name)
+        assert len(data.train["x"]) == len(data.test["x"]) == 20
+    for split, count in (("train", 900), ("test", 300)):
+        written(tmp_path / "t" / f"{split}.bin", np.arange(count, dtype="<u2").tobytes())
+    assert len(tokens.load("tokens:~/t").train) == len(tokens.load(f"tokens:file://{tmp_path}/t").train) == 900
+    written(tmp_path / "book.txt", "a line\n" * 100)
+    assert len(corpus.load("~/book.txt", length=16, batch_size=2).test) == 70
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/sets")
+    assert tfds.folder() == str(tmp_path / "sets")
+
+
+@pytest.mark.parametrize("name", ["https://host/a.csv", "s3://bucket/a.npz", "hdfs://a/b", "http://host/folder"])
+@pytest.mark.parametrize("read", [sources.load, lambda name: tokens.load(f"tokens:{name}"), tokens.load])
+def test_addresses_that_are_not_read(read: Callable[[str], Any], name: str, tmp_path: Path) -> None:
+    said = f"{name} is not on this machine: download it first, and give its path (gs:// is read as it is)"
+    assert said_by(read, name) == said
+    own = arrays(tmp_path / "a.npz", x=np.zeros((2, 1)), label=[0, 1])
+    assert said_by(sources.load, str(own), eval_data=name) == said
+    assert "write file:///PATH" in said_by(sources.load, "file://a.csv")
+
+
+# ---- a user's own text
+
+
+def test_a_gpt_of_bytes_takes_a_users_own_text(tmp_path: Path) -> None:
+    """The last tenth of the lines is for testing, as `prepare` has it; a folder is its files one after the other."""
+    book = [f"line {n} of it\n" for n in range(1000)]
+    path = written(tmp_path / "book.txt", b"\xef\xbb\xbf" + "".join(book).encode())
+    data = corpus.load(str(path), length=32, batch_size=16)
+    assert data.test == "".join(book[900:]).encode()
+    assert bytes(data.train["tokens"][0].astype(np.uint8)) == b"\n" + "".join(book[:3]).encode()[:32]
+    assert data.facts["xz_bits_per_byte"] > 0 and len(data.facts["corpus_sha256"]) == 64
+    for n in range(3):
+        written(tmp_path / "books" / f"{n}.txt", "".join(book[n::3]).rstrip("\n"))
+    folder = str(tmp_path / "books")
+    assert corpus.whole(folder).decode() == "".join(book[0::3] + book[1::3] + book[2::3])
+    data = corpus.load(str(path), eval_data=folder, length=32, batch_size=16)
+    assert data.test == corpus.whole(folder)
+    rows = lines(tmp_path / "r.jsonl", lambda n: {"body": book[n].strip(), "n": n}, 100)
+    data = corpus.load(str(rows), length=32, batch_size=16, text_column="body", takes=("text",))
+    assert len(data.train) + data.test.count(b"\n") == 100 and data.test.startswith(b"line ")
+    module = load("python_gpt")
+    experiment = module.build(module.Config(data=str(path), context=32, width=8, heads=2, layers=1))
+    assert [p.source for p in experiment.published] == ["xz -9 on the same bytes, in this run"]
+
+
+def test_text_that_is_too_little_or_none(tmp_path: Path) -> None:
+    small = {"length": 256, "batch_size": 16}
+    path = written(tmp_path / "a.txt", "one line\ntwo\n")
+    said = "has 9 bytes to train on, which make 1 windows of --context 256, fewer than --batch-size 16: give more text"
+    assert said in said_by(corpus.load, str(path), **small)
+    assert "a.txt has 1 lines of text: at least two" in said_by(corpus.load, str(written(path, "one")), **small)
+    assert "a.txt has 0 lines of text" in said_by(corpus.load, str(written(path, "")), **small)
+    assert "is not UTF-8 text (byte 0)" in said_by(corpus.load, str(written(path, b"\xff\n\n")), **small)
+    assert "no.txt cannot be read (No such file" in said_by(corpus.load, str(tmp_path / "no.txt"), **small)
+    written(path, "a line\n" * 3000)
+    pairs = lines(tmp_path / "p.jsonl", lambda n: {"text": "a"})
+    assert f"{pairs} is neither a .txt nor a folder of them" in said_by(
+        corpus.load, str(path), eval_data=str(pairs), **small
+    )

@@ -48,7 +48,8 @@ def chosen(where: object, names: Sequence[str], columns: Mapping[str, str | None
         wanted = column.strip().lower() if column.strip().lower() in FIELDS else column.strip()
         if wanted not in names:
             raise UsageError(f"{where} has no column {column!r}: there are {few(names)}")
-        out = [f"{name} (another)" if name == field else name for name in out]
+        others = ("label", "target") if field in ("label", "target") else (field,)
+        out = [f"{name} (another)" if name in others else name for name in out]
         out[names.index(wanted)] = field
     return out
 
