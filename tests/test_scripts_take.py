@@ -5,6 +5,7 @@ N examples, H height, W width, C channels.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from test_experiments import SCRIPTS, load
 from test_user_files import pictures, said_by, written
@@ -299,14 +301,30 @@ def test_paths_in_all_spellings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert tfds.folder() == str(tmp_path / "sets")
 
 
-@pytest.mark.parametrize("name", ["https://host/a.csv", "s3://bucket/a.npz", "hdfs://a/b", "http://host/folder"])
+@pytest.mark.parametrize(
+    "name", ["https://host/a.csv", "s3://bucket/a.npz", "hdfs://a/b", "http://host/folder", "file://a.csv"]
+)
 @pytest.mark.parametrize("read", [sources.load, lambda name: tokens.load(f"tokens:{name}"), tokens.load])
 def test_addresses_that_are_not_read(read: Callable[[str], Any], name: str, tmp_path: Path) -> None:
-    said = f"{name} is not on this machine: download it first, and give its path (gs:// is read as it is)"
+    said = f"data {name!r} is no place to read or write: give a local path, or gs://bucket/folder"
     assert said_by(read, name) == said
     own = arrays(tmp_path / "a.npz", x=np.zeros((2, 1)), label=[0, 1])
     assert said_by(sources.load, str(own), eval_data=name) == said
-    assert "write file:///PATH" in said_by(sources.load, "file://a.csv")
+
+
+def test_data_in_a_bucket(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = epath.Path(bucket)
+    file = arrays(tmp_path / "a.npz", x=np.arange(20.0)[:, None], label=np.arange(20) % 2)
+    (folder / "a.npz").write_bytes(file.read_bytes())
+    (folder / "a.txt").write_text("a line\n" * 100)
+    for picture in pictures(tmp_path / "p").glob("*/*.png"):
+        (folder / "p" / picture.parent.name / picture.name).write_bytes(picture.read_bytes())
+    np.testing.assert_array_equal(sources.load(f"{bucket}/a.npz").train["x"], sources.load(str(file)).train["x"])
+    assert sources.load(f"{bucket}/p", resize=4).train["image"].shape[1:] == (4, 4, 1)
+    assert len(corpus.load(f"{bucket}/a.txt", length=16, batch_size=2).test) == 70
+    assert said_by(sources.load, f"{bucket}/b.npz") == f"{bucket}/b.npz does not exist: check the path given as data"
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    assert said_by(sources.load, f"{bucket}/a.npz") == f'data {bucket}/a.npz needs gcsfs: pip install -e ".[gcs]"'
 
 
 # ---- a user's own text
@@ -337,7 +355,7 @@ def test_a_gpt_of_bytes_takes_a_users_own_text(tmp_path: Path) -> None:
 def test_text_that_is_too_little_or_none(tmp_path: Path) -> None:
     small = {"length": 256, "batch_size": 16}
     path = written(tmp_path / "a.txt", "one line\ntwo\n")
-    said = "has 9 bytes to train on, which make 1 windows of --context 256, fewer than --batch-size 16: give more text"
+    said = "has 9 bytes to train on, too few windows of --context 256 (1) for --batch-size 16: give more text"
     assert said in said_by(corpus.load, str(path), **small)
     assert "a.txt has 1 lines of text: at least two" in said_by(corpus.load, str(written(path, "one")), **small)
     assert "a.txt has 0 lines of text" in said_by(corpus.load, str(written(path, "")), **small)

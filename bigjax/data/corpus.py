@@ -34,7 +34,7 @@ def load(name: str, *, length: int, batch_size: int, eval_data: str | None = Non
     windows = text.byte_windows(train, length=length, stride=max(length // 2, 1), once=False)
     if (count := size_of(windows)) < batch_size:
         raise UsageError(
-            f"{name} has {len(train)} bytes to train on, which make {count} windows of --context {length}, fewer than "
+            f"{name} has {len(train)} bytes to train on, too few windows of --context {length} ({count}) for "
             f"--batch-size {batch_size}: give more text, or lower one of these"
         )
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in (train, test))).hexdigest()

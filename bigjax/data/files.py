@@ -32,8 +32,16 @@ def named_once(path: epath.Path, names: Sequence[str], *, what: str) -> list[str
 
 
 def located(name: str) -> epath.Path:
-    """`bigjax.place` of data."""
-    return place(name, "data ")
+    """`bigjax.place` of data. UsageError: also a bucket that can't be reached."""
+    path = place(name, "data ")
+    if "://" in str(path):
+        try:
+            path.exists()
+        except Exception as e:  # whatever the network and the credentials do to gcsfs
+            why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+            bucket = "/".join(name.split("/")[:3])
+            raise UsageError(f"{name} cannot be reached ({why}): try python -m bigjax doctor --workdir {bucket}") from e
+    return path
 
 
 def chosen(where: object, names: Sequence[str], columns: Mapping[str, str | None]) -> list[str]:

@@ -72,9 +72,7 @@ def classifier_of(c: Config) -> Classifier:
         train.fit(experiment, config, quiet=True, on_log=told)
     there, wanted = workdir.read_config(home)["config"], {k: v for k, v in asdict(c).items() if k in same}
     if lines := workdir.difference(there, wanted, asdict(Config())):
-        raise UsageError(
-            f"the classifier in {home} is of other data ({', '.join(lines)}): give another as --classifier"
-        )
+        raise UsageError(f"the classifier in {home} is of other data ({', '.join(lines)}): give another --classifier")
     return *load(home), json.loads(result.read_text())["metrics"]["eval/accuracy"]
 
 
