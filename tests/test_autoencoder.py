@@ -84,6 +84,15 @@ def test_dropout_leaves_the_code_alone():
     assert not np.allclose(*logits)
 
 
+@pytest.mark.parametrize("image", [(17, 23, 1), (5, 8, 3)])
+def test_images_have_any_size(image):
+    for model_class in (Autoencoder, ConvAutoencoder, VAE):
+        model = model_class(image, 3, (4, 4), (4, 4))
+        x = jnp.zeros((2, *image))
+        out = jax.eval_shape(lambda x, model=model: model.init_with_output(jax.random.key(0), x)[0], x)
+        chex.assert_shape(out[0] if model_class is VAE else out, x.shape)
+
+
 def test_other_images_are_refused():
     with pytest.raises(UsageError, match=r"\(28, 28, 1\).*\(8, 8, 1\)"):
         Autoencoder().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))

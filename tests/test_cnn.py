@@ -135,11 +135,15 @@ def test_stages_are_sown():
 
 
 def test_images_that_are_too_small_are_refused():
-    with pytest.raises(UsageError, match="8×8.*padding='SAME'"):
-        CNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    CNN(padding="SAME").init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    with pytest.raises(UsageError, match="9×3.*convolution 0"):
-        CNN(features=(4,), pools=1).init(jax.random.key(0), jnp.zeros((1, 9, 3, 1)))
+    def shapes(model, height, width):
+        return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, height, width, 1)))
+
+    for model, least in ((CNN(), 18), (CNN(padding="SAME"), 4), (CNN(features=(4,), pools=1), 4), (CNN(kernel=5), 32)):
+        assert model.least_side() == least
+        assert shapes(model, least, least + 1)["params"]["dense_0"]["kernel"].shape[0] == model.features[-1]
+        for height, width in ((least - 1, least), (least, least - 1)):
+            with pytest.raises(UsageError, match=f"{height}×{width} are too small.*at least {least}×{least}"):
+                shapes(model, height, width)
     with pytest.raises(UsageError, match="batch, height, width"):
         CNN().init(jax.random.key(0), jnp.zeros((1, 784)))
 

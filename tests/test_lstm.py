@@ -233,6 +233,17 @@ def test_images_are_read_by_rows_and_inputs_normalised():
     )
 
 
+def test_images_are_normalised_by_channel():
+    image_BHWC = jax.random.uniform(jax.random.key(0), (B, L, D, 3))
+    mean, std = (0.1, 0.2, 0.3), (2.0, 3.0, 4.0)
+    plain, scaled = LSTM(hidden=(H,), outputs=2), LSTM(hidden=(H,), outputs=2, mean=mean, std=std)
+    variables = plain.init(jax.random.key(0), image_BHWC)
+    by_hand_BHWC = (image_BHWC - jnp.array(mean).reshape(1, 1, 1, 3)) / jnp.array(std).reshape(1, 1, 1, 3)
+    chex.assert_trees_all_close(scaled.apply(variables, image_BHWC), plain.apply(variables, by_hand_BHWC), atol=1e-6)
+    with pytest.raises(UsageError, match="mean and std have 4 entries"):
+        LSTM(hidden=(H,), mean=(0.0,) * 4).apply(variables, image_BHWC)
+
+
 @pytest.mark.parametrize(
     ("fields", "x", "says"),
     [

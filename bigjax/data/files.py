@@ -3,7 +3,9 @@
 Shapes: N examples, H height, W width, C channels, D features.
 """
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
+from urllib.parse import unquote
 
 import numpy as np
 from etils import epath
@@ -29,6 +31,53 @@ def named_once(path: epath.Path, names: Sequence[str], *, what: str) -> list[str
                 f"({names[i]!r}): rename or remove one of them"
             )
     return read
+
+
+def located(name: str) -> epath.Path:
+    """The path that `name` says, with ~ expanded: on this machine (also as file:///...) or gs://.
+
+    UsageError: another kind of address; a bucket that can't be reached.
+    """
+    kind, mark, rest = name.partition("://")
+    if not mark:
+        return epath.Path(name).expanduser()
+    if kind == "gs":
+        return _in_a_bucket(name)
+    if kind == "file" and rest.startswith(("/", "localhost/")):
+        return epath.Path("/" + unquote(rest.partition("/")[2]))
+    if kind == "file":
+        raise UsageError(f"{name} is no file of this machine: write file:///PATH, or the path alone")
+    raise UsageError(f"{name} is not on this machine: download it first, and give its path (gs:// is read as it is)")
+
+
+def _in_a_bucket(name: str) -> epath.Path:
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UsageError(f'{name} needs the package gcsfs: pip install -e ".[gcs]"')
+    try:
+        epath.Path(name).exists()
+    except Exception as e:  # whatever the network and the credentials do to gcsfs
+        bucket = "/".join(name.split("/")[:3])
+        why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+        raise UsageError(f"{name} cannot be reached ({why}): try python -m bigjax doctor --workdir {bucket}") from e
+    return epath.Path(name)
+
+
+def chosen(where: object, names: Sequence[str], columns: Mapping[str, str | None]) -> list[str]:
+    """The names, with that of the column that is given for a field (None: none) made the field's.
+
+    A column that has the field's name already is another one from then on. UsageError: no such column.
+    """
+    out = list(names)
+    for field, column in columns.items():
+        if column is None:
+            continue
+        wanted = column.strip().lower() if column.strip().lower() in FIELDS else column.strip()
+        if wanted not in names:
+            raise UsageError(f"{where} has no column {column!r}: there are {few(names)}")
+        others = ("label", "target") if field in ("label", "target") else (field,)
+        out = [f"{name} (another)" if name in others else name for name in out]
+        out[names.index(wanted)] = field
+    return out
 
 
 def stray(text: str) -> str:
@@ -75,6 +124,8 @@ def checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Datas
         inputs = inputs[..., None]
     if given == "image":
         image_form(path, inputs.shape)
+    elif inputs.ndim != 2:
+        raise UsageError(f"{path}: x has shape {inputs.shape}: it must be (N,D); images are called image")
     if given == "image" and np.issubdtype(inputs.dtype, np.integer):
         if inputs.min() < 0 or inputs.max() > 255:
             raise UsageError(

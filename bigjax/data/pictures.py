@@ -1,8 +1,9 @@
-"""A user's own pictures: a folder with a sub-folder a class.
+"""A user's own pictures, a folder with a sub-folder a class; and images made equal in size.
 
 Shapes: N examples, H height, W width, C channels.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,16 +13,17 @@ from etils import epath
 from bigjax import UsageError
 from bigjax.data.files import THREADS, few, stray
 from bigjax.data.pipeline import Dataset, Named
+from bigjax.experiment import Reader, Split
 
 NO_CLASSES = ("__MACOSX", "@eaDir", "__pycache__")  # folders that archives and machines leave behind
 KINDS = "pictures have 1, 3 or 4 channels of 8 bits or 1 of 16 bits"
 
 
-def folder_of_images(path: epath.Path, *, background: str = "white") -> Dataset:
+def folder_of_images(path: epath.Path, *, background: str = "white", resize: int | None = None) -> Dataset:
     """`image` (N,H,W,C) uint8, C of 1 where all are grey, else 3, and `label`: the places of the sub-folders' names.
 
     Pictures are turned as their EXIF data say; what is transparent shows `background`, any colour by name or #rrggbb;
-    16 bits become 8. What is no picture is left out, and counted in a note.
+    16 bits become 8; `resize` as in `resized`. What is no picture is left out, and counted in a note.
     """
     from PIL import ImageColor
 
@@ -48,7 +50,7 @@ def folder_of_images(path: epath.Path, *, background: str = "white") -> Dataset:
             shown = str(file).encode(errors="backslashreplace").decode()
             raise UsageError(f"the name of {shown} is not UTF-8 ({wrong}): rename it")
     with ThreadPoolExecutor(THREADS) as pool:
-        read = list(pool.map(lambda file: _image(file, behind), files))
+        read = list(pool.map(lambda file: _image(file, behind, resize), files))
     others += [f"{p.parent.name}/{p.name}" for p, image in zip(files, read, strict=True) if image is None]
     kept = [(p, image) for p, image in zip(files, read, strict=True) if image is not None]
     (first, image0), *_ = kept or [(None, None)]
@@ -61,8 +63,8 @@ def folder_of_images(path: epath.Path, *, background: str = "white") -> Dataset:
         if image.shape[:2] != image0.shape[:2]:
             (h, w), (h0, w0) = image.shape[:2], image0.shape[:2]
             raise UsageError(
-                f"images differ in size: {first} is {w0}×{h0}, {file} is {w}×{h} pixels: resize or crop them "
-                "all to one size"
+                f"images differ in size: {first} is {w0}×{h0}, {file} is {w}×{h} pixels: make them equal, by "
+                "--resize N or by cropping"
             )
     channels = max(image.shape[2] for _, image in kept)  # grey images among coloured ones become coloured
     image_NHWC = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for _, image in kept])
@@ -78,13 +80,14 @@ def _hidden(path: epath.Path) -> bool:
     return path.name.startswith(".") or path.name in NO_CLASSES
 
 
-def _image(path: epath.Path, behind: tuple[int, ...]) -> np.ndarray | None:
+def _image(path: epath.Path, behind: tuple[int, ...], resize: int | None) -> np.ndarray | None:
     """(H,W,C) uint8, C of 1 or 3; None for what is no picture, neither by its content nor by its name."""
     from PIL import Image, ImageOps
 
     try:
         with path.open("rb") as file, Image.open(file) as image:
-            return _pixels(path, ImageOps.exif_transpose(image), behind)
+            pixels_HWC = _pixels(path, ImageOps.exif_transpose(image), behind)
+            return pixels_HWC if resize is None else resized(pixels_HWC, resize)
     except UsageError:
         raise
     except Exception as e:  # Pillow raises whatever a damaged file leads to
@@ -112,3 +115,44 @@ def _pixels(path: epath.Path, image: Any, behind: tuple[int, ...]) -> np.ndarray
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image.convert("RGBA"))
         grey = grey and len(set(behind)) == 1
     return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))
+
+
+# ---- one size
+
+
+def resized(image_HWC: np.ndarray, side: int) -> np.ndarray:
+    """An image, uint8 or float32, in `side` × `side` pixels, whatever its shape was: bilinear, and smoothed where it
+    shrinks, so that no value leaves the range.
+    """
+    from PIL import Image
+
+    size, bilinear = (side, side), Image.Resampling.BILINEAR
+    planes = (Image.fromarray(np.ascontiguousarray(image_HWC[..., c])) for c in range(image_HWC.shape[2]))
+    return np.stack([np.asarray(plane.resize(size, bilinear)) for plane in planes], axis=-1)
+
+
+class Resized:
+    """A reader of images, each resized when it is read."""
+
+    def __init__(self, reader: Reader, side: int) -> None:
+        self.reader, self.side = reader, side
+        for name in ("label", "names"):
+            if hasattr(reader, name):
+                setattr(self, name, getattr(reader, name))
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        example = self.reader[row]
+        return {**example, "image": resized(example["image"], self.side)}
+
+
+def resize_split(split: Split, side: int) -> Split:
+    """A split whose images are `side` × `side` pixels."""
+    if not isinstance(split, Mapping):
+        return Resized(split, side)
+    with ThreadPoolExecutor(THREADS) as pool:
+        image_NHWC = np.stack(list(pool.map(lambda image: resized(image, side), split["image"])))
+    fields = {**split, "image": image_NHWC}
+    return Named(fields, split.names) if isinstance(split, Named) else fields

@@ -48,6 +48,10 @@ class Dataset:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of this field of an example, the first to train on."""
+        return tuple(int(n) for n in example(self.train)[name].shape)
+
 
 class Named(dict[str, np.ndarray]):
     """Arrays in memory, and the `names` (N,) of their rows."""
@@ -185,7 +189,7 @@ def _stack(examples: list[dict[str, np.ndarray]], row_B: np.ndarray) -> Batch:
             if value.shape != values[0].shape:
                 raise UsageError(
                     f"{name} has shape {values[0].shape} in example {row_B[0]} but {value.shape} in example {row}: "
-                    "give a transform that makes them equal (resize or crop), or prepare the data in one size"
+                    "give a transform that makes them equal (of images --resize N), or prepare the data in one size"
                 )
         batch[name] = np.stack(values)
     return batch
@@ -209,6 +213,11 @@ class View:
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         return self.reader[int(self.rows[row])]
+
+
+def example(split: Split) -> dict[str, np.ndarray]:
+    """The first example of a split, in memory or not."""
+    return {name: array[0] for name, array in split.items()} if isinstance(split, Mapping) else split[0]
 
 
 def take(split: Split, rows: np.ndarray) -> Split:

@@ -12,36 +12,55 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from bigjax import UsageError
-from bigjax.data.files import few, npz, stray
-from bigjax.data.pictures import folder_of_images
-from bigjax.data.pipeline import Dataset, hold_out, shares
+from bigjax.data.files import few, located, npz, stray
+from bigjax.data.pictures import folder_of_images, resize_split
+from bigjax.data.pipeline import Dataset, example, hold_out, shares
 from bigjax.data.tables import csv_rows, jsonl
+from bigjax.data.takes import check
 from bigjax.experiment import Split, size_of
 
 HELD_OUT = 0.1  # of data without a test split
-FILES = {".npz": npz, ".csv": csv_rows, ".jsonl": jsonl}
+FILES = {".npz": lambda path, columns, takes: npz(path), ".csv": csv_rows, ".jsonl": jsonl}
 
 
-def load(name: str, *, eval_data: str | None = None, split_seed: int = 0, background: str = "white") -> Dataset:
+def load(
+    name: str,
+    *,
+    eval_data: str | None = None,
+    split_seed: int = 0,
+    takes: Sequence[str] = (),
+    background: str = "white",
+    resize: int | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Dataset:
     """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, a name in `tfds.NAMES`,
-    `tfds:NAME`, or a path.
+    `tfds:NAME`, or a path (~ is expanded, file:/// and gs:// are read); a TFDS set on disk by its name alone, too.
 
     Own data: `.npz` with `image` (N,H,W[,C]) or `x` (N,D) and integer `label` (0, 1, ..., whose names are in
     `class_names` (C,), if given; without them any from 0, which are renumbered) or float `target`; a folder of images
-    with a sub-folder a class, whose transparent parts show `background`; `.jsonl` or `.csv` with `text` and `label`
-    (integers or names), or `source` and `target`; `.csv` with numbers in columns of any name and `label` or `target`.
+    with a sub-folder a class; `.jsonl` or `.csv` with `text` and `label` (integers or names), or `source` and `target`;
+    `.csv` with numbers in columns of any name and `label` or `target`.
     `eval_data` (own data or a name) becomes the test split, with the classes of the training data; where neither it nor
     the set gives a test split about a tenth is held out by `split_seed` (`hold_out`). Lines on stderr, also in `notes`,
     say what was held out, left out or renumbered. UsageError: what is missing or wrong, in which file and line, and
     what to do.
+
+    takes: the fields that are needed; data without them are refused, with the script that takes those (`takes.check`).
+    background, resize, text_column, label_column: as in `reading`, whose groups of flags they are; `label_column` is
+        the target where a target is taken. UsageError: one of them says nothing about these data.
     """
-    data = _counted(replace(_open(name, background), name=name))
+    wanted = "target" if "target" in takes and "label" not in takes else "label"
+    how = {"takes": takes, "background": background, "resize": resize}
+    how["columns"] = {"text": text_column, wanted: label_column}
+    names = [name] if eval_data is None else [name, eval_data]
+    _of_use(names, columns=(text_column, label_column), background=background)
+    data = _counted(replace(_open(name, **how), name=name))
     if eval_data is not None:
-        other = _open(eval_data, background)
-        test = _matched(data, other, name, eval_data)
+        other = _open(eval_data, **how)
+        test = _matched(data, other, name, eval_data, takes)
         data = replace(data, test=test, notes=data.notes + other.notes)
     elif data.test is None:
         rest, held = hold_out(data.train, fraction=HELD_OUT, split_seed=split_seed, purpose="test")
@@ -51,6 +70,22 @@ def load(name: str, *, eval_data: str | None = None, split_seed: int = 0, backgr
     for note in data.notes:
         print(note, file=sys.stderr)
     return data
+
+
+def fields_of(name: str) -> tuple[str, ...]:
+    """The fields of the data called `name`. UsageError: as `load`."""
+    return tuple(example(_open(name, takes=(), background="white", resize=None, columns={}).train))
+
+
+def _of_use(names: Sequence[str], *, columns: tuple[str | None, ...], background: str) -> None:
+    """UsageError for a flag of `reading` that says nothing about any of the data."""
+    told = " and ".join(names)
+    if any(column is not None for column in columns):
+        flag = "--label-column" if columns[0] is None else "--text-column"
+        if not any(name.lower().endswith((".csv", ".jsonl")) for name in names):
+            raise UsageError(f"{flag} names a column of a .csv or .jsonl, and {told} is none: leave it out")
+    if background != "white" and not any(located(name).is_dir() for name in names if "://" not in name):
+        raise UsageError(f"--background is for folders of pictures, and {told} is none: leave it out")
 
 
 def _counted(data: Dataset) -> Dataset:
@@ -92,6 +127,7 @@ def image_statistics(split: Split) -> tuple[Any, Any]:
     Give the training split. Of a reader 2,000 examples, evenly spread, are read. A channel that never varies has a
     deviation of 1, and a line on stderr says which (counted from 0).
     """
+    check(split, ("image",), name="the split")
     if isinstance(split, Mapping):
         blocks = [split["image"][i : i + 1000] for i in range(0, size_of(split), 1000)]
     else:
@@ -109,8 +145,24 @@ def image_statistics(split: Split) -> tuple[Any, Any]:
     return tuple(map(float, mean_C)), tuple(map(float, std_C))
 
 
-def _open(name: str, background: str) -> Dataset:
-    """What `name` says, with no test split where it is in one piece."""
+def _open(name: str, *, takes: Sequence[str], resize: int | None, **how: Any) -> Dataset:
+    """What `name` says, with no test split where it is in one piece; with the fields that are taken."""
+    data = _read(name, takes=takes, resize=resize, **how)
+    check(data.train, takes, name=name)
+    if resize is None:
+        return data
+    first = example(data.train)
+    if "image" not in first:
+        raise UsageError(f"--resize is for images, and {name} holds {few(list(first))}: leave it out")
+    if isinstance(data.train, Mapping) and first["image"].shape[:2] == (resize, resize):
+        return data
+    test = None if data.test is None else resize_split(data.test, resize)
+    return replace(data, train=resize_split(data.train, resize), test=test)
+
+
+def _read(
+    name: str, *, takes: Sequence[str], background: str, resize: int | None, columns: Mapping[str, str | None]
+) -> Dataset:
     from bigjax.data import embedded, tfds
 
     if not name.removeprefix("tfds:").removeprefix("tokens:").strip():
@@ -124,21 +176,28 @@ def _open(name: str, background: str) -> Dataset:
     if name in tfds.NAMES or name.startswith("tfds:"):
         return tfds.read(tfds.NAMES.get(name, name.removeprefix("tfds:")))
     if name.startswith("tokens:"):
+        check(("tokens",), takes, name=name)
         raise UsageError(f"{name} is text in tokens, which only a language model reads: give other --data")
-    path = epath.Path(name).expanduser()
+    path = located(name)
     if path.is_dir():
-        return folder_of_images(path, background=background)
+        return folder_of_images(path, background=background, resize=resize)
     ending = path.suffix.lower()
-    if ending not in FILES and not path.exists() and "/" not in name:
-        names = [*embedded.SETS, *tfds.NAMES]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UsageError(
-            f"no data called {name!r}{hint}: use {', '.join(names)}, tfds:NAME, or the path of your own .npz, .csv, "
-            ".jsonl or folder"
-        )
+    if ending not in FILES and not path.exists() and "://" not in name and not name.startswith(("/", "~", ".")):
+        if tfds.known(name):
+            return tfds.read(name)
+        if "/" not in name:
+            there = [n for n in tfds.prepared(tfds.folder()) if n not in tfds.NAMES.values()]
+            names = [*embedded.SETS, *tfds.NAMES, *there]
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UsageError(
+                f"no data called {name!r}{hint}: use {', '.join(names)}, tfds:NAME, or the path of your own .npz, "
+                ".csv, .jsonl or folder"
+            )
     if not path.exists():
         raise UsageError(f"{path} does not exist: check the path given as data")
+    if ending == ".txt":
+        check(("text",), takes, name=name)
     if ending not in FILES:
         raise UsageError(
             f"{path}: files ending in {path.suffix or 'nothing'!r} are not read: use {', '.join(FILES)} or a folder "
@@ -147,7 +206,7 @@ def _open(name: str, background: str) -> Dataset:
     try:
         if path.stat().length == 0:
             raise UsageError(f"{path} is empty: write it again")
-        return FILES[ending](path)
+        return FILES[ending](path, columns, takes)
     except UnicodeDecodeError as e:
         line = e.object.count(b"\n", 0, e.start) + 1
         raise UsageError(
@@ -157,18 +216,18 @@ def _open(name: str, background: str) -> Dataset:
         raise UsageError(f"{path} cannot be read ({e.strerror or e}): check the file and its permissions") from e
 
 
-def _matched(data: Dataset, other: Dataset, name: str, eval_data: str) -> Split:
-    """The evaluation split of `other`, with the fields, shapes and classes of `data`."""
+def _matched(data: Dataset, other: Dataset, name: str, eval_data: str, takes: Sequence[str]) -> Split:
+    """The evaluation split of `other`, with the fields (those that are taken), shapes and classes of `data`."""
     split = other.train if other.test is None else other.test
     if not (isinstance(split, Mapping) and isinstance(data.train, Mapping)):
         return split
-    for field in {**data.train, **split}:
+    for field in takes or {**data.train, **split}:
         a, b = (f"has shape {s[field].shape[1:]}" if field in s else "is missing" for s in (data.train, split))
         if a != b:
             raise UsageError(
                 f"{field} of an example {a} in {name} but {b} in {eval_data}: give evaluation data of the same form"
             )
-    if data.classes is None:
+    if data.classes is None or "label" not in split:
         return split
     label_N, known, theirs = split["label"], data.class_names, other.class_names
     if all(names is None or all(n.isdecimal() for n in names) for names in (known, theirs)):  # numbers, on both sides

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from reprlib import repr as shortened
 from typing import Any
@@ -13,13 +14,18 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.data.files import checked, few, named_once, stray
+from bigjax.data.files import checked, chosen, few, named_once, stray
 from bigjax.data.pipeline import Dataset
+from bigjax.data.takes import check
 
 INTEGER = r"[+-]?\d+"
 
 
-def jsonl(path: epath.Path) -> Dataset:
+# A file's columns for fields, where they are given: {"text": "review", "label": None}
+Columns = Mapping[str, str | None]
+
+
+def jsonl(path: epath.Path, columns: Columns, takes: Sequence[str]) -> Dataset:
     rows, known = [], {}
     for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -34,9 +40,10 @@ def jsonl(path: epath.Path) -> Dataset:
                 f'{path}, line {number} is not a JSON object: write {{"text": ..., "label": ...}} in each line'
             )
         if (keys := tuple(row)) not in known:
-            known[keys] = named_once(f"{path}, line {number}", keys, what="fields")
+            where = f"{path}, line {number}"
+            known[keys] = chosen(where, named_once(where, keys, what="fields"), columns)
         rows.append((number, dict(zip(known[keys], row.values(), strict=True))))
-    return _rows(path, rows)
+    return _rows(path, rows, takes)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def csv_rows(path: epath.Path) -> Dataset:
+def csv_rows(path: epath.Path, columns: Columns, takes: Sequence[str]) -> Dataset:
     csv.field_size_limit(2**30)
     reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
     try:
@@ -66,20 +73,33 @@ def csv_rows(path: epath.Path) -> Dataset:
         index += 1
     if (unnamed := next((i for i, name in enumerate(header[index:], index) if not name.strip()), None)) is not None:
         raise UsageError(f"{path}: column {unnamed + 1} has no name: name or remove it")
-    names = named_once(path, header, what="columns")[index:]
-    data = _rows(path, [(number, dict(zip(names, values[index:], strict=True))) for number, values in lines])
+    names = chosen(path, named_once(path, header, what="columns")[index:], columns)
+    rows = [(number, dict(zip(names, values[index:], strict=True))) for number, values in lines]
+    data = _rows(path, rows, takes)
     which = "the first column" if index == 1 else f"the first {index} columns"
     return replace(data, notes=(f"{path}: left out {which}, an index without a name",)) if index else data
 
 
-def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> Dataset:
-    """Rows with their line numbers: text and label, source and target, or numbers."""
+def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]], takes: Sequence[str]) -> Dataset:
+    """Rows with their line numbers: text and label, source and target, or numbers; text alone if no more is taken."""
     if not rows:
         raise UsageError(f"{path} has no examples: give it at least one line of data")
     columns = list(rows[0][1])
-    texts = next((pair for pair in (("text", "label"), ("source", "target")) if set(pair) <= set(columns)), None)
-    if texts is None and (path.suffix.lower() == ".jsonl" or "text" in columns or "source" in columns):
-        raise UsageError(f"{path} has the columns {few(columns)}: it needs text and label, or source and target")
+    alone = "text" in takes and "label" not in takes
+    forms = (("text",) if alone else ("text", "label"), ("source", "target"))
+    texts = next((form for form in forms if set(form) <= set(columns)), None)
+    predicted = [c for c in ("label", "target") if c in columns]
+    inputs = [v for c, v in rows[0][1].items() if c not in predicted]
+    words = "text" in takes and not all(map(_is_number, inputs))
+    if texts is None and (words or path.suffix.lower() == ".jsonl" or {"text", "source"} & set(columns)):
+        if takes and "text" not in takes:
+            check(tuple(columns), takes, name=str(path))
+        needed = "text" if alone else "text and label, or source and target"
+        flags = "--text-column" if alone else "--text-column and --label-column"
+        hint = f": rename yours, or name them by {flags}" if "text" in takes else ""
+        raise UsageError(f"{path} has the columns {few(columns)}: it needs {needed}{hint}")
+    if texts or predicted or "x" not in takes:
+        check(texts or ("x", *predicted), takes, name=str(path))
     for number, row in rows:
         for column in texts or columns:
             if column not in row or (isinstance(row[column], str) and not row[column].strip()):
@@ -91,7 +111,7 @@ def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> Dataset:
                     f"{path}, line {number}: {column} has {wrong}, half of a surrogate pair, which is no character: "
                     "repair or remove the line"
                 )
-    if texts == ("source", "target"):
+    if texts in (("source", "target"), ("text",)):
         return Dataset({name: np.array([row[name] for _, row in rows], object) for name in texts})
     arrays: dict[str, np.ndarray] = {}
     if "label" in columns:
@@ -109,7 +129,7 @@ def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> Dataset:
     if not numbers or len(arrays) != 2:
         raise UsageError(
             f"{path} has the columns {few(columns)}: name one of them label (classes) or target (numbers), beside "
-            "the inputs"
+            f"the inputs{', or say which by --label-column' if 'x' in takes else ''}"
         )
     data = replace(checked(path, arrays, "columns"), facts={"columns": tuple(numbers)})
     return replace(data, classes=len(names), class_names=names) if "label" in columns else data
@@ -147,9 +167,13 @@ def _no_class(label: str) -> bool:
         return len(label) > 1000
     if re.fullmatch(r"[+-]+\d+", label):
         return True
+    return _is_number(label)
+
+
+def _is_number(value: Any) -> bool:
     try:
-        return math.isfinite(float(label))
-    except ValueError:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
         return False
 
 

@@ -3,15 +3,17 @@
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from bigjax import UsageError
-from bigjax.data.files import THREADS, few, image_form
+from bigjax.data.files import THREADS, few, image_form, located
 from bigjax.data.pipeline import Dataset
 from bigjax.experiment import Split
 
@@ -30,9 +32,11 @@ class _Reader:
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         example = self._source[row]
-        values = {field: example[field] for field in self._fields}
+        values = {field: example["label" if field == "target" else field] for field in self._fields}
         if "label" in values:
             values["label"] = np.int32(values["label"])
+        if "target" in values:
+            values["target"] = np.float32(values["target"])
         if "text" in values:
             values["text"] = values["text"].decode() if isinstance(values["text"], bytes) else str(values["text"])
         return values
@@ -60,7 +64,23 @@ def _quiet() -> Iterator[None]:
 
 def folder() -> str:
     """Where TFDS sets are looked for: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    return str(located(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+
+
+def prepared(where: str) -> list[str]:
+    """The sets in a folder, by their names."""
+    path = epath.Path(where)
+    names = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+    there = ("*/dataset_info.json", "*/*/dataset_info.json")  # of a version, of a configuration's version
+    return [name for name in names if any(any((path / name).glob(pattern)) for pattern in there)]
+
+
+def known(name: str) -> bool:
+    """Whether a set of this name is in `folder()`, or is one of those that TFDS could build there."""
+    import tensorflow_datasets as tfds
+
+    name = re.split("[:/]", name)[0]
+    return name in prepared(folder()) or name in tfds.list_builders(with_community_datasets=False)
 
 
 def builder(name: str, where: str, **options: Any) -> Any:
@@ -95,6 +115,11 @@ def read(name: str) -> Dataset:
         raise UsageError(f"the TFDS set {name} is not in {where} (TFDS_DATA_DIR): {prepare}")
     features = built.info.features
     fields = [f for f in ("image", "text", "label") if f in features]
+    classes = getattr(features["label"] if "label" in features else None, "num_classes", None)
+    if "label" in fields and (classes is None or features["label"].shape):  # numbers, or several labels an example
+        fields.remove("label")
+        if not features["label"].shape and np.issubdtype(features["label"].np_dtype, np.number):
+            fields.append("target")
     if not {"image", "text"} & set(fields):
         raise UsageError(
             f"the TFDS set {name} has {few(list(features))}, but neither image nor text: use another, or "
@@ -124,5 +149,4 @@ def read(name: str) -> Dataset:
     for split in (train, held):
         if isinstance(split, dict) and "label" in split and split["label"].min(initial=0) < 0:
             raise UsageError(f"the TFDS set {name} hides labels (-1) of a split: give other data as --eval-data")
-    classes = getattr(features["label"] if "label" in features else None, "num_classes", None)
     return Dataset(train, held, classes, tuple(features["label"].names) if classes else None)

@@ -13,7 +13,9 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
+from bigjax.data.files import located
 from bigjax.data.pipeline import Dataset
+from bigjax.data.takes import check
 from bigjax.data.text import window_count, window_fields
 
 HEADER = 1024  # bytes: 256 int32, of which three are used: magic, version, number of tokens
@@ -101,9 +103,9 @@ def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) 
     model, is given; it may be larger than the tokenizer's. Of `test` and `val` files `test` is the test split.
     UsageError: a missing folder or file; a torn file; a token outside the vocabulary.
     """
-    folder = epath.Path(name.removeprefix("tokens:")).expanduser()
+    shown, folder = name.strip() or "(an empty name)", located(name.removeprefix("tokens:"))
     if name.strip() in ("", "tokens:") or not folder.is_dir():
-        shown = name.strip() or "(an empty name)"
+        _other(name)
         raise UsageError(f"{shown} is not a folder: give tokens:DIR with train.bin and test.bin (or val.bin) in DIR")
     about = _about(folder / "tokens.json")
     if about and vocabulary and vocabulary < about["vocabulary"]:
@@ -114,6 +116,7 @@ def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) 
         found = [[n for n in names if re.fullmatch(rf"(.*_)?{kind}(_\d+)?\.bin", n)] for kind in kinds]
         files = next((files for files in found if files), None)
         if files is None:
+            _other(name)
             wanted = " or ".join(f"{kind}.bin" for kind in kinds)
             raise UsageError(f"{folder} has no {wanted}: prepare it by python -m bigjax prepare TEXT --to {folder}")
         declared = DTYPES[about["dtype"] if about else dtype or "uint16"]
@@ -133,6 +136,24 @@ def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) 
         "corpus_sha256": about["sha256"] if about else None,
     }
     return Dataset(**splits, name=name, facts=facts)
+
+
+def _other(name: str) -> None:
+    """UsageError for what is no folder of tokens, but text to make them of, or other data."""
+    from bigjax.data import sources
+
+    if name.startswith("tokens:") or not name.strip():
+        return
+    plain = name == "python" or name.lower().endswith(".txt")
+    try:
+        held = ("text",) if plain else sources.fields_of(name)
+    except UsageError:  # which would say what other data there are
+        return
+    if plain or ("text" in held and name.lower().endswith(".jsonl")):
+        raise UsageError(
+            f"{name} is text, not yet in tokens: python -m bigjax prepare {name} --to DIR, then --data tokens:DIR"
+        )
+    check(held, ("tokens",), name=name)
 
 
 def _about(path: epath.Path) -> dict | None:

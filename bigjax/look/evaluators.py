@@ -14,6 +14,7 @@ import numpy as np
 
 from bigjax import sharding
 from bigjax.data import pipeline
+from bigjax.data.takes import check
 from bigjax.step import to_float
 from bigjax.task import Key, ModelState, Params, mode, variables
 
@@ -22,6 +23,7 @@ Evaluator = Callable[[Params, ModelState, Key], dict[str, float]]
 
 def images_of(split: pipeline.Split, count: int | None = None) -> np.ndarray:
     """The first `count` images (N, H, W, C) of a split as floats in [0, 1]."""
+    check(split, ("image",), name="the split")
     rows = range(pipeline.size_of(split) if count is None else min(count, pipeline.size_of(split)))
     image = (
         split["image"][rows.start : rows.stop]

@@ -55,7 +55,7 @@ class ConvEncoder(Stack):
 
 
 class ConvDecoder(Stack):
-    """(B, Z) to (B, *outputs), images: Dense to the smallest grid, a 4×4 transposed convolution for each doubling."""
+    """(B, Z) to (B, *outputs), images: Dense to the smallest grid, 4×4 transposed convolutions that double it, cut."""
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -67,7 +67,7 @@ class ConvDecoder(Stack):
             x = upsample(features, kernel_init=init, dtype=dtype, name=f"upsample_{i}")(x)
             x = act(x) if i < len(self.features) - 1 else x
             self.sow("intermediates", f"stage_{i}", x)
-        return x
+        return x[:, : self.outputs[0], : self.outputs[1]]
 
 
 class Autoencoder(nn.Module):
@@ -122,7 +122,7 @@ class ConvAutoencoder(Autoencoder):
     """As `Autoencoder`, with convolutions of stride 2 down and transposed ones up (Masci et al. 2011).
 
     `encoder_features` are channels, each halving the sides; `decoder_features` those of the way back, each doubling
-    them (the last doubling goes to the image's own channels). UsageError if the sides can't be halved so often.
+    them (the last doubling goes to the image's own channels).
     """
 
     encoder_features: tuple[int, ...] = (16, 32)

@@ -22,7 +22,7 @@ class CNN(nn.Module):
     Image (B, H, W, C) float in [0, 1] to logits (B, outputs) float32. On 28×28×1 it has the 93,322 parameters of the
     TensorFlow CNN tutorial; features (32, 64) with dense (128,): 225,034. 2×2 max pooling follows each of the first
     `pools` convolutions; dropout precedes every dense layer (Krizhevsky et al. 2012). `mean`, `std` normalise the
-    pixels: one number, or one a channel. UsageError if the image is too small for the stages.
+    pixels: one number, or one a channel. UsageError: an image smaller than `least_side`.
     With `mutable="intermediates"` a call also returns `stage_0`, `stage_1`, ... (the activation of each convolution
     after pooling, then of each dense layer) and `features`, the last one before the logits;
     `capture_intermediates=True` adds each layer's output.
@@ -46,10 +46,23 @@ class CNN(nn.Module):
     std: float | tuple[float, ...] = 1.0
     dtype: str = "float32"
 
+    def least_side(self) -> int:
+        """The pixels a side that the stages need."""
+        side, lost = 1, self.kernel - 1 if self.padding == "VALID" else 0
+        for i in reversed(range(len(self.features))):
+            side = side * (2 if i < self.pools else 1) + lost
+        return side
+
     @nn.compact
     def __call__(self, x_BHWC: Array, *, train: bool = False) -> Array:
         if x_BHWC.ndim != 4:
             raise UsageError(f"CNN takes images (batch, height, width, channels), not an array of shape {x_BHWC.shape}")
+        if min(x_BHWC.shape[1:3]) < (least := self.least_side()):
+            size, also = "×".join(map(str, x_BHWC.shape[1:3])), "padding='SAME', " if self.padding == "VALID" else ""
+            raise UsageError(
+                f"images of {size} are too small for {len(self.features)} convolutions, {self.pools} of them pooled: "
+                f"use at least {least}×{least} (of a script --resize {least}), {also}fewer features or pools"
+            )
         act, init, dtype = activation(self.activation), initializer(self.kernel_init), jnp.dtype(self.dtype)
         x = normalize(x_BHWC, self.mean, self.std, dtype=self.dtype)
 
@@ -59,10 +72,6 @@ class CNN(nn.Module):
             return promoting(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}"))(x)
 
         for i, width in enumerate(self.features):
-            lost, pool = self.kernel - 1 if self.padding == "VALID" else 0, 2 if i < self.pools else 1
-            if min(x.shape[1:3]) < lost + pool:
-                size, hint = "×".join(map(str, x_BHWC.shape[1:3])), "use padding='SAME' or fewer features or pools"
-                raise UsageError(f"images of {size} are too small for convolution {i}: {hint}")
             fields = {"padding": self.padding, "kernel_init": init, "dtype": dtype}
             x = conv(width, self.kernel, **fields, name=f"conv_{i}")(x)
             x = norm(constrain(x, "batch"), i)

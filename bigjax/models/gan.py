@@ -1,4 +1,4 @@
-"""Generator and discriminator of a DCGAN (Radford, Metz & Chintala 2016), for any image whose sides halve evenly.
+"""Generator and discriminator of a DCGAN (Radford, Metz & Chintala 2016), for images of any size.
 
 B batch, H height, W width, C channels, Z latent numbers.
 
@@ -31,8 +31,9 @@ class Generator(nn.Module):
     """Latent (B, Z) float, usually standard normal, to images (B, H, W, C) float32 in [0, 1].
 
     Dense to features[0] channels on the smallest grid, a 4×4 transposed convolution of stride 2 for each further entry
-    of `features`, a 3×3 convolution to C channels, sigmoid. With `classes`, one-hot labels (B,) join the latent (Mirza
-    & Osindero 2014). `batch_norm` as in the DCGAN paper; the listing has none. 28×28×1 gives 2,054,785 parameters.
+    of `features`, what goes beyond the image cut off, a 3×3 convolution to C channels, sigmoid. With `classes`, one-hot
+    labels (B,) join the latent (Mirza & Osindero 2014). `batch_norm` as in the DCGAN paper; the listing has none.
+    28×28×1 gives 2,054,785 parameters.
 
         model = Generator(latent=64, features=(64, 32, 16))
         variables = model.init(jax.random.key(0), jnp.zeros((1, 64)))
@@ -67,6 +68,7 @@ class Generator(nn.Module):
                 x = promoting(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f"norm_{i}"))(x)
             x = nn.leaky_relu(x, self.slope)
             self.sow("intermediates", f"stage_{i}", x)
+        x = x[:, : self.image[0], : self.image[1]]
         x = conv(self.image[2], 3, kernel_init=init, dtype=dtype, name="image")(x)
         return nn.sigmoid(x.astype(jnp.float32))
 

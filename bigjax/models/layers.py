@@ -76,8 +76,6 @@ def upsample(features: int, **fields: Any) -> nn.Conv:
 
 
 def grid(image: tuple[int, int, int], halvings: int) -> tuple[int, int]:
-    """Height and width of `image` after halving both `halvings` times; UsageError if one isn't divisible."""
+    """Height and width of the smallest grid that, doubled `halvings` times, covers `image`; the rest is cut off."""
     height, width, _ = image
-    if height % 2**halvings or width % 2**halvings:
-        raise UsageError(f"an image of {height}×{width} can't be halved {halvings} times: give fewer features")
-    return height // 2**halvings, width // 2**halvings
+    return -(-height // 2**halvings), -(-width // 2**halvings)

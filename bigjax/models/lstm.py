@@ -7,10 +7,12 @@ that sharding the last axis splits units and never mixes gates.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.models.layers import normalize
 from bigjax.ops.recurrence import SCALES, recur
 from bigjax.sharding import constrain
 
@@ -80,7 +82,7 @@ class LSTM(nn.Module):
     pool: what the head sees without `sequence`: "last" (each direction's state after its last real step), "mean" or
         "max" over the real steps, or "flatten" (all steps side by side, padding zero, as in MNIST-1D's GRU).
     dropout: on the embedding and on every layer's output.
-    mean, std: of the input vectors, one number or one a feature; not used for tokens.
+    mean, std: of the inputs, one number, one a feature or, of images, one a channel; not used for tokens.
     Sown: intermediates/features, what the head sees.
 
         model = LSTM(vocabulary=8000, hidden=(200,))
@@ -145,9 +147,10 @@ class LSTM(nn.Module):
         if x.ndim not in (2, 3, 4):
             got = list(x.shape)
             raise UsageError(f"an LSTM takes x (batch, steps, features), not {got}; for tokens give it a vocabulary")
-        x_BLD = x[..., None] if x.ndim == 2 else jax.lax.collapse(x, 2)
-        mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, -1) for v in (self.mean, self.std))
-        return ((x_BLD.astype(jnp.float32) - mean) / std).astype(self.dtype)
+        x = x[..., None] if x.ndim == 2 else x
+        if not all(np.size(v) in (1, x.shape[-1]) for v in (self.mean, self.std)):
+            x = jax.lax.collapse(x, 2)
+        return jax.lax.collapse(normalize(x, self.mean, self.std, dtype=self.dtype), 2)
 
     def _pooled(self, x_BLD: Array, length_B: Array | None, real_BL1: Array | None) -> Array:
         if self.pool == "flatten":

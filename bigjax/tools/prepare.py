@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.data import text, tfds
+from bigjax.data import corpus, text, tfds
+from bigjax.data.files import located
 from bigjax.run.atomic import write_whole
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def prepare(name: str, to: str, *, tokenizer: str | None = None, vocabulary: int
     `python` (the standard library), a .txt or a .jsonl with `text` in each line become token files, with `tokenizer`
     as `write_tokens` takes it ("bytes" if None); any other name is a TFDS set. Raises UsageError.
     """
-    path = epath.Path(name).expanduser()
+    path = located(name)
     if name == "python" or path.suffix in (".txt", ".jsonl"):
         return write_tokens(name, to, tokenizer=tokenizer or "bytes", vocabulary=vocabulary, separator=separator)
     if path.is_file() or "/" in name.removeprefix("tfds:").partition(":")[0]:
@@ -131,25 +132,11 @@ def write_tokens(name: str, to: str, *, tokenizer: str = "bytes", vocabulary: in
 
 def _texts(name: str, separator: str) -> tuple[bytes, bytes]:
     """(train, test) in UTF-8."""
-    if name == "python":
-        corpus = text.python_corpus()
-        return corpus.train, corpus.test
-    path = epath.Path(name).expanduser()
-    try:
-        content = path.read_bytes()
-        content.decode()
-    except UnicodeDecodeError as e:
-        raise UsageError(f"{path} is not UTF-8 text (byte {e.start}): convert it") from e
-    except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror or e}): check the path and its permissions") from e
-    lines = content.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
-    if path.suffix == ".jsonl":
-        lines = [_document(path, n, line, separator) for n, line in enumerate(lines, 1) if line.strip()]
-    if len(lines) < 2:
-        raise UsageError(f"{path} has {len(lines)} lines of text: at least two are needed, one of them to test on")
-    cut = min(int(0.9 * len(lines)), len(lines) - 1)
-    train, test = b"".join(lines[:cut]), b"".join(lines[cut:])
-    return train, test
+    if not name.endswith(".jsonl"):
+        return corpus.parts(name)
+    path = located(name)
+    lines = enumerate(corpus.read(path).splitlines(keepends=True), 1)
+    return corpus.last_tenth(name, [_document(path, n, line, separator) for n, line in lines if line.strip()])
 
 
 def _document(path: epath.Path, number: int, line: bytes, separator: str) -> bytes:

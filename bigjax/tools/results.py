@@ -5,7 +5,6 @@ A script's `ROWS` names its rows, experiments/results/ROW.json holds what was me
 table made of them, and the line "Measured: …" in a script's docstring is `headline` of its first row.
 """
 
-import ast
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bigjax import UsageError
+from bigjax.data.takes import declared, scripts
 
 PERCENT = ("accuracy", "f1", "share")
 Row = Mapping[str, Any]
@@ -26,9 +26,8 @@ Row = Mapping[str, Any]
 
 def experiments() -> Path:
     """The folder of scripts: ./experiments, or the one beside the installed package's source."""
-    for folder in (Path("experiments"), Path(__file__).parents[2] / "experiments"):
-        if any(folder.glob("*/*.py")):
-            return folder
+    if folder := scripts():
+        return folder
     raise UsageError("there is no experiments/SUBJECT/NAME.py here: run this in a checkout of bigjax")
 
 
@@ -39,21 +38,15 @@ def rows(folder: Path) -> dict[str, Row]:
     running the script, so it holds plain literals.
     """
     found: dict[str, Row] = {}
-    for path in sorted(folder.glob("*/*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROWS"):
-                continue
-            try:
-                mine = ast.literal_eval(node.value)
-            except ValueError:
-                raise UsageError(f"{path}: ROWS is read without running the script: write it in literals") from None
-            for name, row in mine.items():
-                if name in found:
-                    raise UsageError(f"{path}: row {name!r} is {found[name]['script']}'s too: give it another name")
-                if missing := [k for k in ("data", "metric") if k not in row]:
-                    raise UsageError(f"{path}: row {name!r} has no {missing[0]!r}: add it in ROWS")
-                script = path.relative_to(folder).as_posix()
-                found[name] = {"arguments": "", "seeds": 1} | row | {"script": script}
+    for script, mine in declared(folder, "ROWS").items():
+        for name, row in mine.items():
+            if name in found:
+                raise UsageError(
+                    f"{folder / script}: row {name!r} is {found[name]['script']}'s too: give it another name"
+                )
+            if missing := [k for k in ("data", "metric") if k not in row]:
+                raise UsageError(f"{folder / script}: row {name!r} has no {missing[0]!r}: add it in ROWS")
+            found[name] = {"arguments": "", "seeds": 1} | row | {"script": script}
     return found
 
 

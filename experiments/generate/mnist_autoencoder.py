@@ -12,7 +12,7 @@ from typing import Annotated
 import optax
 
 from bigjax import cli, optim
-from bigjax.data import sources
+from bigjax.data import reading, sources
 from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, Fraction, Positive, RunConfig
 from bigjax.look.evaluators import linear_probe
@@ -20,6 +20,7 @@ from bigjax.look.gallery import reconstructions
 from bigjax.models import Autoencoder
 from bigjax.tasks.images import reconstruct
 
+TAKES = ("image",)
 ROWS = {
     "mnist_autoencoder": {"data": "mnist5k", "metric": "eval/binary_cross_entropy", "seeds": 3},
     "mnist_autoencoder_classic": {
@@ -34,6 +35,7 @@ ROWS = {
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
+    images: cli.Flat[reading.Images] = reading.Images()
     steps: int | None = 6000
     batch_size: int = 128
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=2e-3)
@@ -46,8 +48,8 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
-    image = tuple(int(n) for n in data.train["image"].shape[1:])
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.images))
+    image = data.shape("image")
     if c.classic:
         model = Autoencoder(image=image, dropout=0.5, dtype=c.dtype)
     else:

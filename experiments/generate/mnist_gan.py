@@ -8,7 +8,6 @@ Measured: frechet ratio 1.971 in 217 s on 2 CPU cores, commit 34da450.
 
 import json
 import runpy
-import sys
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -16,15 +15,16 @@ import tyro
 from etils import epath
 
 from bigjax import UsageError, cli, load, optim, train
-from bigjax.data import sources
+from bigjax.data import reading, sources
 from bigjax.data.augment import Augmentation
-from bigjax.experiment import Experiment, Positive, Published, RunConfig
+from bigjax.experiment import Experiment, Positive, Published, RunConfig, size_of
 from bigjax.look.evaluators import Classifier, generated_images
 from bigjax.look.gallery import generator_samples, nearest_training_images
 from bigjax.models import Discriminator, Generator
-from bigjax.run import processes, workdir
+from bigjax.run import checkpoint, processes, workdir
 from bigjax.tasks.gan import adversarial
 
+TAKES = ("image", "label")
 ROWS = {
     "mnist_gan": {"data": "mnist5k", "metric": "eval/frechet_ratio"},
     "mnist_gan_cifar10": {
@@ -39,6 +39,7 @@ MIYATO = "Miyato et al., Spectral normalization for GANs, ICLR 2018, without cla
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "mnist5k"  # or mnist, cifar10 (TFDS), or a path to your own images
+    images: cli.Flat[reading.Images] = reading.Images()
     steps: int | None = 3000
     batch_size: int = 64
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(1e-3, "cosine", b1=0.5, b2=0.99)
@@ -58,30 +59,29 @@ class Config(RunConfig):
 
 def classifier_of(c: Config) -> Classifier:
     """A finished run of mnist_cnn.py on the same training rows, or one made now."""
-    own = "runs/mnist_cnn" if c.data == Config.data else f"runs/mnist_gan_classifier_{epath.Path(c.data).stem}"
-    home = c.classifier or own
-    same = {k: getattr(c, k) for k in ("data", "eval_data", "split_seed")}  # else it may know the test rows
-    result = epath.Path(home) / "result.json"
-    if not result.exists():
+    own = f"runs/mnist_gan_classifier_{epath.Path(c.data).stem}{c.images.resize or ''}"
+    home = c.classifier or ("runs/mnist_cnn" if (c.data, c.images) == (Config.data, Config.images) else own)
+    same = {k: getattr(c, k) for k in ("data", "images", "eval_data", "split_seed")}  # else it may know the test rows
+    if not (result := epath.Path(home) / "result.json").exists():
         if processes.first():
-            print(f"training the classifier, mnist_cnn.py on {c.data}, in {home}", file=sys.stderr, flush=True)
+            checkpoint.to_stderr(f"training the classifier, mnist_cnn.py on {c.data}, in {home}")
         script = runpy.run_path(str(epath.Path(__file__).parents[1] / "vision" / "mnist_cnn.py"))
         config = script["Config"](workdir=home, mesh=c.mesh, compilation_cache=c.compilation_cache, **same)
-        train.fit(replace(script["build"](config), name="mnist_cnn"), config, quiet=True)
-    there = workdir.read_config(home)["config"]
-    if (known := {k: there.get(k) for k in same}) != same:
+        experiment = script["build"](config)
+        config = replace(config, batch_size=min(config.batch_size, size_of(experiment.train)))
+        train.fit(replace(experiment, name="mnist_cnn"), config, quiet=True)
+    there = workdir.restored(Config(), workdir.read_config(home)["config"])
+    if (known := {k: getattr(there, k) for k in same}) != same:
         raise UsageError(f"the classifier in {home} is of {known}, not {same}: give another as --classifier")
     return *load(home), json.loads(result.read_text())["metrics"]["eval/accuracy"]
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.images))
     shared = {"classes": data.classes if c.conditional else 0, "dtype": c.dtype}
-    image = data.train["image"].shape[1:]
-    generator = Generator(image=image, latent=c.latent, features=c.generator_features, batch_norm=True, **shared)
-    discriminator = Discriminator(
-        features=c.discriminator_features, pool="flatten", spectral_norm=c.spectral_norm, use_bias=True, **shared
-    )
+    generator = Generator(data.shape("image"), c.latent, c.generator_features, batch_norm=True, **shared)
+    shared |= {"pool": "flatten", "spectral_norm": c.spectral_norm, "use_bias": True}
+    discriminator = Discriminator(c.discriminator_features, **shared)
     critic = replace(c.adamw, learning_rate=c.discriminator_rate)
     nearest = nearest_training_images(generator, data.train)
     return Experiment(

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from bigjax import cli, optim
-from bigjax.data import sources
+from bigjax.data import reading, sources
 from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, NonNegative, Positive, RunConfig
 from bigjax.look.gallery import latent_walk, prior_samples, reconstructions
 from bigjax.models import VAE
 from bigjax.tasks.images import variational
 
+TAKES = ("image",)
 ROWS = {
     "mnist_vae": {"data": "mnist5k", "metric": "eval/negative_elbo", "seeds": 3},
 }
@@ -24,6 +25,7 @@ ROWS = {
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
+    images: cli.Flat[reading.Images] = reading.Images()
     steps: int | None = 8000
     batch_size: int = 128
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=2e-3)
@@ -37,9 +39,9 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.images))
     model = VAE(
-        image=tuple(int(n) for n in data.train["image"].shape[1:]),
+        image=data.shape("image"),
         code=c.code,
         encoder_features=c.encoder_features,
         decoder_features=c.decoder_features,

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigjax import cli, optim
-from bigjax.data import sources
+from bigjax import UsageError, cli, optim
+from bigjax.data import reading, sources
 from bigjax.experiment import Experiment, Positive, Published, RunConfig
 from bigjax.models import LSTM, MLP
 from bigjax.task import fields
 from bigjax.tasks import classify
 
+TAKES = ("x", "label")
 ROWS = {
     "mnist1d_linear": {"arguments": "--model linear", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
     "mnist1d_mlp": {"arguments": "--model mlp", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
@@ -47,7 +48,8 @@ class CNN1D(nn.Module):
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data: str = "mnist1d"
+    data: str = "mnist1d"  # or a path to your own .npz or .csv with numbers and `label`
+    columns: cli.Flat[reading.Label] = reading.Label()
     model: Literal["linear", "mlp", "cnn", "gru"] = "cnn"
     steps: int | None = 6000
     batch_size: int = 100
@@ -59,7 +61,9 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.columns))
+    if c.model == "cnn" and data.shape("x")[0] < 3:
+        raise UsageError(f"the cnn takes at least 3 columns of numbers, and {c.data} has fewer: use --model linear")
     model = {
         "linear": MLP(features=(), outputs=data.classes),
         "mlp": MLP(features=(100, 100), outputs=data.classes),

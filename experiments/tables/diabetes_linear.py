@@ -13,13 +13,14 @@ import numpy as np
 import optax
 
 from bigjax import cli
-from bigjax.data import sources
+from bigjax.data import reading, sources
 from bigjax.experiment import Experiment, NonNegative, Positive, RunConfig
 from bigjax.models import MLP
 from bigjax.sharding import to_host
 from bigjax.task import Key, ModelState, Params
 from bigjax.tasks import regress
 
+TAKES = ("x", "target")
 ROWS = {
     "diabetes_linear": {"data": "diabetes", "metric": "eval/distance_to_solution"},
     "diabetes_ridge": {"arguments": "--ridge 0.1", "data": "diabetes", "metric": "eval/distance_to_solution"},
@@ -29,6 +30,7 @@ ROWS = {
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "diabetes"  # scikit-learn's; or a path to your own .npz or .csv with numbers and `target`
+    columns: cli.Flat[reading.Label] = reading.Label()
     steps: int | None = 10_000
     batch_size: int = 353  # all of the training split
     learning_rate: Annotated[float, Positive] = 0.1
@@ -49,7 +51,7 @@ def closed_form(x_ND: np.ndarray, target_N: np.ndarray, *, ridge: float) -> tupl
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.columns))
     x_ND = np.asarray(data.train["x"], np.float64)
     mean_D, std_D = sources.column_statistics(x_ND, names=data.facts.get("columns"))
     level, spread = sources.column_statistics(data.train["target"], names=["target"])

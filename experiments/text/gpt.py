@@ -13,12 +13,13 @@ from typing import Annotated, Literal
 import jax
 import numpy as np
 
-from bigjax import cli, optim
+from bigjax import UsageError, cli, optim
 from bigjax.data import tokens
 from bigjax.experiment import Experiment, Positive, RunConfig
 from bigjax.models import GPT
 from bigjax.tasks import next_token
 
+TAKES = ("tokens",)
 # Vocabularies are filled up to a multiple of 128, so that they can be split.
 GPT2 = {"vocabulary": 50304, "context": 1024}  # Radford et al. 2019, table 2
 LLAMA = {  # Grattafiori et al. 2024, table 3
@@ -65,6 +66,8 @@ def build(c: Config) -> Experiment:
     attention = here if c.attention == "auto" else c.attention
     how = {"attention": attention, "split_residual": c.split_residual, "scan": c.scan, "remat": c.remat}
     model = GPT(**preset | {"context": length}, **how, dtype=c.dtype)
+    if c.eval_data is not None:
+        raise UsageError("gpt.py evaluates on the test.bin beside the tokens it trains on: leave out --eval-data")
     if c.data == "random":
         random_NL = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1), dtype=np.int32)
         train, test = {"tokens": random_NL}, {"tokens": random_NL[:8]}

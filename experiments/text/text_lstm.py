@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from bigjax import cli, optim
-from bigjax.data import sources, text
+from bigjax.data import reading, sources, text
 from bigjax.data.augment import drop_tokens
 from bigjax.experiment import Experiment, Fraction, Positive, Published, RunConfig
 from bigjax.models import LSTM
 from bigjax.task import fields
 from bigjax.tasks import classify
 
+TAKES = ("text", "label")
 ROWS = {
     "text_lstm": {"data": "python_topics", "metric": "eval/macro_f1", "seeds": 3},
     "text_lstm_imdb": {"arguments": "--data imdb --length 400", "data": "imdb_reviews", "metric": "eval/accuracy"},
@@ -29,6 +30,7 @@ DAI = "Dai & Le, Semi-supervised sequence learning, NIPS 2015: LSTM with tuning 
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "python_topics"  # or imdb (TFDS), or a path to your own .jsonl or .csv with text and label
+    columns: cli.Flat[reading.Columns] = reading.Columns()
     steps: int | None = 1000
     batch_size: int = 64
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=1e-2, clip=1.0)
@@ -47,7 +49,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.columns))
     texts = list(data.train["text"])
     if c.tokenizer_file:
         tokenizer = text.load_tokenizer(c.tokenizer_file)

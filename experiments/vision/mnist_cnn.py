@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from bigjax import cli, optim
-from bigjax.data import sources
+from bigjax.data import reading, sources
 from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, Fraction, Positive, Published, RunConfig
 from bigjax.look.gallery import worst_mistakes
 from bigjax.models import CNN
 from bigjax.tasks import classify
 
+TAKES = ("image", "label")
 ROWS = {
     "mnist_cnn": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 5},
     "mnist_cnn_full": {"arguments": "--data mnist --steps 20000", "data": "mnist", "metric": "eval/accuracy"},
@@ -28,6 +29,7 @@ LECUN = "LeCun et al., Gradient-based learning applied to document recognition, 
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
+    images: cli.Flat[reading.Images] = reading.Images()
     steps: int | None = 3000
     batch_size: int = 128
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=4e-3, weight_decay=0.4, clip=1.0)
@@ -40,7 +42,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.images))
     mean, std = sources.image_statistics(data.train)
     model = CNN(
         features=c.features,
@@ -52,6 +54,8 @@ def build(c: Config) -> Experiment:
         std=std,
         dtype=c.dtype,
     )
+    if min(data.shape("image")[:2]) < model.least_side():
+        model = model.clone(padding="SAME")
     return Experiment(
         task=classify(model, classes=data.classes, label_smoothing=c.label_smoothing),
         tx=c.adamw,

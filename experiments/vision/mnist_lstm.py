@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from bigjax import cli, optim
-from bigjax.data import sources
+from bigjax.data import reading, sources
 from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, Fraction, Positive, RunConfig
 from bigjax.look.gallery import worst_mistakes
 from bigjax.models import LSTM
 from bigjax.tasks import classify
 
+TAKES = ("image", "label")
 ROWS = {
     "mnist_lstm": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 3},
 }
@@ -25,6 +26,7 @@ ROWS = {
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
+    images: cli.Flat[reading.Images] = reading.Images()
     steps: int | None = 4500
     batch_size: int = 64
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=0.2, clip=1.0)
@@ -37,7 +39,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.images))
     mean, std = sources.image_statistics(data.train)
     model = LSTM(
         cell=c.cell,

@@ -13,13 +13,14 @@ from typing import Annotated, Literal
 import optax
 
 from bigjax import cli, optim
-from bigjax.data import sources
+from bigjax.data import reading, sources
 from bigjax.data.augment import Augmentation
 from bigjax.experiment import Experiment, Fraction, Positive, Published, RunConfig
 from bigjax.look.gallery import worst_mistakes
 from bigjax.models import MLP
 from bigjax.tasks import classify
 
+TAKES = ("image", "label")
 ROWS = {
     "mnist_mlp": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 5},
     "mnist_mlp_classic": {
@@ -38,6 +39,7 @@ LECUN = "LeCun et al., Gradient-based learning applied to document recognition, 
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "mnist5k"  # or mnist (TFDS), or a path to your own images
+    images: cli.Flat[reading.Images] = reading.Images()
     steps: int | None = 4000
     batch_size: int = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -48,7 +50,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed)
+    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.images))
     mean, std = sources.image_statistics(data.train)
     model = MLP(features=c.features, outputs=data.classes, dropout=c.dropout, mean=mean, std=std, dtype=c.dtype)
 
