@@ -47,7 +47,7 @@ PRESETS = {
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: str = "random"  # tokens at random, to try speed; or tokens:DIR
-    model: Literal[tuple(PRESETS)] = "gpt2_124m"
+    model: Literal[tuple(PRESETS)] = "gpt2_124m"  # its shape, by name
     steps: int | None = 1000
     batch_size: int = 8
     context: Annotated[int | None, Positive] = None  # tokens a row; the model's own by default
