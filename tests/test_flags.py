@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
+from test_experiments import SCRIPTS, load
 
 from bigjax import cli
 from bigjax.data.augment import Augmentation
@@ -91,3 +92,11 @@ def test_a_class_without_source_is_parsed_too() -> None:
 @pytest.mark.parametrize("group", [AdamW, Augmentation, DistributedConfig, MeshConfig])
 def test_each_flag_of_a_group_has_a_text(group: type) -> None:
     assert [name for name, (_, text) in flags.told(group).items() if not text] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_flag_of_a_script_has_a_text(script: str) -> None:
+    Config = load(script).Config
+    texts = {f.name: text for members in flags.groups(Config).values() for f, text in members}
+    nested = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default)}
+    assert [name for name, text in texts.items() if not text and name not in nested] == []

@@ -67,6 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(image[i]).save(root / "photos" / name / f"{i}.png")
     lines = (f'{{"text": "word{i % 7} word{i % 3}", "label": {i % 2}}}\n' for i in range(200))
     (root / "reviews.jsonl").write_text("".join(lines))
+    (root / "book.txt").write_text("".join(f"line {i} of a book that is long enough\n" for i in range(2000)))
     rows = (f"{i},{i * i % 17},{i % 5}\n" for i in range(400))
     (root / "flats.csv").write_text("rooms,age,target\n" + "".join(rows))
     build_mnist(root / "tfds", image, label, test=50)

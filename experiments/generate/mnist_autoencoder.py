@@ -39,10 +39,10 @@ class Config(RunConfig):
     steps: int | None = 6000
     batch_size: int = 128
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=2e-3)
-    code: Annotated[int, Positive] = 32
-    encoder_features: Annotated[tuple[int, ...], Positive] = (512, 256)
-    decoder_features: Annotated[tuple[int, ...], Positive] = (256, 512)
-    dropout: Annotated[float, Fraction] = 0.0
+    code: Annotated[int, Positive] = 32  # numbers of the code
+    encoder_features: Annotated[tuple[int, ...], Positive] = (512, 256)  # hidden units on the way down
+    decoder_features: Annotated[tuple[int, ...], Positive] = (256, 512)  # hidden units on the way up
+    dropout: Annotated[float, Fraction] = 0.0  # share dropped after the first hidden layer of each half
     augmentation: cli.Flat[Augmentation] = Augmentation(rotate=10.0, shift=1.0, scale=0.1)
     classic: bool = False  # the classic recipe: its sizes, dropout 0.5, Adam 1e-3, batch 32, no augmentation
 

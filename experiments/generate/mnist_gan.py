@@ -46,10 +46,10 @@ class Config(RunConfig):
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(1e-3, "cosine", b1=0.5, b2=0.99)
     discriminator_rate: Annotated[float, Positive] = 1e-3  # for the rest it is as the generator
     loss: Literal["non-saturating", "hinge", "wasserstein-gp"] = "non-saturating"  # …-gp: 1 critic update an update
-    latent: Annotated[int, Positive] = 64
-    generator_features: Annotated[tuple[int, ...], Positive] = (64, 32, 16)
-    discriminator_features: Annotated[tuple[int, ...], Positive] = (32, 64)
-    spectral_norm: bool = True
+    latent: Annotated[int, Positive] = 64  # random numbers that an image is made from
+    generator_features: Annotated[tuple[int, ...], Positive] = (64, 32, 16)  # channels, from the smallest grid up
+    discriminator_features: Annotated[tuple[int, ...], Positive] = (32, 64)  # channels, each halving the sides
+    spectral_norm: bool = True  # divide the discriminator's kernels by their largest singular value
     conditional: bool = True  # the generator is given a class
     ema: float = 0.995
     augmentation: cli.Flat[Augmentation] = Augmentation(shift=1.0, rotate=5.0)

@@ -31,10 +31,10 @@ class Config(RunConfig):
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=2e-3)
     ema: float = 0.999
     beta: Annotated[float, NonNegative] = 1.0  # weight of the divergence in training; evaluation measures with 1
-    code: Annotated[int, Positive] = 32
-    encoder_features: Annotated[tuple[int, ...], Positive] = (512, 512)
-    decoder_features: Annotated[tuple[int, ...], Positive] = (512, 512)
-    activation: str = "gelu"
+    code: Annotated[int, Positive] = 32  # numbers of the code
+    encoder_features: Annotated[tuple[int, ...], Positive] = (512, 512)  # hidden units on the way down
+    decoder_features: Annotated[tuple[int, ...], Positive] = (512, 512)  # hidden units on the way up
+    activation: str = "gelu"  # relu, sigmoid, tanh or gelu
     augmentation: cli.Flat[Augmentation] = Augmentation(rotate=10.0, shift=1.0, scale=0.1)
 
 

@@ -50,10 +50,10 @@ class CNN1D(nn.Module):
 class Config(RunConfig):
     data: str = "mnist1d"  # or a path to your own .npz or .csv with numbers and `label`
     columns: cli.Flat[reading.Label] = reading.Label()
-    model: Literal["linear", "mlp", "cnn", "gru"] = "cnn"
+    model: Literal["linear", "mlp", "cnn", "gru"] = "cnn"  # which of the paper's four
     steps: int | None = 6000
     batch_size: int = 100
-    learning_rate: Annotated[float, Positive] = 1e-2
+    learning_rate: Annotated[float, Positive] = 1e-2  # at the schedule's highest
     schedule: optim.Schedule | None = None  # cosine for the GRU, constant for the others
     log_every: int = 200
     eval_every: int = 1500

@@ -33,7 +33,7 @@ class Config(RunConfig):
     columns: cli.Flat[reading.Label] = reading.Label()
     steps: int | None = 10_000
     batch_size: int = 353  # all of the training split
-    learning_rate: Annotated[float, Positive] = 0.1
+    learning_rate: Annotated[float, Positive] = 0.1  # of gradient descent, constant
     ridge: Annotated[float, NonNegative] = 0.0  # λ of mean squared error + λ Σw²
     log_every: int = 1000
     eval_every: int = 5000

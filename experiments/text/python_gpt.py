@@ -45,12 +45,12 @@ class Config(RunConfig):
     batch_size: int = 16
     learning_rate: Annotated[float, Positive] = 0.02  # of Muon, for matrices
     adam_rate: Annotated[float, Positive] = 3e-3  # for embeddings, norms and biases
-    schedule: optim.Schedule = "warmup-cosine"
-    weight_decay: Annotated[float, NonNegative] = 0.01
-    context: Annotated[int, Positive] = 256
-    layers: Annotated[int, Positive] = 4
-    width: Annotated[int, Positive] = 192
-    heads: Annotated[int, Positive] = 4
+    schedule: optim.Schedule = "warmup-cosine"  # how both learning rates change over the run
+    weight_decay: Annotated[float, NonNegative] = 0.01  # a share × learning rate of each matrix, an update
+    context: Annotated[int, Positive] = 256  # bytes that are seen at once
+    layers: Annotated[int, Positive] = 4  # blocks of attention and MLP
+    width: Annotated[int, Positive] = 192  # numbers a byte is carried by from block to block
+    heads: Annotated[int, Positive] = 4  # of attention
     eval_every: int = 10**6
     save_every: int = 500
 

@@ -36,15 +36,15 @@ class Config(RunConfig):
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=1e-2, clip=1.0)
     tokenizer: Literal["words", "bpe", "wordpiece"] = "words"  # trained on the training texts
     tokenizer_file: str | None = None  # any tokenizer.json instead
-    vocabulary: Annotated[int, Positive] = 8000
+    vocabulary: Annotated[int, Positive] = 8000  # tokens at most
     length: Annotated[int, Positive] = 280  # tokens at most
-    embedding: Annotated[int, Positive] = 100
-    hidden: Annotated[tuple[int, ...], Positive] = (200,)
-    bidirectional: bool = False
-    pool: Literal["last", "mean", "max"] = "max"
-    dropout: Annotated[float, Fraction] = 0.5
+    embedding: Annotated[int, Positive] = 100  # numbers a token is given
+    hidden: Annotated[tuple[int, ...], Positive] = (200,)  # units of each layer
+    bidirectional: bool = False  # read each text backwards too
+    pool: Literal["last", "mean", "max"] = "max"  # what is taken of the states of a text
+    dropout: Annotated[float, Fraction] = 0.5  # share dropped of the embedding and of each layer
     drop_tokens: Annotated[float, Fraction] = 0.5  # share of the tokens that training does not see
-    label_smoothing: Annotated[float, Fraction] = 0.1
+    label_smoothing: Annotated[float, Fraction] = 0.1  # share of the target spread over all classes
     ema: float = 0.995
 
 

@@ -33,11 +33,11 @@ class Config(RunConfig):
     steps: int | None = 3000
     batch_size: int = 128
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=4e-3, weight_decay=0.4, clip=1.0)
-    features: Annotated[tuple[int, ...], Positive] = (32, 64, 64)
-    dense: Annotated[tuple[int, ...], Positive] = (64,)
-    dropout: Annotated[float, Fraction] = 0.2
-    batch_norm: bool = False
-    label_smoothing: Annotated[float, Fraction] = 0.05
+    features: Annotated[tuple[int, ...], Positive] = (32, 64, 64)  # channels of each convolution
+    dense: Annotated[tuple[int, ...], Positive] = (64,)  # units of each dense layer
+    dropout: Annotated[float, Fraction] = 0.2  # share dropped before each dense layer
+    batch_norm: bool = False  # after each convolution and dense layer
+    label_smoothing: Annotated[float, Fraction] = 0.05  # share of the target spread over all classes
     augmentation: cli.Flat[Augmentation] = Augmentation(rotate=15.0, shift=2.0, scale=0.15, shear=0.2, warp=0.2)
 
 

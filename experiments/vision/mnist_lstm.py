@@ -30,11 +30,11 @@ class Config(RunConfig):
     steps: int | None = 4500
     batch_size: int = 64
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=0.2, clip=1.0)
-    cell: Literal["lstm", "gru", "rnn"] = "lstm"
-    hidden: Annotated[tuple[int, ...], Positive] = (128, 128)
-    bidirectional: bool = False
-    dropout: Annotated[float, Fraction] = 0.2
-    label_smoothing: Annotated[float, Fraction] = 0.05
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # kind of the recurrent layers
+    hidden: Annotated[tuple[int, ...], Positive] = (128, 128)  # units of each layer
+    bidirectional: bool = False  # read each image from below too
+    dropout: Annotated[float, Fraction] = 0.2  # share dropped of each layer
+    label_smoothing: Annotated[float, Fraction] = 0.05  # share of the target spread over all classes
     augmentation: cli.Flat[Augmentation] = Augmentation(rotate=12.0, shift=2.0, scale=0.12, shear=0.2, warp=0.2)
 
 

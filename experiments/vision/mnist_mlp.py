@@ -42,10 +42,10 @@ class Config(RunConfig):
     images: cli.Flat[reading.Images] = reading.Images()
     steps: int | None = 4000
     batch_size: int = 128
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd takes of the flags of adamw the learning rate and the schedule
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=2e-3, weight_decay=1e-2)
-    features: Annotated[tuple[int, ...], Positive] = (128, 64)
-    dropout: Annotated[float, Fraction] = 0.0
+    features: Annotated[tuple[int, ...], Positive] = (128, 64)  # units of each hidden layer
+    dropout: Annotated[float, Fraction] = 0.0  # share dropped of each hidden layer
     augmentation: cli.Flat[Augmentation] = Augmentation(rotate=12.0, shift=2.0, scale=0.12)
 
 
