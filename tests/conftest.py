@@ -113,6 +113,13 @@ def fit_tiny(tmp_path: Path) -> Callable[..., train.Run]:
 
 
 @pytest.fixture
+def optax_alone() -> Iterator[None]:
+    """optax raises its decays to whole numbers: `train_step` lets it, and here it is called without that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def bucket() -> Iterator[str]:
     """gs://bucket, kept by an emulator on loopback, for this process and those that a test starts."""
     with serving() as address:

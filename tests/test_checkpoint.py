@@ -141,17 +141,17 @@ def test_best_is_kept_beside_the_last(tmp_path, best, kept):
 
 FAILING = """
 import os, shutil, sys
-import jax.numpy as jnp
+import jax, numpy as np
 from bigjax import SaveError, UsageError
 from bigjax.run import manifest
 from bigjax.run.checkpoint import Checkpoints
 checkpoints = Checkpoints("c")
-checkpoints.save(1, {"x": jnp.zeros(1)})
+checkpoints.save(1, {"x": jax.device_put(np.zeros(1))})
 checkpoints.wait()
 shutil.rmtree("c")
 open("c", "w").close()  # a file where the folder was
 try:
-    checkpoints.save(2, {"x": jnp.zeros(1)})
+    checkpoints.save(2, {"x": jax.device_put(np.zeros(1))})
     checkpoints.wait()
 except UsageError as error:
     print("raised", error, flush=True)

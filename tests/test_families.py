@@ -293,7 +293,7 @@ def test_two_accumulated_parts_give_the_update_of_the_whole(trained: Trained) ->
     if not trained.family.by_row:
         pytest.skip("has statistics of the batch")
     state, one, key = first(trained)
-    one["mask"] = one["mask"] * (np.arange(BATCH) != 2)
+    one["mask"] = one["mask"] * (np.arange(BATCH) != 2).astype(np.float32)
     options = {
         "task": trained.experiment.task,
         "tx": trained.experiment.transformations(STEPS),

@@ -100,7 +100,7 @@ def test_next_token_is_numpys_mean_over_the_targets_that_count(fields: dict, cou
     batch = rows(fields.get("mask"), tokens=TOKENS_BL, **data)
     (total, count), (state, out) = task.losses["model"](params, STATE, batch, KEY)
     np.testing.assert_allclose([total, count], [sum(costs), len(costs)], rtol=1e-5)
-    assert state == {} and out["accuracy"] == (sum(right), len(costs))
+    assert state == {} and jax.device_get(out["accuracy"]) == (sum(right), len(costs))
     evaluated = task.evaluate(params, STATE, batch, KEY)
     np.testing.assert_allclose(evaluated["loss"], [sum(costs), len(costs)], rtol=1e-5)
     np.testing.assert_allclose(task.summarize(evaluated)["loss"], np.mean(costs), rtol=1e-5)
@@ -426,7 +426,7 @@ def test_the_penalty_is_taken_between_real_and_generated_at_each_examples_own_pl
 def test_evaluation_is_the_share_of_each_kind_taken_for_what_it_is() -> None:
     task, (params, state) = adversarial(One(), Weigh()), pair()
     params["discriminator"]["weight"] = jnp.array([1.0, -1.0, 0, 0])
-    out = task.evaluate(params, state, real(), KEY)
+    out = jax.device_get(task.evaluate(params, state, real(), KEY))
     assert out["real_recognised"] == ((X_BD[:, 0] > X_BD[:, 1]).sum(), 4) and 0 < out["real_recognised"][0] < 4
     assert out["generated_recognised"] == (4, 4)  # 0.2 - 0.9 < 0
     assert task.summarize(out)["generated_recognised"] == 1

@@ -3,7 +3,6 @@
 L layers, D width of a residual stream.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -38,14 +37,7 @@ FORMS = {  # name: (fields, the matrices of a block, its other leaves, leaves ou
     ),
 }
 
-
-@pytest.fixture(autouse=True)
-def standard() -> Iterator[None]:
-    """optax raises its decays to whole numbers: `train_step` lets it, and here it is called without that."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("optax_alone")
 forms = pytest.mark.parametrize("form", FORMS)
 
 

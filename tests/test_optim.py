@@ -11,6 +11,7 @@ import pytest
 
 from bigjax import UsageError, optim
 
+pytestmark = pytest.mark.usefixtures("optax_alone")
 PEAK = 0.2
 COS = 0.5 * (1 + math.cos(math.pi / 4))  # a quarter of the way down
 
