@@ -124,7 +124,8 @@ def test_told_to_stop_it_saves_and_goes_on(
     run = tmp_path / "run"
     with started(run, "--family", family, SLEEP="0.6") as process:  # some 0.3 s an update
         until(lambda: len(list(read_log(run / "metrics.jsonl"))) >= 2 if (run / "metrics.jsonl").exists() else False)
-        time.sleep(0.5)  # that line came with the save of step 20: away from it
+        until(lambda: newest(run) >= 20)  # that line came with the save of step 20: away from it
+        time.sleep(0.5)
         process.send_signal(number)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
