@@ -36,9 +36,9 @@ class Config(RunConfig):
     features: Annotated[tuple[int, ...], Positive] = (32, 64, 64)  # channels of each convolution
     dense: Annotated[tuple[int, ...], Positive] = (64,)  # units of each dense layer
     dropout: Annotated[float, Fraction] = 0.2  # share dropped before each dense layer
-    batch_norm: bool = False  # after each convolution and dense layer
+    batch_norm: bool = True  # after each convolution and dense layer
     label_smoothing: Annotated[float, Fraction] = 0.05  # share of the target spread over all classes
-    augmentation: cli.Flat[Augmentation] = Augmentation(rotate=15.0, shift=2.0, scale=0.15, shear=0.2, warp=0.2)
+    augmentation: cli.Flat[Augmentation] = Augmentation(rotate=20.0, shift=2.0, scale=0.2, shear=0.3, warp=0.6)
 
 
 def build(c: Config) -> Experiment:
