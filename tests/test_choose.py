@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 from conftest import REPOSITORY
 
+from bigjax.run.workdir import difference
+
 EXPERIMENTS = REPOSITORY / "experiments"
 
 
@@ -45,9 +47,10 @@ def test_defaults_are_what_was_chosen(script: str) -> None:
     than two standard errors. Comparisons may be shorter than the real run, and hold out more.
     """
     now = choose.settings(EXPERIMENTS / f"{script}.py", "")
-    way, free = lambda record: record["settings"]["validation"], {"validation", "steps"}
-    ours = [r for r in KEPT[script] if all(now[k] == v for k, v in r["settings"].items() if k not in free)]
-    assert ours and all(len(r["numbers"]) >= 2 for r in ours)
+    way = lambda record: record["settings"]["validation"]  # noqa: E731
+    same = lambda a: not difference(a | {k: now[k] for k in ("validation", "steps")}, now, now)  # noqa: E731
+    ours = [record for record in KEPT[script] if same(record["settings"])]
+    assert ours and all(len(record["numbers"]) >= 2 for record in ours)
     for mine in ours:
         for other in (r for r in KEPT[script] if way(r) == way(mine)):
             _, _, more, unsure = choose.compared(mine, other, "accuracy")
