@@ -56,7 +56,9 @@ def place(path: Any, flag: str = "") -> Any:
     if scheme == "file" and (rest.startswith("localhost/") or len(slashes) != 2):
         return epath.Path(unquote("/" + rest.removeprefix("localhost/")))
     if not text.strip() or os.path.expanduser(text).startswith("~") or (scheme and (scheme, slashes) != ("gs", "//")):
-        raise UsageError(f"{flag}{text!r} is no place to read or write: give a local path, or gs://bucket/folder")
+        raise UsageError(
+            f"{flag}{text!r} cannot be read or written here: give a local path (download it first), or gs://bucket/folder"
+        )
     if scheme and not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
         raise UsageError(f'{flag}{text} needs gcsfs: pip install -e ".[gcs]"')
     return epath.Path(path).expanduser()
@@ -76,7 +78,7 @@ def member(package: str, folder: str, kind: str, name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [name for name in sorted({*globals(), *__all__}) if name in __all__ or name.startswith("__")]
 
 
 def __getattr__(name: str) -> Any:  # lazily, so that importing bigjax.models stays as cheap as importing flax

@@ -87,7 +87,7 @@ class RunConfig:
     minutes: Annotated[float | None, Positive] = None  # of training; made a number of steps once the speed is known
     # ---- data
     data: str = "mnist5k"  # a name, or a path to your own data
-    eval_data: str | None = None  # a path; without it a tenth of your own data is held out
+    eval_data: str | None = None  # a path; without it about a tenth of your own data is held out
     validation: Annotated[float, Fraction] = 0.0  # share of the training split held out for choices
     split_seed: Annotated[int, Seed] = 0  # of what is held out of your own data or for validation
     # ---- optimization
@@ -128,8 +128,10 @@ RunConfig.__doc__ = Told()
 
 
 def home_of(config: RunConfig, name: str) -> Any:
-    """The working directory, an epath.Path; `name` is the experiment's."""
-    return place(f"runs/{name}" if config.workdir is None else config.workdir, "--workdir ")
+    """The working directory, an epath.Path; `name` is the experiment's. UsageError: a bucket that can't be reached."""
+    from bigjax.run.places import reached
+
+    return reached(place(f"runs/{name}" if config.workdir is None else config.workdir, "--workdir "))
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequence[Within]]]:

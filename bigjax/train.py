@@ -76,8 +76,8 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
         jax.set_mesh(mesh),
     ):  # fmt: skip
         try:
-            display.phase("compiling")
             finished = folder.open_workdir(home, experiment, config)
+            display.phase("compiling")
             make = partial(Program, experiment, config, train, mesh=mesh)
 
             def seconds_a_step() -> float:
@@ -94,8 +94,8 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
                     records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
             if more:
                 program, finished = make(steps=planned()), None
-                display.line(f"extended from {steps:,} to {program.steps:,} updates")
                 records.append(extend(home, program, before=steps))
+                display.line(f"extended from {steps:,} to {program.steps:,} updates")
             if finished:
                 display.line(f"{home} is finished; this is its result (--no-resume starts over)")
                 display.close()

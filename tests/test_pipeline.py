@@ -346,12 +346,12 @@ def test_shares_tell_the_classes_that_are_off() -> None:
 
     assert shares(split(90, 90), split(10, 10), fraction=0.1) == "20 of 200 examples"
     assert shares(split(89, 91), split(11, 9), fraction=0.1) == "20 of 200 examples"
-    said = "20 of 200 examples, not evenly by class: cat 13 of 100, dog 7 of 100"
+    said = "20 of 200 examples, not evenly by class: 13 of 100 of class cat, 7 of 100 of class dog"
     assert shares(split(87, 93), split(13, 7), fraction=0.1, class_names=("cat", "dog")) == said
     assert shares(split(87, 93), split(13, 7, 0), fraction=0.1) == said.replace("cat", "0").replace("dog", "1")
     assert shares({"x": np.zeros(9)}, {"x": np.zeros(1)}, fraction=0.1) == "1 of 10 examples"
     many = shares(split(*[50] * 30), split(*range(30)), fraction=0.1)
-    assert many.count(" of ") == 11 and "29 29 of 79" in many
+    assert many.count(" of class ") == 10 and "29 of 79 of class 29" in many
 
 
 # ---- splits that are none

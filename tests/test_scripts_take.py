@@ -306,7 +306,7 @@ def test_paths_in_all_spellings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 )
 @pytest.mark.parametrize("read", [sources.load, lambda name: tokens.load(f"tokens:{name}"), tokens.load])
 def test_addresses_that_are_not_read(read: Callable[[str], Any], name: str, tmp_path: Path) -> None:
-    said = f"data {name!r} is no place to read or write: give a local path, or gs://bucket/folder"
+    said = f"data {name!r} cannot be read or written here: give a local path (download it first), or gs://bucket/folder"
     assert said_by(read, name) == said
     own = arrays(tmp_path / "a.npz", x=np.zeros((2, 1)), label=[0, 1])
     assert said_by(sources.load, str(own), eval_data=name) == said

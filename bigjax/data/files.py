@@ -33,15 +33,9 @@ def named_once(path: epath.Path, names: Sequence[str], *, what: str) -> list[str
 
 def located(name: str) -> epath.Path:
     """`bigjax.place` of data. UsageError: also a bucket that can't be reached."""
-    path = place(name, "data ")
-    if "://" in str(path):
-        try:
-            path.exists()
-        except Exception as e:  # whatever the network and the credentials do to gcsfs
-            why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
-            bucket = "/".join(name.split("/")[:3])
-            raise UsageError(f"{name} cannot be reached ({why}): try python -m bigjax doctor --workdir {bucket}") from e
-    return path
+    from bigjax.run.places import reached
+
+    return reached(place(name, "data "))
 
 
 def chosen(where: object, names: Sequence[str], columns: Mapping[str, str | None]) -> list[str]:
@@ -119,8 +113,8 @@ def checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Datas
         inputs = _floats(path, given, inputs)
         if given == "image" and (inputs.min() < 0 or inputs.max() > 1):
             raise UsageError(
-                f"{path}: image has floats from {inputs.min():g} to {inputs.max():g}: they must lie in 0 to 1, or be "
-                "uint8 in 0 to 255"
+                f"{path}: image has floats from {inputs.min():g} to {inputs.max():g}: they must lie in 0 to 1 (divide "
+                "them by 255, or by their largest), or be uint8 in 0 to 255"
             )
     if wanted == "target":
         return Dataset({given: inputs, wanted: _floats(path, wanted, labels)})
@@ -134,7 +128,8 @@ def checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Datas
     if labels[row] < 0 or (names and labels[row] >= len(names)):
         below = f", below the {len(names)} class_names" if names else ""
         raise UsageError(
-            f"{path}: label {labels[row]} of example {row} is out of range: labels count classes from 0{below}"
+            f"{path}: label {labels[row]} of example {row} is out of range: labels count classes from 0{below}; "
+            "number them anew, or leave such examples out"
         )
     wrong = next((name for name in names or () if stray(name)), None)
     if wrong is not None:

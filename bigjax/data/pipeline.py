@@ -278,5 +278,5 @@ def shares(rest: Split, held: Split, *, fraction: float, class_names: Sequence[s
     off_C = np.abs(held_C - fraction * (rest_C + held_C))
     furthest = sorted(c for c in np.argsort(-off_C, kind="stable")[:10] if off_C[c] > 1)
     name = class_names or range(classes)
-    told = ", ".join(f"{name[c]} {held_C[c]} of {rest_C[c] + held_C[c]}" for c in furthest)
-    return f"{said}, not evenly by class: {told}" if told else said
+    told = ", ".join(f"{held_C[c]} of {rest_C[c] + held_C[c]} of class {name[c]}" for c in furthest)
+    return f"{said}, not evenly by class: {told}" if told and np.sum(rest_C + held_C > 0) > 1 else said

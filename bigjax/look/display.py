@@ -163,12 +163,12 @@ class Display:
         self.console.print(Text(text), **plain(text, self.console))
 
     def numbers(self, before: str, values: Mapping[str, float]) -> None:
-        """Prints a line that stays with the numbers, as many of the first as a terminal has room for; norms never."""
+        """Prints a line that stays with the numbers, which goes on indented where a terminal ends; norms never."""
         words = [f"{k} {_number(v)}" for k, v in values.items() if not k.partition("/")[0].endswith("_norm")]
         text = f"{before} {words[0] if words else ''}".rstrip()
         for word in words[1:]:
-            if self._live is None or len(text) + 2 + len(word) <= self.console.width:
-                text += f", {word}"
+            room = self.console.width - len(text.rpartition("\n")[2]) - 3  # a comma and a space, and a comma behind
+            text += f", {word}" if self._live is None or len(word) <= room else f",\n  {word}"
         self.line(text)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -173,7 +174,7 @@ def extend(home: epath.Path, program: Program, *, before: int) -> Callable[[], N
             return
         (home / "result.json").unlink(missing_ok=True)  # first: without it the run of either length goes on
         known = read_config(home)
-        said = {"config": settings(program.config), "steps": steps}
+        said = {"config": settings(program.config), "steps": steps, "command": sys.argv}
         said["extended"] = [*known.get("extended", []), {"from": before, "to": steps}]
         said["identity"] = {**known.get("identity", {"data": {}}), "programs": programs}
         write_json(home / "config.json", known | said)

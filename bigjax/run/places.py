@@ -1,10 +1,24 @@
-"""Places that are one."""
+"""Places that are there, and places that are one."""
 
 import contextlib
+import logging
 import os
 from typing import Any
 
 from bigjax import UsageError, place
+
+
+def reached(path: Any) -> Any:
+    """The same place. UsageError: a bucket that can't be reached."""
+    if "://" in str(path):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it tries again is no news
+        try:
+            path.exists()
+        except Exception as e:  # whatever the network and the credentials do to gcsfs
+            why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+            bucket = "/".join(str(path).split("/")[:3])
+            raise UsageError(f"{path} cannot be reached ({why}): try python -m bigjax doctor --workdir {bucket}") from e
+    return path
 
 
 def one_place(old: Any, new: Any, folder: str = "") -> bool:

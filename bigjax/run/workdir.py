@@ -23,7 +23,7 @@ from bigjax.run import processes, source
 from bigjax.run.atomic import write_whole
 from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
-from bigjax.run.places import one_place
+from bigjax.run.places import one_place, reached
 from bigjax.run.shown import for_report, own_metric
 
 # Settings that may differ between a run and its resumption: they change no number.
@@ -122,7 +122,7 @@ def agree(record: Mapping[str, Any], experiment: Experiment, config: RunConfig) 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """config.json of a working directory; UsageError where there is none."""
-    path = place(workdir) / "config.json"
+    path = reached(place(workdir)) / "config.json"
     if not path.exists():
         raise UsageError(f"{workdir} holds no run (no config.json): train first, or give the --workdir of a run")
     try:
