@@ -16,7 +16,7 @@ from conftest import REPOSITORY, tiny_experiment
 from test_train import fit
 
 from bigjax import Interrupted
-from bigjax.run import guard
+from bigjax.run import guard, machine
 from bigjax.run.checkpoint import Checkpoints
 
 LOST = """
@@ -159,3 +159,10 @@ def test_what_nohup_ignores_is_ignored() -> None:
             assert asked(0) is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_the_peak_of_memory_is_that_of_the_process_itself() -> None:
+    """Not that of a large one which started it."""
+    held = np.ones(2**27)  # 1 GiB
+    done = python("from bigjax.run.machine import peak_bytes\nprint(peak_bytes())", capture_output=True)
+    assert 2**24 < int(done.stdout) < held.nbytes / 2 < machine.peak_bytes()

@@ -3,6 +3,7 @@
 import ctypes
 import io
 import os
+import resource
 import sys
 
 import jax
@@ -31,6 +32,15 @@ def cache_compilations(on: bool) -> None:
         usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bigjax", "compiled")
         folder = place(jax.config.jax_compilation_cache_dir or usual, "JAX_COMPILATION_CACHE_DIR ")
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far. `getrusage` also counts the one that it was started by."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Terminal(io.FileIO):

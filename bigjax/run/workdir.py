@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import re
-import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from bigjax import UsageError, place
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics
 from bigjax.program import Program
-from bigjax.run import processes, source
+from bigjax.run import machine, processes, source
 from bigjax.run.atomic import write_whole
 from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
@@ -274,7 +273,7 @@ def make_result(
         "published": [p.compare(numbers) for p in experiment.published],
         "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "examples_per_second": round(examples / seconds["train"], 1) if seconds["train"] else None,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_host_bytes": machine.peak_bytes(),
         "devices": devices(),
         "git_commit": source.commit(),
         "versions": source.versions(),
