@@ -462,7 +462,7 @@ def test_the_split_seed_alone_decides_what_is_held_out(tmp_path: Path, capsys: p
     [note] = one.notes
     assert note.startswith(told)
     off = [c for c in range(10) if abs((one.test["label"] == c).sum() - 2) > 1]
-    assert off and all(f" {c} {(one.test['label'] == c).sum()} of 20" in note for c in off)
+    assert off and all(f" {(one.test['label'] == c).sum()} of 20 of class {c}" in note for c in off)
 
 
 def test_evaluation_data_take_the_training_classes(tmp_path: Path) -> None:

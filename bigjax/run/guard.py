@@ -78,14 +78,15 @@ def signals() -> Iterator[Signals]:
     """While it is entered signals do nothing but to be told by what it gives, and to be answered at once on stderr.
 
     Among several processes one that ends any of them is told to all, at the same step; one that saves is heard by
-    process 0. Outside the main thread, where Python allows no handlers, signals do what they did; and one that was
-    ignored, as `nohup` does with SIGHUP, is ignored.
+    process 0. Outside the main thread, where Python allows no handlers, signals do what they did; and a SIGHUP that was
+    ignored, as under `nohup`, is ignored.
     """
     asked = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    heard = [n for n in (*ENDING, SAVING) if n and signal.getsignal(n) != signal.SIG_IGN]
+    nohup = getattr(signal, "SIGHUP", None)
+    heard = [n for n in (*ENDING, SAVING) if n and (n != nohup or signal.getsignal(n) != signal.SIG_IGN)]
     if processes.several():
         heard.remove(signal.SIGTERM)
     before = {n: signal.signal(n, asked.note) for n in heard}
