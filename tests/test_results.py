@@ -68,7 +68,7 @@ def test_a_record_says_its_circumstances(name: str) -> None:
     record, row = RECORDED[name], results.rows(FOLDER)[name]
     assert record["row"] == name and record["script"] == row["script"] and record["metric"] == row["metric"]
     assert record["arguments"] == row["arguments"] and record["data"] == row["data"]
-    assert record["seeds"] == list(range(row["seeds"])) and len(record["values"]) == row["seeds"]
+    assert record["seeds"] == results.recording_seeds(row["seeds"]) and len(record["values"]) == row["seeds"]
     assert re.fullmatch(r"[0-9a-f]{7}", record["commit"]) and record["device"] and record["versions"]["jax"]
 
 
@@ -109,7 +109,8 @@ def test_the_verdict(old, new, said) -> None:
 
 
 def test_which_seeds() -> None:
-    assert results.seeds_of(None, 3) == [0, 1, 2] and results.seeds_of("2", 3) == [0, 1]
+    assert results.seeds_of(None, 3) == [110, 111, 112] and results.seeds_of(None, 1) == [0]
+    assert results.seeds_of("2", 3) == [0, 1]
     assert results.seeds_of("5..7", 1) == [5, 6, 7] and results.seeds_of("7", 1) == list(range(7))
     assert results.seeds_of("0,3,7..8", 1) == [0, 3, 7, 8]
     for wrong in ("", "0", "x", "5..", "7..5", "-1", "1..2..3", "1,1", "1.5", "3,"):
@@ -134,15 +135,15 @@ def test_reproduce_says_what_came_of_it(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "mine/script.py").write_text(SCRIPT)
     monkeypatch.setattr(results, "experiments", lambda: tmp_path)
     results.reproduce(["row"], record=True)
-    assert json.loads((tmp_path / "results/row.json").read_text())["seeds"] == [0, 1]
+    assert json.loads((tmp_path / "results/row.json").read_text())["seeds"] == [110, 111]
     capsys.readouterr()
     results.reproduce(["row"], seeds="1..3")
     assert capsys.readouterr().out.splitlines() == [
         "row seed 1: eval/loss 1.1 in 2 s",
         "row seed 2: eval/loss 1.2 in 2 s",
         "row seed 3: eval/loss 1.3 in 2 s",
-        "row eval/loss: published none, recorded 1.05 ± 0.0707 (2 seeds), now 1.2 ± 0.1 (3 seeds)",
-        "row: differs by +0.15 (2.0 standard errors); 2 s a run on A, 2 s recorded on A",
+        "row eval/loss: published none, recorded 12.05 ± 0.0707 (2 seeds), now 1.2 ± 0.1 (3 seeds)",
+        "row: differs by -10.85 (142.1 standard errors); 2 s a run on A, 2 s recorded on A",
     ]
     with pytest.raises(UsageError, match="--record keeps what a row's own seeds give: leave --seeds out"):
         results.reproduce(["row"], seeds="1..3", record=True)

@@ -22,6 +22,7 @@ from bigjax import UsageError
 from bigjax.data.takes import declared, scripts
 
 PERCENT = ("accuracy", "f1", "share")
+FRESH = 110  # the first of the seeds that rows are recorded over: no recipe was chosen by what these gave
 Row = Mapping[str, Any]
 
 
@@ -96,7 +97,10 @@ def table(folder: Path) -> str:
         "",
         "Made by `python -m bigjax reproduce --record` from `results/*.json`; run a row again with "
         "`python -m bigjax reproduce ROW`. Values are of the test split at the last step, mean ± standard deviation "
-        "over seeds 0, 1, …; seconds are the whole run's, compilation included.",
+        f"over seeds {FRESH}, {FRESH + 1}, … (of seed 0 where there is one); seconds are the whole run's, compilation "
+        "included, the median of the seeds. Recipes are chosen on parts of the training split that are held out in "
+        "turn, by `bench/choose.py`: neither the test split nor these seeds have a say in them. `results/choices.json` "
+        "holds what was compared.",
         "",
         "| row | script | data | device | seconds | metric | measured | published | commit |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -144,11 +148,18 @@ def difference(metric: str, value: float) -> str:
     return ("+" if value > 0 else "") + number(metric, value)
 
 
+def recording_seeds(count: int) -> list[int]:
+    """Those that a row is recorded over: fresh ones, or 0 where one is all."""
+    return list(range(FRESH, FRESH + count)) if count > 1 else [0]
+
+
 def seeds_of(said: str | None, count: int) -> list[int]:
-    """0 … N-1 of "N", or those of "5..14" and "0,3,7"; `count` where nothing is said."""
+    """0 … N-1 of "N", or those of "5..14" and "0,3,7"; the `recording_seeds` of `count` where nothing is said."""
     try:
-        if said is None or said.isdecimal():
-            seeds = list(range(count if said is None else int(said)))
+        if said is None:
+            seeds = recording_seeds(count)
+        elif said.isdecimal():
+            seeds = list(range(int(said)))
         else:
             ends = [part.split("..") for part in said.split(",")]
             seeds = [s for end in ends for s in range(int(end[0]), int(end[-1]) + 1)]
@@ -188,9 +199,9 @@ def run(folder: Path, name: str, row: Row, seeds: Sequence[int]) -> dict[str, An
         "seeds": [r["seed"] for r in results],
         "step": first["step"],
         "parameters": first["parameters"],
-        "seconds": statistics.mean(r["seconds"]["total"] for r in results),
-        "train_seconds": statistics.mean(r["seconds"]["train"] for r in results),
-        "data_wait_seconds": statistics.mean(r["seconds"]["data_wait"] for r in results),
+        "seconds": statistics.median(r["seconds"]["total"] for r in results),
+        "train_seconds": statistics.median(r["seconds"]["train"] for r in results),
+        "data_wait_seconds": statistics.median(r["seconds"]["data_wait"] for r in results),
         "peak_host_bytes": max(r["peak_host_bytes"] for r in results),
         "device": device_name(first),
         "published": first["published"],
