@@ -1,11 +1,16 @@
 """Settings are compared on validation splits."""
 
 import importlib.util
+import itertools
+import json
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+
+from bigjax.tools import results
 
 EXPERIMENTS = REPOSITORY / "experiments"
 
@@ -35,3 +40,26 @@ def test_one_candidate_however_it_is_spelt() -> None:
     path = EXPERIMENTS / "vision" / "mnist_mlp.py"
     spelt = choose.settings(path, "--batch-size 128 --features 128 64 --seed 3 --log-every 7")
     assert spelt == choose.settings(path, "") != choose.settings(path, "--ema 0.9")
+
+
+def test_no_default_is_beaten() -> None:
+    """By more than two standard errors of the difference, in the metric of the script's first row, where the data held
+    out and the number of updates are the same. Scripts whose recipe is a paper's compare nothing.
+    """
+    rows = {row["script"]: row for row in reversed(results.rows(EXPERIMENTS).values())}
+    kept = json.loads(choose.KEPT.read_text())
+    assert "vision/mnist_cnn" in kept
+
+    def recipe(settings: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in settings.items() if k not in ("steps", "validation")}
+
+    for script, records in kept.items():
+        metric = rows[f"{script}.py"]["metric"].removeprefix("eval/")
+        sign = 1 if metric.endswith(results.PERCENT) else -1
+        usual = recipe(choose.settings(EXPERIMENTS / f"{script}.py", ""))
+        ours = [r for r in records if recipe(r["settings"]) == usual]
+        assert ours, f"{script}: its defaults were not compared with anything"
+        for mine, other in itertools.product(ours, records):
+            if all(mine["settings"][k] == other["settings"][k] for k in ("steps", "validation")) and mine != other:
+                *_, better, unsure = choose.compared(mine, other, metric)
+                assert not sign * better > 2 * unsure, f"{script}: {other['flags']} is better by {better:.4f}"
