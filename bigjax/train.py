@@ -114,7 +114,10 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
                 with watchdog.watching(lambda: "reading the data's first examples"), display.phase("checking data"):
                     accept = config.accept_changes and not finished
-                    records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
+                    identified = partial(identify, accept=accept, tell=display.line)
+                    records = [signalled.attempt(identified, home, program, {"train": train, **splits})]
+            if records == [None]:
+                raise Interrupted(signalled(0), "while it read the data's first examples")
             if more:
                 program, finished = make(steps=planned()), None
                 records.append(extend(home, program, before=steps))

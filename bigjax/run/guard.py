@@ -97,12 +97,14 @@ def signals() -> Iterator[Signals]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     waked = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=answer, args=(read, asked), name="bigjax-signals", daemon=True).start()
+    answering = threading.Thread(target=answer, args=(read, asked), name="bigjax-signals", daemon=True)
+    answering.start()
     try:
         yield asked
     finally:
         signal.set_wakeup_fd(waked)
         os.close(write)
+        answering.join(timeout=1)  # what it says comes before what follows
         for number, handler in before.items():
             signal.signal(number, handler)
 
