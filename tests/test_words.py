@@ -40,8 +40,8 @@ def python(monkeypatch: pytest.MonkeyPatch) -> None:
     ("(it has --steps 6, not --minutes 5.0): add --extend to go on",
      "(it has RunConfig(steps=6), not RunConfig(minutes=5.0)): add RunConfig(extend=True) to go on"),
     ("use --mesh.data 8", "use RunConfig(mesh=MeshConfig(data=8))"),
-    ("--mesh.fsdp 1 and --mesh.tensor 1, and --mesh.data -1",
-     "RunConfig(mesh=MeshConfig(fsdp=1)) and RunConfig(mesh=MeshConfig(tensor=1)), and RunConfig(mesh=MeshConfig(data=-1))"),
+    ("--mesh.fsdp 1, and --mesh.data -1",
+     "RunConfig(mesh=MeshConfig(fsdp=1)), and RunConfig(mesh=MeshConfig(data=-1))"),
     ("--distributed.index 3: there are", "RunConfig(distributed=DistributedConfig(index=3)): there are"),
     ("pictures of one size (--resize N), or --no-augment", "pictures of one size (resize=N), or augment=False"),
     ("try python -m bigjax doctor --workdir gs://x, then --data tokens:DIR",
@@ -105,9 +105,13 @@ def test_what_nobody_catches_ends_a_script_as_its_flags_would(capsys: pytest.Cap
     assert "KeyError: 'x'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("before, shown", [("", "error: give RunConfig(steps=...)\n"), ("sys.excepthook = mine", "mine")])
+@pytest.mark.parametrize(
+    "before, shown", [("", "error: give RunConfig(steps=...)\n"), ("sys.excepthook = mine", "mine")]
+)
 def test_a_script_of_its_own(before: str, shown: str) -> None:
-    code = f"import sys, bigjax\ndef mine(*_): sys.stderr.write('mine')\n{before}\nraise bigjax.UsageError('give --steps')"
+    code = (
+        f"import sys, bigjax\ndef mine(*_): sys.stderr.write('mine')\n{before}\nraise bigjax.UsageError('give --steps')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1 if before else 2, shown)
 

@@ -66,7 +66,9 @@ class Display:
         self._start: tuple[float, int] | None = None  # time and step of the first update: the rate behind ETA
         self._live: Live | Cell | None = None
         if enabled and self.console.is_jupyter:
-            self.console = Console(force_jupyter=False)  # whose prints would each be an output of its own
+            self.console = Console(
+                force_jupyter=False, force_terminal=False
+            )  # whose prints would each be an output of its own
             self._live = Cell(self._render)
             self._live.start()
         elif enabled and self.console.is_terminal and not self.console.is_dumb_terminal:

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from bigjax.run import processes
+from bigjax.run import processes, words
 from bigjax.run.atomic import unwritten
 from bigjax.run.attempt import Attempts
 
@@ -115,9 +115,7 @@ def answer(read: int, asked: Signals) -> None:
         while number := numbers.read(1):
             if number[0] in (*ENDING, SAVING):
                 what = "saving after this update" if number[0] == SAVING else f"stopping {asked.when()}"
-                with contextlib.suppress(OSError):  # a terminal that is gone
-                    name = signal.Signals(number[0]).name
-                    os.write(2, f"\n{name}: {what}\n".encode())
+                words.at_once(f"\n{signal.Signals(number[0]).name}: {what}\n")
 
 
 REFUSED = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG ESTALE".split()}

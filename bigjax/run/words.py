@@ -5,6 +5,7 @@ they name what the flags are in Python: `--no-resume` is `RunConfig(resume=False
 """
 
 import contextlib
+import os
 import re
 import sys
 import typing
@@ -126,6 +127,15 @@ def at_the_top(kind: type[BaseException], e: BaseException, trace: Any) -> None:
         print(line(e), file=sys.stderr, flush=True)
     else:
         leave(e)
+
+
+def at_once(text: str) -> None:
+    """Writes on stderr from another thread than the main one, which may be anywhere: in the middle of a line, too."""
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        if typed():  # a notebook's is no file
+            print(text, end="", file=sys.stderr, flush=True)
+        else:
+            os.write(2, text.encode())
 
 
 def typed() -> bool:
