@@ -225,4 +225,6 @@ cli.main(Config, build)
         cell("cli.main(Config, build, ['evalute'])").error
         == "UsageError: notebook.py has no verb 'evalute': did you mean evaluate?"
     )
+    said = cell("cli.main(Config, build, ['--stpes', '3'])")
+    assert "--steps INT" in said.text and said.error.startswith("UsageError: these flags are not understood")
     assert json.loads(cell("cli.main(Config, build, ['evaluate'])").text)["step"] == 4

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 flags = False  # whether they were parsed: by a script's `cli.main`, or python -m bigjax
-ASIDE = {"MeshConfig": "mesh", "DistributedConfig": "distributed"}
 COMMAND = re.compile(r"(python -m bigjax [^,;)]*)")  # stays as it is
 FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*(?:\.[a-z]+)?)(?:[ =]('[^']*'|\"[^\"]*\"|[^\s,;)]*[^\s,;:.)]))?")
 # what follows a flag in a sentence, and is no value of it
@@ -100,6 +99,11 @@ def leaving() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, UsageError) as e:
         leave(e)
+    except SystemExit as e:
+        if not typed():
+            raise
+        if e.code:  # of the parser of flags
+            raise UsageError("these flags are not understood, as said above: correct them") from None
 
 
 def leave(e: BaseException) -> NoReturn:
