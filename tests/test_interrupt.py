@@ -17,6 +17,7 @@ from test_train import fit, log, numbers
 
 from bigjax import Interrupted, train
 from bigjax.experiment import Experiment
+from bigjax.run import processes, words
 from bigjax.run.attempt import Attempts, Broken
 
 FLAGS = {"log_every": 2, "eval_every": 2, "save_every": 4}
@@ -117,15 +118,21 @@ class Slow:
     (math.inf, 0, "at step [0-9]+, which is saved"),  # by a hook, while it trains
     (20, None, "while it read the data's first examples"),
 ])  # fmt: skip
-def test_data_that_are_slow_are_not_waited_for(left: float, armed: Any, said: str, tmp_path: Path) -> None:
-    reader = Slow(left)
+def test_data_that_are_slow_are_not_waited_for(
+    left: float, armed: Any, said: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    reader, ended = Slow(left), []
     flags = {"steps": 40, "eval_every": 40, "save_every": 40}  # more than Grain reads ahead
 
     def arm(step: int, split: str, values: Any) -> None:
         reader.left = armed
 
-    with pytest.raises(Interrupted, match=said):
+    with pytest.raises(Interrupted, match=said) as e:
         fit(tmp_path / "run", tiny_experiment(train=reader, on_log=arm), **flags)
+    with pytest.raises(SystemExit) as left, monkeypatch.context() as patch:
+        patch.setattr(processes, "end", lambda status: ended.append(status))
+        words.leave(e.value)
+    assert ended == [130] == [left.value.code]  # and so does the program, which Python would let wait for the reader
     reader.end.set()
     fit(tmp_path / "run", tiny_experiment(train=reader), **flags)
     fit(tmp_path / "peace", tiny_experiment(train=reader), **flags)

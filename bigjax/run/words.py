@@ -8,8 +8,11 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Iterator
+from concurrent.futures import thread as pool
+from pathlib import Path
 from typing import Any, NoReturn
 
 flags = False  # whether they were parsed: by a script's `cli.main`, or python -m bigjax
@@ -116,9 +119,21 @@ def leave(e: BaseException) -> NoReturn:
     if typed():
         raise e.with_traceback(None) from None
     print(line(e), file=sys.stderr, flush=True)
-    if isinstance(e, SaveError) or (isinstance(e, UsageError) and processes.several()):
-        processes.end(2)  # Python would wait for the thread that is left behind, JAX for the other processes
-    raise SystemExit(2 if isinstance(e, UsageError) else 128 + getattr(e, "number", 2)) from None
+    wrong = isinstance(e, UsageError)
+    status = 2 if wrong else 128 + getattr(e, "number", 2)
+    if isinstance(e, SaveError) or (wrong and processes.several()) or reading():
+        processes.end(status)  # Python would wait for the thread that is left behind, JAX for the other processes
+    raise SystemExit(status) from None
+
+
+def reading() -> bool:
+    """Whether a thread of a pool, for which Python waits at its end, is still in a reader that bigjax called."""
+    home = str(Path(__file__).parents[1])
+    for frame in sys._current_frames().values():
+        files = [f.f_code.co_filename for f, _ in traceback.walk_stack(frame)]
+        if pool.__file__ in files and any(file.startswith(home) for file in files):
+            return True
+    return False
 
 
 def at_the_top(kind: type[BaseException], e: BaseException, trace: Any) -> None:
