@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -105,6 +106,26 @@ def test_load_imports_no_module_that_would_train(guard, tmp_path, monkeypatch):
 
 
 # ---- which checkpoint
+
+
+def test_what_only_its_maker_can_bring_back_is_told_in_training_and_by_load(tmp_path, capsys):
+    class Local(MLP):
+        pass
+
+    model = Local(features=(8,), outputs=3)
+    experiment = tiny_experiment(task=classify(model, classes=3))
+    run = train.fit(experiment, RunConfig(workdir=str(tmp_path / "run"), **FLAGS))
+    line = "Local is defined inside a function: only bigjax.load(..., model=...) can bring the model back\n"
+    assert capsys.readouterr().out.count(line) == 1
+    with pytest.raises(UsageError, match=r"Local was defined inside a function: make it, and give it: .*model=Local\(.*"
+                                         r"features=\(8,\), outputs=3"):  # fmt: skip
+        restore.load(run.workdir)
+    inner = nn.Sequential([nn.Dense(2), nn.tanh])
+    missing = "Sequential has fields that a run cannot record (layers (list))"
+    assert modules.only_here({"a": inner, "b": model, "c": MLP(features=(8,), outputs=3)}) == [
+        line.strip().replace("Local is defined inside a function", missing),
+        line.strip(),
+    ]
 
 
 def test_load_another_step(run):
