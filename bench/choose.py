@@ -27,6 +27,7 @@ from typing import Any
 
 from bigjax import cli
 from bigjax.experiment import RunConfig
+from bigjax.look.flags import settle
 from bigjax.run import workdir
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ def settings(path: Path, flags: str) -> dict[str, Any]:
     spec.loader.exec_module(module)
     Config = module.Config
     config, _ = cli.parse(Config, "train", prog=path.name, description="", args=shlex.split(flags))
-    return {k: v for k, v in workdir.settings(cli.settle(config, Config())).items() if k not in NOT_CHOSEN}
+    return {k: v for k, v in workdir.settings(settle(config, Config())).items() if k not in NOT_CHOSEN}
 
 
 def train(path: Path, flags: str, split: int, cores: set[int]) -> dict[str, Any]:

@@ -12,36 +12,32 @@ __all__ = ["Interrupted", "SaveError", "UsageError", "load"]
 __version__ = "0.1.0"
 
 
-class UsageError(Exception):
-    """Something the user can put right. The text is one line: the cause, then the next action.
+class Told(BaseException):
+    """What is told in one line, without a traceback: of flags, or of what they are in Python (run/words.py)."""
 
-    It is shown without a traceback.
-    """
+    def __init__(self, text: str):
+        from bigjax.run.words import told
+
+        super().__init__(told(text))
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows
+        return [f"{type(self).__name__}: {self}"]
 
 
-FULL = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
+class UsageError(Told, Exception):
+    """Something the user can put right. The text is one line: the cause, then the next action."""
 
 
 class SaveError(UsageError):
     """What a run must keep could not be written; a failed save of a checkpoint leaves a thread that waits forever."""
 
-    @classmethod
-    def by(cls, e: BaseException, what: str) -> "SaveError":
-        """Of what the file system says."""
-        said = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        for cause in FULL + ("Read-only file system", "Permission denied"):
-            said = cause if cause in said and len(said) > 200 else said  # tensorstore tells much more
-        where = "make room there" if any(cause in said for cause in FULL) else "make it writable"
-        return cls(f"{what} ({said[:200]}): {where}, or choose another --workdir, and run again")
 
+class Interrupted(Told, KeyboardInterrupt):
+    """A run stopped by the signal `number`; `where` says what is saved."""
 
-class Interrupted(KeyboardInterrupt):
-    """A run stopped by a signal, after it was saved; `number` is the signal's."""
-
-    def __init__(self, number: int, step: int):
+    def __init__(self, number: int, where: str):
         self.number = number
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} at step {step}, which is saved: the same command goes on")
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}: the same command goes on")
 
 
 def place(path: Any, flag: str = "") -> Any:

@@ -1,7 +1,6 @@
 """The verbs of an experiment script: train (the default), evaluate, report."""
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import tyro
 
-from bigjax import Interrupted, SaveError, UsageError
 from bigjax.experiment import Experiment, RunConfig, check, home_of
 
 Flat = tyro.conf.OmitArgPrefixes  # `adamw: Flat[AdamW]`: a group of flags without the group's name before each
@@ -25,25 +23,22 @@ VERBS = {
 def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments: Sequence[str] | None = None) -> None:
     """Runs a script's verb with its flags. A mistake of the user is one message on stderr and exit status 2."""
     from bigjax.look import flags
-    from bigjax.run import machine, processes
+    from bigjax.run import machine, processes, words
     from bigjax.run.workdir import shared
 
     machine.keep_memory()
     machine.forgive_terminal()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = Path(sys.modules[build.__module__].__file__).stem
-    try:
-        verb = flags.take_verb(arguments, Config, VERBS)
-        if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
-            raise UsageError(f"{name}.py has no verb {verb!r}: {hint}")
+    given = [] if words.typed() else sys.argv[1:]  # a notebook's are those of its kernel
+    arguments = list(given if arguments is None else arguments)
+    name = Path(getattr(sys.modules[build.__module__], "__file__", "notebook")).stem
+    with words.by_flags(), words.leaving():
+        verb = flags.take_verb(arguments, Config, VERBS, script=f"{name}.py")
         prog = f"{name}.py {verb}"
         about = f"{VERBS[verb]}.\n\nVerbs: {' | '.join(VERBS)}"
         config, plans = parse(Config, verb, prog=prog, description=about, args=arguments)
         if verb == "evaluate":
             config = as_trained(Config, config, name=name, arguments=arguments)
-        config = settle(config, Config())
+        config = flags.settle(config, Config())
         if verb == "plan":
             from bigjax.tools.plan import write_plan
 
@@ -51,14 +46,6 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
             return write_plan(build, config, topology=plans.topology, home=home, everywhere=plans.search)
         with processes.joined(config.distributed, shared(name, verb, config)):
             run(verb, config, build, name=name)
-    except Interrupted as e:
-        print(str(e), file=sys.stderr, flush=True)
-        raise SystemExit(128 + e.number) from None
-    except UsageError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        if isinstance(e, SaveError) or processes.several():
-            processes.end(2)  # Python would wait for the thread that is left behind, JAX for the other processes
-        raise SystemExit(2) from None
 
 
 def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig, Any]:
@@ -76,12 +63,6 @@ def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, argument
     free = {k: getattr(given, k) for k in workdir.FREE}
     trained = dataclasses.replace(workdir.restored(Config(), record), **free)
     return parse(Config, "evaluate", args=arguments, default=trained)[0]
-
-
-def settle(config: RunConfig, default: RunConfig) -> RunConfig:
-    """--epochs or --minutes alone replaces the script's own number of steps."""
-    asked = (config.epochs, config.minutes) != (default.epochs, default.minutes)
-    return dataclasses.replace(config, steps=None) if asked and config.steps == default.steps else config
 
 
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:

@@ -1,11 +1,10 @@
 """What one run is: its configuration and its parts."""
 
-import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, get_type_hints
+from typing import Annotated, Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -134,23 +133,10 @@ def home_of(config: RunConfig, name: str) -> Any:
     return reached(place(f"runs/{name}" if config.workdir is None else config.workdir, "--workdir "))
 
 
-def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequence[Within]]]:
-    """(flag, number, what its annotation allows) of all the numbers in a configuration, groups and tuples among it."""
-    hints = [get_type_hints(kind, include_extras=True) for kind in type(config).__mro__]
-    for f in dataclasses.fields(config):
-        # a script that gives a flag another default need not say again what is allowed
-        notes = next(filter(None, (getattr(hint.get(f.name), "__metadata__", ()) for hint in hints)), ())
-        value, flag = getattr(config, f.name), prefix + f.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            yield from numbers(value, prefix if notes else f"{flag}.")  # cli.Flat: without the group's name
-        allowed = [note for note in notes if isinstance(note, Within)]
-        for v in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(v, int | float) and not isinstance(v, bool):
-                yield flag, v, allowed
-
-
 def check(config: RunConfig) -> None:
     """Raises UsageError for a value that its annotation doesn't allow, naming its flag."""
+    from bigjax.run.limits import numbers
+
     for flag, value, allowed in numbers(config):
         if isinstance(value, float) and not math.isfinite(value):  # a whole number may be too large for a float
             raise UsageError(f"--{flag} {value}: give a finite number")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError, metrics, sharding
-from bigjax.experiment import Experiment, RunConfig, Split, key_of
+from bigjax.experiment import Count, Experiment, RunConfig, Split, key_of
 from bigjax.metrics import Metrics
 from bigjax.step import TrainState, init_state, train_step
 from bigjax.task import Batch, Key
@@ -134,9 +134,11 @@ def planned_steps(config: RunConfig, size: int, seconds_a_step: Callable[[], flo
     """How many updates the run has: by steps, epochs or minutes, whichever ends first."""
     limits = [config.steps] if config.steps else []
     if config.epochs:
-        limits.append(max(round(config.epochs * size / config.batch_size), 1))
+        limits.append(max(round(min(config.epochs * size / config.batch_size, Count.most)), 1))
     if config.minutes:
-        limits.append(max(int(config.minutes * 60 / seconds_a_step()), 1))
+        limits.append(max(int(min(config.minutes * 60 / seconds_a_step(), Count.most)), 1))
     if not limits:
         raise UsageError("how long to train is not said: give --steps, --epochs or --minutes")
+    if min(limits) == Count.most:
+        raise UsageError(f"--epochs or --minutes make {Count.most:,} updates or more: give less, or --steps")
     return min(limits)

@@ -122,13 +122,13 @@ def checked(player: str, given: Any) -> Any:
     return given
 
 
-RESERVED = {"step", "split", "skipped", "grad_norm", "param_norm", "update_norm", "examples_per_second"}
+RESERVED = set("step split skipped grad_norm param_norm update_norm examples_per_second learning_rate".split())
 
 
 def check_metrics(who: str, metrics: Mapping[str, Any]) -> None:
     """Raises UsageError for a metric that is no (sum, count), or has the name of another number of the log."""
     for name, value in metrics.items():
-        if name in RESERVED:
+        if name.partition("/")[0] in RESERVED:
             raise UsageError(f"{who} gives a metric called {name!r}, as the log's own: give it another name")
         if not is_pair(value):
             raise UsageError(f"{who} gives the metric {name!r} as something else than arrays (sum, count): give both")

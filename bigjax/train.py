@@ -3,11 +3,12 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 from etils import epath
 
@@ -17,17 +18,39 @@ from bigjax.experiment import Experiment, OnLog, RunConfig, Split, check, home_o
 from bigjax.metrics import Metrics
 from bigjax.program import AHEAD, Program, planned_steps
 from bigjax.step import TrainState, train_step
+from bigjax.task import variables
 
 __all__ = ["Run", "TrainState", "evaluate", "fit", "train_step"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `fit` gives back; `state` is None if the run was finished before."""
+    """What `fit` gives back. `run.model.apply(run.variables, x)` takes averages where the run keeps them."""
 
-    state: TrainState | None
     result: dict[str, Any]
     workdir: epath.Path
+    models: Mapping[str, nn.Module] = field(repr=False)  # by player
+    read: Callable[[], TrainState] = field(repr=False)
+
+    @cached_property
+    def state(self) -> TrainState:
+        """At the end; of a run that was finished before it is read when first asked for."""
+        return self.read()
+
+    @property
+    def model(self) -> nn.Module:
+        return self.models[self.player]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return variables(*self.state.evaluated(), self.player)
+
+    @property
+    def player(self) -> str:
+        """The only one. UsageError: there are several."""
+        from bigjax.run.restore import player_of
+
+        return player_of(self.models, workdir=self.workdir)
 
     @property
     def history(self) -> dict[str, dict[int, float]]:
@@ -47,7 +70,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     from bigjax.data import pipeline
     from bigjax.look.display import Display, summary
     from bigjax.look.profile import tracing
-    from bigjax.run import guard, machine, processes
+    from bigjax.run import guard, machine, processes, restore
     from bigjax.run import workdir as folder
     from bigjax.run.identity import extend, identify, longer
     from bigjax.run.lines import Clock
@@ -91,7 +114,10 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
                 with watchdog.watching(lambda: "reading the data's first examples"), display.phase("checking data"):
                     accept = config.accept_changes and not finished
-                    records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
+                    identified = partial(identify, accept=accept, tell=display.line)
+                    records = [signalled.attempt(identified, home, program, {"train": train, **splits})]
+            if records == [None]:
+                raise Interrupted(signalled(0), "while it read the data's first examples")
             if more:
                 program, finished = make(steps=planned()), None
                 records.append(extend(home, program, before=steps))
@@ -100,7 +126,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
                 display.line(f"{home} is finished; this is its result (--no-resume starts over)")
                 display.close()
                 summary(finished, report=str(home / "report.html"), console=display.console)
-                return Run(None, finished, home)
+                return Run(finished, home, experiment.task.models, partial(restore.last_state, home, program))
             started = start(program, home, display, clock)
             for record in records:
                 record()
@@ -167,7 +193,7 @@ def loop(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(checkpoints))
         log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first(), tell=display.line)
-        log, batches = (stack.enter_context(contextlib.closing(x)) for x in (log, program.batches(step)))
+        log, batches = stack.enter_context(contextlib.closing(log)), stack.enter_context(program.batches(step))
         watchdog = stack.enter_context(contextlib.closing(Watchdog(config.hang_seconds)))
         forgiven, controls = int(window["skipped"][0]), program.controls(dropped=dropped)
         lines = Lines(log, display, clock, hooks, program, forgiven=forgiven, dropped=dropped)
@@ -175,22 +201,38 @@ def loop(
         under_way: deque[Any] = deque()  # updates that the device has not finished
         measured: tuple[dict[str, dict[str, float]], Metrics] = ({}, {})
 
+        def judge(*, tell: bool = True) -> bool:
+            """Evaluates; whether it came to its end before a signal did."""
+            nonlocal measured
+            display.phase("evaluating")
+            with clock.timing("eval"):
+                if found := signalled.attempt(evaluation, program, measure, state, splits):
+                    measured = found
+                if found and tell:
+                    lines.tell_evaluation(step, measured[0])
+                    signalled.attempt(draw, program, home, state, step, display.line)
+            return found is not None
+
+        # stopped in the evaluation of this step; or between the last save and the result, when the log has its lines
+        if ((owed := lines.owes(step)) or step == program.steps) and not judge(tell=owed):
+            raise Interrupted(signalled(step), f"at step {step}, which is saved")
         while step < program.steps and not lines.ends:
             compiling = step == first  # the first update alone: so the time to compile is known
             display.phase("compiling" if compiling else "training")
             with clock.timing("compile" if compiling else "train"), watchdog.watching(partial(doing, program, step)):
-                batch = next_batch(batches, program, step)
-                state, window, told = program.update(state, window, batch, program.key, controls)
-                under_way.append(told)
-                if compiling or len(under_way) > AHEAD:  # the device never waits, and no batches pile up
+                batch = signalled.attempt(next_batch, batches, program, step)
+                if moved := batch is not None:  # else a signal has come: what there is now is saved
+                    state, window, told = program.update(state, window, batch, program.key, controls)
+                    under_way.append(told)
+                if moved and (compiling or len(under_way) > AHEAD):  # the device never waits, and no batches pile up
                     under_way.popleft().block_until_ready()
-            step += 1
-            if compiling:
+            step += moved
+            if moved and compiling:
                 lines.begin(step, batches.wait_seconds)
 
             number, done = signalled(step), step == program.steps
             at_log, at_eval, at_save = (
-                done or step % n == 0 for n in (config.log_every, config.eval_every, config.save_every)
+                moved and (done or step % n == 0) for n in (config.log_every, config.eval_every, config.save_every)
             )
             if at_log or at_eval or at_save or not processes.several():  # several ask the clock of process 0
                 due = signalled.save() or 0 < config.save_minutes * 60 < time.monotonic() - saved
@@ -205,30 +247,25 @@ def loop(
                 bad |= lines.read() or int(state.skipped) > dropped
             if bad and config.nonfinite == "stop":
                 wrong, kept = blame(program, state, dropped=dropped), wait(checkpoints, watchdog)
-                kept = "no checkpoint was saved before it" if kept is None else f"the checkpoint of step {kept} is kept"
                 remedy = "lower --learning-rate, or pass --nonfinite skip to drop such updates"
                 raise UsageError(f"{wrong}; {kept}; {remedy}")
 
-            values = None
+            values, judged = None, True
             if at_eval or lines.ends:
-                display.phase("evaluating")
-                with clock.timing("eval"):
-                    measured = evaluation(program, measure, state, splits)
-                    lines.tell_evaluation(step, measured[0])
-                    draw(program, home, state, step, display.line)
-                values, number = measured[0].get("validation"), number or signalled(step)
+                judged = judge()
+                values, number = measured[0].get("validation") if judged else None, number or signalled(step)
+            if not judged and (lines.ends or config.best):  # which need its numbers: all of it is done again
+                raise Interrupted(number, f"at step {step}; {wait(checkpoints, watchdog)}")
             if at_save or lines.ends or number is not None:
                 display.phase("saving")
                 with clock.timing("checkpoint"), watchdog.watching(lambda step=step: f"the save of step {step}"):
                     log.flush()
                     checkpoints.save(step, {"state": state, "window": window}, metrics=values)
                 saved, number = time.monotonic(), number or signalled(step)
-            if number is not None and not (done or lines.ends):
+            if number is not None and not (judged and (done or lines.ends)):
                 wait(checkpoints, watchdog)
-                raise Interrupted(number, step)
+                raise Interrupted(number, f"at step {step}, which is saved")
 
-        if step == first:  # killed between the last save and the result: the log has the lines already
-            measured = evaluation(program, measure, state, splits)
         with clock.timing("checkpoint"):
             wait(checkpoints, watchdog)
         result = folder.make_result(
@@ -244,11 +281,12 @@ def loop(
             folder.write_json(home / "result.json", result)
             with only_shown("report.html", display.line), display.phase("writing the report"):
                 write_report(home)
-    return Run(state, result, home)
+    return Run(result, home, experiment.task.models, lambda: state)
 
 
-def wait(checkpoints: Any, watchdog: Any) -> int | None:
-    """Until the last save is there; the newest step that is saved."""
+def wait(checkpoints: Any, watchdog: Any) -> str:
+    """Until the last save is there; says what is saved."""
     with watchdog.watching(lambda: "the last save"):
         checkpoints.wait()
-    return checkpoints.latest()
+    newest = checkpoints.latest()
+    return "no checkpoint was saved before it" if newest is None else f"the checkpoint of step {newest} is kept"

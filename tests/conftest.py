@@ -30,7 +30,7 @@ from bigjax import evaluation, train  # noqa: E402
 from bigjax.experiment import Experiment, RunConfig  # noqa: E402
 from bigjax.models import MLP  # noqa: E402
 from bigjax.program import Program  # noqa: E402
-from bigjax.run import restore  # noqa: E402
+from bigjax.run import restore, words  # noqa: E402
 from bigjax.tasks import classify  # noqa: E402
 from bigjax.use import generate  # noqa: E402
 
@@ -61,6 +61,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+words.flags = True  # messages name flags, as a script's do; test_words.py has those of Python
 train.fit, restore.load, generate.generate = map(guarded, (train.fit, restore.load, generate.generate))
 train.evaluate = evaluation.evaluate = guarded(evaluation.evaluate)
 # scripts of other processes are under it as a whole, those that import this file as the tests of this one

@@ -162,7 +162,7 @@ os._exit(0)  # orbax leaves a thread that waits
 def test_a_failed_save_is_raised(tmp_path):
     done = subprocess.run([sys.executable, "-c", FAILING], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("raised a checkpoint could not be saved in "), done.stderr
-    assert "Not a directory" in done.stdout and "choose another --workdir, and run again\n" in done.stdout
+    assert "Not a directory" in done.stdout and "choose another RunConfig(workdir=...), and run again\n" in done.stdout
 
 
 def test_only_checkpoint_imports_orbax():

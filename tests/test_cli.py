@@ -107,7 +107,7 @@ def test_help(arguments, capsys):
 
 def test_a_limit_of_ones_own_replaces_the_scripts_steps():
     def settled(**given: Any) -> RunConfig:
-        return cli.settle(Config(**given), Config())
+        return flags.settle(Config(**given), Config())
 
     assert settled().steps == 2
     assert settled(epochs=3.0).steps is None and settled(epochs=3.0).epochs == 3.0
@@ -138,6 +138,8 @@ def test_the_verb_may_stand_behind_flags(arguments: str, verb: str, rest: str) -
     "arguments, words",
     [
         ("trian", ["has no verb 'trian'", "did you mean train?"]),
+        ("--steps 3 --no-resume evalute", ["error: test_cli.py has no verb 'evalute': did you mean evaluate?"]),
+        ("--learning-rate 3 --features 8 9 zzz", ["has no verb 'zzz': use one of train, evaluate"]),
         ("zzz", ["has no verb 'zzz'", "use one of train, evaluate, plan, report"]),
         ("--learning-rat 3", ["--learning-rat", "--learning-rate"]),
         ("--batch-size many", ["--batch-size", "many"]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -107,6 +108,26 @@ def test_load_imports_no_module_that_would_train(guard, tmp_path, monkeypatch):
 # ---- which checkpoint
 
 
+def test_what_only_its_maker_can_bring_back_is_told_in_training_and_by_load(tmp_path, capsys):
+    class Local(MLP):
+        pass
+
+    model = Local(features=(8,), outputs=3)
+    experiment = tiny_experiment(task=classify(model, classes=3))
+    run = train.fit(experiment, RunConfig(workdir=str(tmp_path / "run"), **FLAGS))
+    line = "Local is defined inside a function: only bigjax.load(..., model=...) can bring the model back\n"
+    assert capsys.readouterr().out.count(line) == 1
+    with pytest.raises(UsageError, match=r"Local was defined inside a function: make it, and give it: .*model=Local\(.*"
+                                         r"features=\(8,\), outputs=3"):  # fmt: skip
+        restore.load(run.workdir)
+    inner = nn.Sequential([nn.Dense(2), nn.tanh])
+    missing = "Sequential has fields that a run cannot record (layers (list))"
+    assert modules.only_here({"a": inner, "b": model, "c": MLP(features=(8,), outputs=3)}) == [
+        line.strip().replace("Local is defined inside a function", missing),
+        line.strip(),
+    ]
+
+
 def test_load_another_step(run):
     assert sorted(int(p.name) for p in (run.workdir / "checkpoints").iterdir() if p.name.isdigit()) == [1, 2]
     newest, second, first = (bigjax.load(run.workdir, step=step)[1] for step in (None, 2, np.int64(1)))
@@ -141,7 +162,7 @@ def test_a_run_gives_its_history(fit_tiny):
     assert list(run.history["train/loss"]) == [2, 4, 6] and list(run.history["eval/accuracy"]) == [6]
     assert run.history["eval/accuracy"][6] == run.result["metrics"]["eval/accuracy"]
     again = fit_tiny(steps=6)
-    assert again.state is None and again.history == run.history
+    assert again.history == run.history
     assert all(type(value) in (int, float) for values in run.history.values() for value in values.values())
 
 

@@ -46,9 +46,8 @@ def test_a_longer_run_equals_one_of_that_length_from_the_start(own: Path, tmp_pa
     record = json.loads((own / "config.json").read_text())
     assert (record["steps"], record["extended"]) == (12, [{"from": 6, "to": 12}])
     again = fit(own, experiment(), ema=0.9, steps=12, extend=True)  # the same command shows the result
-    assert again.state is None and again.result["step"] == 12
-    again = fit(own, experiment(), ema=0.9, steps=12)
-    assert again.state is None
+    assert again.result == run.result
+    assert fit(own, experiment(), ema=0.9, steps=12).result == run.result
 
 
 def test_the_schedule_is_that_of_the_new_length(own: Path, tmp_path: Path) -> None:
@@ -66,7 +65,10 @@ def test_the_schedule_is_that_of_the_new_length(own: Path, tmp_path: Path) -> No
 def test_another_length_without_extend_is_refused_in_a_line_that_names_it(own: Path) -> None:
     with pytest.raises(UsageError) as e:
         fit(own, experiment(), ema=0.9, steps=12)
-    assert "of another length (steps: 6 -> 12): add --extend to go on" in str(e.value) and "\n" not in str(e.value)
+    assert "of another length (it has --steps 6, not --steps 12): add --extend to go on" in str(e.value)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UsageError, match=r"\(it has --steps 6, not --steps 6 --minutes 5.0\): add"):
+        fit(own, experiment(), ema=0.9, minutes=5.0)
 
 
 @pytest.mark.parametrize("changes, said", [

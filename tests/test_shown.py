@@ -65,6 +65,12 @@ def test_numbers_are_not_only_shown(tmp_path):
         train.fit(tiny_experiment(evaluators={"broken": fails}), config, quiet=True)
 
 
+def test_a_number_of_an_evaluator_with_a_name_of_the_logs_own_is_refused(tmp_path):
+    config = RunConfig(workdir=str(tmp_path / "run"), **FLAGS)
+    with pytest.raises(UsageError, match="^a number of eval is called 'split', as the log's own: give it another"):
+        train.fit(tiny_experiment(evaluators={"mine": lambda *_: {"split": 1.0}}), config, quiet=True)
+
+
 def test_a_hook_that_fails_is_named_and_the_checkpoint_kept(tmp_path):
     def hook(step: int, split: str, values: Any) -> None:
         if step == 6:

@@ -464,7 +464,7 @@ def test_a_loss_of_another_form_is_named(given: Any, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["step", "split", "skipped", "grad_norm", "examples_per_second"])
+@pytest.mark.parametrize("name", ["step", "split", "skipped", "grad_norm", "learning_rate", "learning_rate/a"])
 def test_a_metric_with_a_name_of_the_logs_own_is_refused(name: str) -> None:
     task = task_with(lambda params, s, b, k: ((params["model"]["w"].sum(), ONE), ({}, {name: (ONE, ONE)})))
     with pytest.raises(UsageError, match=f"a metric called {name!r}"):

@@ -368,7 +368,7 @@ def test_a_hook_hears_every_line_and_ends_the_run_cleanly(tmp_path):
     assert saved(tmp_path / "run", step)["state"]["step"] == step
     assert (tmp_path / "run" / "report.html").exists()
     again = train.fit(tiny_experiment(on_log=hook), config, quiet=True)
-    assert again.state is None and again.result == run.result
+    assert again.result == run.result
 
 
 def test_a_hook_may_end_at_an_evaluation(tmp_path):
@@ -432,7 +432,12 @@ def test_finished_run_gives_its_result_and_runs_nothing(straight):
     before = {p: p.read_bytes() for p in straight.folder.iterdir() if p.is_file()}
     told = []
     run = train.fit(rich(), flags(straight.folder, **RICH), quiet=True, on_log=lambda *line: told.append(line))
-    assert run.state is None and run.result == json.loads(before[straight.folder / "result.json"]) and not told
+    assert run.result == json.loads(before[straight.folder / "result.json"]) and not told
+    assert "state" not in vars(run)  # nothing is read before it is asked for
+    chex.assert_trees_all_equal(run.state, straight.run.state)
+    model, variables = restore.load(straight.folder)
+    chex.assert_trees_all_equal(run.variables, variables)
+    assert run.model == model and repr(run) == f"Run(result={run.result!r}, workdir={run.workdir!r})"
     assert {p: p.read_bytes() for p in straight.folder.iterdir() if p.is_file()} == before
 
 
@@ -627,6 +632,10 @@ def test_steps_epochs_minutes_whichever_ends_first():
     assert planned(steps=100, epochs=20, minutes=0.5) == 60
     with pytest.raises(UsageError, match="--steps, --epochs or --minutes"):
         planned()
+    assert planned(steps=3, epochs=1e308) == 3
+    for much in ({"epochs": 1e300}, {"minutes": 1e308}):
+        with pytest.raises(UsageError, match="make 2,147,483,648 updates or more: give less, or --steps"):
+            planned(**much)
 
 
 def test_minutes_become_a_number_of_steps_that_is_kept(tmp_path):

@@ -75,15 +75,19 @@ class Prefetcher(Iterator[Any], contextlib.AbstractContextManager):
             raise UsageError(str(self._end)) from self._end
         raise DataError(f"the data thread failed ({told(self._end)})") from self._end
 
-    def close(self) -> None:
-        """Ends the thread, however many items are ready, and drops these. May be called twice."""
+    def close(self, patience: float = 30) -> None:
+        """Ends the thread, however many items are ready, and drops these. May be called twice.
+
+        patience: seconds. A reader that hangs must not hang its consumer too: the thread is a daemon.
+        """
         self._closed, self._ready = True, queue.SimpleQueue()
         self._room.release()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=30)  # a reader that hangs must not hang its consumer too: the thread is a daemon
+            self._thread.join(timeout=patience)
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """An interrupt waits for no slow reader."""
+        self.close(0.5 if kind and issubclass(kind, KeyboardInterrupt) else 30)
 
 
 def doing(program: Program, step: int) -> str:

@@ -14,6 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bigjax.look.cell import Cell
+from bigjax.run.words import spoken
+
 
 def layer_table(model_name: str, rows: Sequence[tuple[str, str, int]], *, total: int) -> Table:
     """A table of (layer path, output shape, parameters), with the model's name above and its parameters below."""
@@ -48,7 +51,8 @@ def plain(text: str, console: Console) -> dict[str, Any]:
 
 
 class Display:
-    """One live line on a terminal; plain lines, without colours or control characters, where there is none.
+    """One live line on a terminal or in a notebook; where there is neither, plain lines without colours or control
+    characters.
 
     Called at log windows and changes of phase, never a step. The live line is drawn by a thread of rich's, so that its
     seconds are counted while the program waits. Prints nothing where not `enabled`.
@@ -60,8 +64,14 @@ class Display:
         self._words: list[tuple[int, str]] = []  # of the line, each with its rank: what doesn't fit is left out
         self._done: float | None = None
         self._start: tuple[float, int] | None = None  # time and step of the first update: the rate behind ETA
-        self._live: Live | None = None
-        if enabled and self.console.is_terminal and not self.console.is_dumb_terminal:
+        self._live: Live | Cell | None = None
+        if enabled and self.console.is_jupyter:
+            self.console = Console(
+                force_jupyter=False, force_terminal=False
+            )  # whose prints would each be an output of its own
+            self._live = Cell(self._render)
+            self._live.start()
+        elif enabled and self.console.is_terminal and not self.console.is_dumb_terminal:
             options = {"refresh_per_second": 2, "transient": True, "redirect_stderr": sys.stderr.isatty()}
             self._live = Live(console=self.console, get_renderable=self._render, **options)
             self._live.start()
@@ -160,6 +170,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Prints a line that stays, above the live one: results of an evaluation, warnings."""
+        text = spoken(text)
         self.console.print(Text(text), **plain(text, self.console))
 
     def numbers(self, before: str, values: Mapping[str, float]) -> None:
@@ -174,6 +185,7 @@ class Display:
     def close(self) -> None:
         """Takes the live line away; harmless twice."""
         if self._live is not None:
+            self._phase = "training" if self._words else ""  # a notebook keeps the line as it is last
             self._live.stop()
             self._live = None
 

@@ -5,12 +5,16 @@ A flag's text is the comment behind its field, or above it; `# ---- data` among 
 
 import ast
 import dataclasses
+import difflib
 import inspect
+import math
 import textwrap
-from collections.abc import Container
-from typing import Annotated, Any, get_args, get_type_hints
+from collections.abc import Collection
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
+
+from bigjax import UsageError
 
 Flat = tyro.conf.OmitArgPrefixes
 MARK = "# ---- "
@@ -67,16 +71,39 @@ class Plan:
     search: bool = False  # plan every mesh of the slice (minutes each for a large model) and rank those that fit
 
 
-def take_verb(arguments: list[str], Config: type, verbs: Container[str]) -> str:
-    """The first word, or a verb behind flags, where it is no flag's value: taken out of `arguments`. Else train."""
-    switches = {f.name for kind in (Config, Plan) for f in dataclasses.fields(kind) if isinstance(f.default, bool)}
-    for i, (before, word) in enumerate(zip(["", *arguments], arguments, strict=False)):
-        valued = before.startswith("--") and "=" not in before
-        if valued and before[2:].removeprefix("no-").replace("-", "_") in switches:
-            valued = False
-        if (i == 0 and not word.startswith("-")) or (word in verbs and not valued):
+def take_verb(arguments: list[str], Config: type, verbs: Collection[str], *, script: str = "the script") -> str:
+    """The first word, or a verb behind flags, where it is no flag's value: taken out of `arguments`. Else train.
+
+    UsageError for a word that is neither.
+    """
+    kinds = kinds_of(Config) | kinds_of(Plan)
+    room, numbers = 0.0, False  # how many values the flag before may still have, and whether these are numbers
+    for i, word in enumerate(arguments):
+        if word.startswith("--"):
+            kind = kinds.get(word[2:].partition("=")[0].removeprefix("no-").replace("-", "_"), str)
+            several = [k for k in (kind, *get_args(kind)) if get_origin(k) in (tuple, list)]
+            room = 0 if "=" in word or kind is bool else math.inf if several else 1
+            numbers = bool(several) and {*get_args(several[0])} <= {int, float, ...}
+        elif room and not (room > 1 and (word in verbs or (numbers and word.isalpha()))):
+            room -= 1
+        elif word.isalpha() or (i == 0 and word[:1] != "-"):
+            if word not in verbs:
+                near = difflib.get_close_matches(word, verbs, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
+                raise UsageError(f"{script} has no verb {word!r}: {hint}")
             return arguments.pop(i)
     return "train"
+
+
+def kinds_of(Config: type, prefix: str = "") -> dict[str, Any]:
+    """What each flag takes; of a group with its name before, and without."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(hint):
+            found |= kinds_of(hint) | kinds_of(hint, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = hint
+    return found
 
 
 def parse(Config: type, verb: str, *, default: Any = None, **options: Any) -> tuple[Any, Plan]:
@@ -107,6 +134,12 @@ def parse(Config: type, verb: str, *, default: Any = None, **options: Any) -> tu
     values = {k: v for name, value in got.items() if name.startswith("group_") for k, v in vars(value).items()}
     config = Config(**{f.name: (values if f.name in values else got)[f.name] for f in dataclasses.fields(Config)})
     return config, got.get("plan_flags", Plan())
+
+
+def settle(config: Any, default: Any) -> Any:
+    """--epochs or --minutes alone replaces the script's own number of steps."""
+    asked = (config.epochs, config.minutes) != (default.epochs, default.minutes)
+    return dataclasses.replace(config, steps=None) if asked and config.steps == default.steps else config
 
 
 def _part(name: str, hint: Any, value: Any) -> tuple[str, Any, Any]:

@@ -15,9 +15,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bigjax import SaveError, UsageError, place
+from bigjax import UsageError, place
 from bigjax.optim import path_string
 from bigjax.run import manifest, processes
+from bigjax.run.atomic import unwritten
 
 Tree = Any
 
@@ -90,11 +91,13 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: Tree, *, metrics: dict[str, float] | None = None) -> None:
-        """Starts the save of `tree` as `step` and returns; an error of the save before is raised here."""
+        """Starts the save of `tree` as `step`, unless it is there, and returns; raises an error of the save before."""
         if self.best and metrics and self.best not in metrics:
             raise UsageError(f"--best: the validation split has no {self.best!r}: use one of {', '.join(metrics)}")
         with self.failing_clearly():
             self.wait()
+            if step == self.latest():
+                return
             self.saving = step
             args = ocp.args.Composite(state=Save(tree))
             self.manager.save(step, args=args, metrics=metrics, force=True)
@@ -232,7 +235,7 @@ class Checkpoints:
                 kept = f"step {max(whole)} is intact" if whole else "there is none before it"
             except Exception:  # a bucket out of reach
                 kept = "those before it cannot be seen now"
-            raise SaveError.by(e, f"a checkpoint could not be saved in {self.folder}; {kept}") from e
+            raise unwritten(e, f"a checkpoint could not be saved in {self.folder}; {kept}") from e
 
     def close(self) -> None:
         """After the save under way; an error of it is raised here."""

@@ -15,8 +15,9 @@ from typing import Any
 from etils import epath
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from bigjax import SaveError
-from bigjax.run import processes
+from bigjax.run import processes, words
+from bigjax.run.atomic import unwritten
+from bigjax.run.attempt import Attempts
 
 HUNG = 4  # exit status
 
@@ -47,10 +48,11 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
 SAVING = getattr(signal, "SIGUSR1", None)
 
 
-class Signals:
+class Signals(Attempts):
     """What has been asked of the run from outside since it began: to end (ENDING), or to save and go on (SAVING)."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[int] = []
 
     def __call__(self, step: int) -> int | None:
@@ -71,6 +73,8 @@ class Signals:
         self.seen.append(number)
         if processes.several() and number != SAVING:
             os.kill(os.getpid(), signal.SIGTERM)
+        if number != SAVING:
+            self.end()
 
 
 @contextlib.contextmanager
@@ -93,25 +97,25 @@ def signals() -> Iterator[Signals]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     waked = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=answer, args=(read,), name="bigjax-signals", daemon=True).start()
+    answering = threading.Thread(target=answer, args=(read, asked), name="bigjax-signals", daemon=True)
+    answering.start()
     try:
         yield asked
     finally:
         signal.set_wakeup_fd(waked)
         os.close(write)
+        answering.join(timeout=1)  # what it says comes before what follows
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def answer(read: int) -> None:
+def answer(read: int, asked: Signals) -> None:
     """Says at once that a signal has come: the main thread hears of it only when what it computes is done."""
     with open(read, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if number[0] in (*ENDING, SAVING):
-                what = "saving" if number[0] == SAVING else "stopping"
-                with contextlib.suppress(OSError):  # a terminal that is gone
-                    name = signal.Signals(number[0]).name
-                    os.write(2, f"\n{name}: {what} after this update\n".encode())
+                what = "saving after this update" if number[0] == SAVING else f"stopping {asked.when()}"
+                words.at_once(f"\n{signal.Signals(number[0]).name}: {what}\n")
 
 
 REFUSED = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG ESTALE".split()}
@@ -125,7 +129,7 @@ def storage(workdir: epath.Path) -> Iterator[None]:
     except OSError as e:
         if e.errno not in REFUSED or str(workdir) not in str(e.filename or workdir):
             raise
-        raise SaveError.by(e, f"the run in {workdir} cannot go on: its files cannot be written") from e
+        raise unwritten(e, f"the run in {workdir} cannot go on: its files cannot be written") from e
 
 
 class Watchdog:

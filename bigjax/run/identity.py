@@ -37,8 +37,11 @@ def fingerprint_of(split: Any) -> dict[str, Any]:
         sums, row = {"all": checksum(split)}, {k: v[0] for k, v in split.items()}
     else:
         rows = np.unique(np.linspace(0, size - 1, ROWS).astype(int)).tolist()
-        with ThreadPoolExecutor(THREADS, "bigjax-identity") as pool:
+        pool = ThreadPoolExecutor(THREADS, "bigjax-identity")
+        try:
             read = {str(i): row for i, row in zip(rows, pool.map(partial(row_of, split), rows)) if row is not None}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for no slow reader
         sums, row = {i: checksum(row) for i, row in read.items()}, next(iter(read.values()), {})
     fields = {k: str(np.asarray(v).dtype) + str(list(np.shape(v))) for k, v in sorted(row.items())}
     fields = {k: "text" if v[:2] in ("ob", "<U") else v for k, v in fields.items()}

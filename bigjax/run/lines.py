@@ -13,6 +13,8 @@ from bigjax.experiment import OnLog
 from bigjax.metrics import Metrics
 from bigjax.program import Program
 from bigjax.run import processes
+from bigjax.run.log import read_log
+from bigjax.run.modules import only_here
 from bigjax.run.rates import learning_rates
 from bigjax.run.shown import only_shown, own_metric
 
@@ -63,8 +65,13 @@ class Lines:
         """What is done counts neither for the speed nor for the wait for data: it compiled."""
         self.mark, self.waited = (self.clock.seconds["train"], step), waited
         self.display.begin(step, self.program.steps)
+        if step == 1:  # once a run
+            for line in only_here(self.program.experiment.task.models):
+                self.display.line(line)
 
     def tell(self, step: int, split: str, values: dict[str, float]) -> None:
+        if taken := {"step", "split"} & values.keys():
+            raise UsageError(f"a number of {split} is called {min(taken)!r}, as the log's own: give it another name")
         self.log.write(step, split, values)
         if self.hooks:
             self.ends |= processes.from_first(lambda: any([ask(hook, step, split, values) for hook in self.hooks]))
@@ -109,6 +116,12 @@ class Lines:
         for split, numbers in values.items():
             self.tell(step, split, numbers)
             self.display.numbers(f"step {step:,} {split}:", self.in_order(numbers))
+
+    def owes(self, step: int) -> bool:
+        """Whether the evaluation of a step that is resumed is not in the log: it was interrupted."""
+        due = step and (step == self.program.steps or step % self.program.config.eval_every == 0)
+        there = lambda: any(r["step"] == step and r["split"] != "train" for r in read_log(self.log.path))  # noqa: E731
+        return bool(due) and not processes.from_first(there)
 
     def in_order(self, values: Mapping[str, float]) -> dict[str, float]:
         """The experiment's own metric, losses, and the others as they came."""

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from bigjax import SaveError, UsageError, place
+from bigjax.run.atomic import unwritten
 from bigjax.run.shown import only_shown
 
 BUCKET_SECONDS = 1.0  # Google's limit for writing the same object again
@@ -116,7 +117,7 @@ class Log:
         try:
             self.path.write_text(self.text)
         except Exception as e:  # whatever the network does to gcsfs
-            raise SaveError.by(e, f"{self.path} could not be written") from e
+            raise unwritten(e, f"{self.path} could not be written") from e
         self.behind, self.written = False, time.monotonic()
 
     def close(self) -> None:

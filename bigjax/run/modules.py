@@ -55,6 +55,41 @@ def recorded(value: Any) -> Any:
     raise TypeError
 
 
+def only_here(models: Mapping[str, nn.Module]) -> list[str]:
+    """A line for each class that `load` can't bring back by itself."""
+    found = dict.fromkeys(why for model in models.values() for why in reasons(module_spec(model)))
+    return [f"{why} only bigjax.load(..., model=...) can bring the model back" for why in found]
+
+
+def reasons(spec: Mapping[str, Any]) -> list[str]:
+    """Why only its maker can say what a module, or one in its fields, was."""
+    name, found = spec["class"].rpartition(".")[2], []
+    if missing := spec.get("not_recorded"):
+        found.append(f"{name} has fields that a run cannot record ({', '.join(missing)}):")
+    if "<locals>" in spec["class"]:
+        found.append(f"{name} is defined inside a function:")
+    elif nowhere(spec):
+        found.append(f"{name} is defined in a notebook: elsewhere")
+    inner = [v for part in spec["fields"].values() for v in (part if isinstance(part, list) else [part])]
+    return found + [why for v in inner if isinstance(v, dict) for why in reasons(v)]
+
+
+def nowhere(spec: Mapping[str, Any]) -> bool:
+    """Whether a class was typed in: in a notebook, at a prompt."""
+    return spec["class"].startswith("__main__.") and "file" not in spec
+
+
+def call(spec: Mapping[str, Any]) -> str:
+    """The Python that makes a module, as far as it is recorded."""
+
+    def shown(v: Any) -> str:
+        if isinstance(v, dict) and "class" in v:
+            return call(v)
+        return f"({', '.join(map(shown, v))}{',' * (len(v) == 1)})" if isinstance(v, list) else repr(v)
+
+    return f"{spec['class'].rpartition('.')[2]}({', '.join(f'{k}={shown(v)}' for k, v in spec['fields'].items())})"
+
+
 def module_from(spec: Mapping[str, Any]) -> nn.Module:
     """The module that `module_spec` described. Raises UsageError where only its maker can say what it was."""
     if missing := spec.get("not_recorded"):
@@ -68,6 +103,10 @@ def module_from(spec: Mapping[str, Any]) -> nn.Module:
     return class_of(spec)(**{k: value(v) for k, v in spec["fields"].items()})
 
 
+def given(spec: Mapping[str, Any]) -> str:
+    return REMEDY.replace("model=...", f"model={call(spec)}")
+
+
 def class_of(spec: Mapping[str, Any]) -> type[nn.Module]:
     """The class that config.json names.
 
@@ -77,7 +116,9 @@ def class_of(spec: Mapping[str, Any]) -> type[nn.Module]:
     where, _, name = str(spec["class"]).rpartition(".")
     main = sys.modules["__main__"]
     if "<locals>" in where:
-        raise UsageError(f"{spec['class']} was defined inside a function: {REMEDY}")
+        raise UsageError(f"{spec['class']} was defined inside a function: make it, and {given(spec)}")
+    if nowhere(spec) and not hasattr(main, name):
+        raise UsageError(f"{name} was defined in a notebook: define it here as its cell does, and {given(spec)}")
     if "file" in spec and str(Path(getattr(main, "__file__", None) or "/").resolve()) != spec["file"]:
         found = getattr(definitions(Path(spec["file"]), name), name, None)
     else:  # the script itself asks, which must not run once more; or a module

@@ -1,6 +1,7 @@
 """What other work takes from a run: its model, or the parameters to start from."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -40,12 +41,7 @@ def load(
     """
     record = read_config(workdir)
     models = record["models"]
-    if player is None and len(models) == 1:
-        player = next(iter(models))
-    if player not in models:
-        raise UsageError(
-            f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})"
-        )
+    player = player_of(models, player, workdir=workdir)
     module = module_from(models[player]) if model is None else model
     with contextlib.closing(Checkpoints(place(workdir) / "checkpoints", read_only=True)) as checkpoints:
         step = which(checkpoints, step, best=record["config"].get("best"), workdir=workdir)
@@ -61,6 +57,25 @@ def load(
     if "batch_stats" not in average and set(average) != {"params"}:  # release 0.1 averaged parameters alone
         average = {"params": average}
     return module, {**kept, **average}
+
+
+def player_of(models: Mapping[str, Any], player: str | None = None, *, workdir: epath.PathLike) -> str:
+    """A player of a run: the one that is named, or the only one."""
+    if player is None and len(models) == 1:
+        return next(iter(models))
+    if player not in models:
+        raise UsageError(
+            f"{workdir} has the players {', '.join(models)}: name one, as load(..., player={list(models)[-1]!r})"
+        )
+    return player
+
+
+def last_state(workdir: epath.Path, program: Program) -> TrainState:
+    """That of a finished run."""
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
+        if (step := checkpoints.newest(tell=to_stderr)) is None:
+            raise UsageError(f"the checkpoints of {workdir} are gone: --no-resume trains the run again")
+        return resume(checkpoints, step, program)[0]
 
 
 def which(checkpoints: Checkpoints, step: int | str | None, *, best: str | None, workdir: epath.PathLike) -> int:

@@ -198,12 +198,15 @@ def _open(
         (workdir / "source.patch").write_text(source.edits())
         write_json(path, description)
         return None
-    changes = agree(read_config(workdir), experiment, config)
+    record = read_config(workdir)
+    changes = agree(record, experiment, config)
     length = [line for line in changes if line.startswith(tuple(f"{k}:" for k in LENGTH))]
     if changes and changes == length and not config.extend:
+        both = [{k: v for k in LENGTH if (v := c.get(k)) is not None} for c in (record["config"], settings(config))]
+        had, asks = (" ".join(f"--{k} {v}" for k, v in given.items()) for given in both)
         raise UsageError(
-            f"--workdir {workdir} belongs to a run of another length ({', '.join(length)}): add --extend to go on to "
-            "the new one, or use another --workdir, or --no-resume to start over there"
+            f"--workdir {workdir} belongs to a run of another length (it has {had}, not {asks}): add --extend to go on "
+            "to the new one, or use another --workdir, or --no-resume to start over there"
         )
     if changes := [line for line in changes if line not in length or not config.extend]:
         shapes = Program(experiment, config, experiment.train, steps=1).state_shapes

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from bigjax import UsageError
-from bigjax.run import processes, source
+from bigjax.run import processes, source, words
 from bigjax.sharding import DistributedConfig
 
 
@@ -63,7 +62,7 @@ def main() -> None:
         | Annotated[None, tyro.conf.subcommand("version")],
         prog="python -m bigjax",
     )
-    try:
+    with words.by_flags(), words.leaving():
         if command is None:
             print(source.version("bigjax"))
         elif isinstance(command, Reproduce):
@@ -89,6 +88,3 @@ def main() -> None:
 
             flags = {"tokenizer": command.tokenizer, "vocabulary": command.vocabulary, "separator": command.separator}
             print(prepare.prepare(command.name, command.to, **flags))
-    except UsageError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
