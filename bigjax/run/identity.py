@@ -116,6 +116,7 @@ def identify(
     where = hashlib.sha256(circumstances.encode()).hexdigest()[:16]
     data = {k: fingerprint_of(v) for k, v in splits.items()}
     here = {"programs": {where: fingerprint_of_program(program)}, "data": data}
+    agree(program, here["programs"][where], data)
 
     def compare() -> dict[str, Any]:
         record = read_config(home)
@@ -146,6 +147,24 @@ def identify(
             write_json(home / "config.json", read_config(home) | found["record"])
 
     return record
+
+
+def agree(program: Program, code: str, data: Mapping[str, Any]) -> None:
+    """Raises UsageError in all processes where one trains another program, or on other data: what `identify` found."""
+    size = sum(x.size for x in jax.tree.leaves(program.state_shapes.params))
+    about: dict[str, Any] = {"parameters": f"{size:,}"}
+    for name, found in data.items():
+        about |= {f"{name} data, {k}": found.get(k) for k in ("rows", "fields")}
+        about[f"{name} data, their checksum"] = zlib.crc32(json.dumps(found.get("checksums")).encode())
+    about["the program (model, loss, optimizer, or a number in them)"] = code[:8]
+    processes.agree(about, advice="give all the same code and data")
+
+
+def trial(program: Program, splits: Mapping[str, Any]) -> Program:
+    """The same, which several processes may run: they agree on it."""
+    if processes.several():
+        agree(program, fingerprint_of_program(program), {k: fingerprint_of(v) for k, v in splits.items()})
+    return program
 
 
 def longer(home: epath.Path, config: RunConfig) -> bool:
