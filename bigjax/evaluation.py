@@ -67,11 +67,11 @@ def evaluation(
     params, model_state = state.evaluated()
     for name, split in splits.items():
         if split is not None:
-            with watching(f"the evaluation of the split {name!r}", kind="evaluation"):
+            with watching(f"the evaluation of the split {name!r}", "evaluation"):
                 counts = measure(params, model_state, split)
             out[name] = experiment.task.summarize(counts)
     for name, ask in experiment.evaluators.items():
-        with watching(f"the evaluator {name!r}", kind=f"evaluator {name}"):
+        with watching(f"the evaluator {name!r}", f"evaluator {name}"):
             out["eval"] = out.get("eval", {}) | ask(params, model_state, program.key)
     return out, counts if splits["eval"] is not None else {}
 

@@ -73,7 +73,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     shown = Display(enabled=not quiet and processes.first())
     traced = tracing(home, shown.line) if config.profile else contextlib.nullcontext()
     with (
-        watch.watched(config.hang_seconds, "what the run does between updates"), folder.locked(home),
+        watch.watched(config.hang_seconds, "what is before an update, or between two"), folder.locked(home),
         guard.storage(home), guard.signals() as signalled, shown as display, traced as trace, jax.set_mesh(mesh),
     ):  # fmt: skip
         try:
@@ -89,8 +89,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             planned = partial(planned_steps, config, size, seconds_a_step)
             steps = folder.once(home, "steps", planned)
             program, more = make(steps=steps), not fresh and longer(home, config)
-            watching = watch.watching("reading the data's first examples")
-            with clock.timing("compile"), watching, display.phase("checking data"):
+            with clock.timing("compile"), display.phase("checking data"):
                 accept = config.accept_changes and not finished
                 records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
             if more:
@@ -102,8 +101,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
                 display.close()
                 summary(finished, report=str(home / "report.html"), console=display.console)
                 return Run(None, finished, home)
-            with watch.watching("the start from what is saved, or from new parameters"):
-                started = start(program, home, display, clock)
+            started = start(program, home, display, clock)
             for record in records:
                 record()
         except Exception:
@@ -158,7 +156,7 @@ def loop(
     from bigjax.run.lines import Lines
     from bigjax.run.log import Log
     from bigjax.run.shown import only_shown
-    from bigjax.run.watch import SAVE, watching
+    from bigjax.run.watch import watching
 
     experiment, config = program.experiment, program.config
     checkpoints, step, state, window = started
@@ -179,8 +177,7 @@ def loop(
         while step < program.steps and not lines.ends:
             compiling = step == first  # the first update alone: so the time to compile is known
             display.phase("compiling" if compiling else "training")
-            what = partial(doing, program, step)
-            with clock.timing("compile" if compiling else "train"), watching(what, kind="update"):
+            with clock.timing("compile" if compiling else "train"), watching(partial(doing, program, step), "update"):
                 batch = next_batch(batches, program, step)
                 state, window, told = program.update(state, window, batch, program.key, controls)
                 under_way.append(told)
@@ -206,7 +203,7 @@ def loop(
             if at_eval or at_save or lines.ends or number is not None:  # nothing is saved before its numbers are known
                 bad |= lines.read() or int(state.skipped) > dropped
             if bad and config.nonfinite == "stop":
-                wrong, kept = blame(program, state, dropped=dropped), wait(checkpoints)
+                wrong, kept = blame(program, state, dropped=dropped), checkpoints.wait()
                 kept = "no checkpoint was saved before it" if kept is None else f"the checkpoint of step {kept} is kept"
                 remedy = "lower --learning-rate, or pass --nonfinite skip to drop such updates"
                 raise UsageError(f"{wrong}; {kept}; {remedy}")
@@ -221,18 +218,18 @@ def loop(
                 values, number = measured[0].get("validation"), number or signalled(step)
             if at_save or lines.ends or number is not None:
                 display.phase("saving")
-                with clock.timing("checkpoint"), watching(f"the save of step {step}", kind=SAVE):
+                with clock.timing("checkpoint"):
                     log.flush()
                     checkpoints.save(step, {"state": state, "window": window}, metrics=values)
                 saved, number = time.monotonic(), number or signalled(step)
             if number is not None and not (done or lines.ends):
-                wait(checkpoints)
+                checkpoints.wait()
                 raise Interrupted(number, step)
 
         if step == first:  # killed between the last save and the result: the log has the lines already
             measured = evaluation(program, measure, state, splits)
         with clock.timing("checkpoint"):
-            wait(checkpoints)
+            checkpoints.wait()
         result = folder.make_result(
             experiment,
             config,
@@ -247,12 +244,3 @@ def loop(
             with only_shown("report.html", display.line), display.phase("writing the report"):
                 write_report(home)
     return Run(state, result, home)
-
-
-def wait(checkpoints: Any) -> int | None:
-    """Until the last save is there; the newest step that is saved."""
-    from bigjax.run.watch import SAVE, watching
-
-    with watching("the last save", kind=SAVE):
-        checkpoints.wait()
-    return checkpoints.latest()

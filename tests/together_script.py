@@ -25,7 +25,7 @@ from bigjax.tasks import classify
 PORT, COUNT, INDEX, FOLDER = *map(int, sys.argv[1:4]), Path(sys.argv[4])
 OTHER = COUNT - 1 == INDEX  # the last process is the one that differs
 
-CONFIG = RunConfig(steps=8, batch_size=8, log_every=2, eval_every=4, save_every=4)
+CONFIG = RunConfig(steps=8, batch_size=12, log_every=2, eval_every=4, save_every=4)
 
 
 def experiment(
@@ -104,7 +104,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "tests": differs(tests=100),
     "minutes": lambda: fit(FOLDER / "refused", experiment(seed=5 * OTHER), steps=None, minutes=1.0),
     "x64": with_x64,
-    "flags": lambda: fit(FOLDER / "refused", batch_size=16 if OTHER else 8),
+    "flags": lambda: fit(FOLDER / "refused", batch_size=24 if OTHER else 12),
     "folders": lambda: fit(FOLDER / f"own_{INDEX}"),
     "spelled": spelled,
     "again": lambda: fit(FOLDER / "run"),

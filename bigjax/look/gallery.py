@@ -181,7 +181,7 @@ def draw(program: Any, home: epath.Path, state: Any, step: int, tell: Tell) -> N
     for name, picture in program.experiment.gallery.items():
         told = functools.partial(only_shown, f"gallery {name!r}", tell)
         with contextlib.nullcontext() if processes.several() else told():
-            with watching(f"the gallery {name!r}", kind=f"gallery {name}"):
+            with watching(f"the gallery {name!r}", f"gallery {name}"):
                 item = picture(*state.evaluated(), program.key)
             if processes.first():
                 with told():

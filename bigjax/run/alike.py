@@ -19,6 +19,7 @@ import bigjax
 from bigjax import UsageError
 from bigjax.experiment import RunConfig
 from bigjax.run import processes, source
+from bigjax.run.meeting import CODE_OF
 
 # Switches of JAX that say where something lies or what is told, and change no number; devices are compared by number.
 OWN = re.compile("cache|dump|_log|logging|traceback|timeout|leaked|pprint|num_cpu_devices|visible_devices|address")
@@ -39,18 +40,17 @@ def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
 
 
 def code() -> dict[str, str]:
-    """A hash of each file of the user's that is loaded: the script and the modules beside it; one of bigjax itself."""
-    file, found, ours = source.script(), {}, hashlib.sha256()
-    for path in sorted(Path(bigjax.__file__).parent.rglob("*.py")):
+    """A hash of each module of the user's that is loaded, the script among them; one of bigjax itself."""
+    library, found, ours = Path(bigjax.__file__).resolve().parent, {}, hashlib.sha256()
+    for path in sorted(library.rglob("*.py")):
         ours.update(path.read_bytes())
-    roots = {file.parent} if file else set()
-    loaded = {f for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None)) and f.endswith(".py")}
-    for path in sorted({Path(f).resolve() for f in loaded} | ({file} if file else set())):
-        near = any(path.is_relative_to(root) for root in roots)
-        if near and not source.installed(path) and Path(bigjax.__file__).parent not in path.parents:
+    for name, module in list(sys.modules.items()):
+        path = Path(getattr(module, "__file__", None) or "").resolve()
+        if path.suffix == ".py" and not source.installed(path) and library not in path.parents:
             with contextlib.suppress(OSError):
-                found[f"the code of {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    return {**found, "the code of bigjax": ours.hexdigest()[:8]}
+                told = path.name if name == "__main__" else name
+                found[f"{CODE_OF} {told}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return {**found, f"{CODE_OF} bigjax": ours.hexdigest()[:8]}
 
 
 def switches() -> dict[str, str]:

@@ -18,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from bigjax import SaveError, UsageError, place
 from bigjax.optim import path_string
 from bigjax.run import manifest, processes
+from bigjax.run.watch import SAVE, watching
 
 Tree = Any
 
@@ -93,7 +94,7 @@ class Checkpoints:
         """Starts the save of `tree` as `step` and returns; an error of the save before is raised here."""
         if self.best and metrics and self.best not in metrics:
             raise UsageError(f"--best: the validation split has no {self.best!r}: use one of {', '.join(metrics)}")
-        with self.failing_clearly():
+        with watching(f"the save of step {step}", SAVE), self.failing_clearly():
             self.wait()
             self.saving = step
             args = ocp.args.Composite(state=Save(tree))
@@ -186,7 +187,8 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        with watching(f"reading the checkpoint of step {step}"):
+            return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
     def changes(self, step: int, abstract: Tree) -> list[str]:
         """What `abstract` has in another shape than `step`, or is not there: `path: (8, 4) -> (8, 6)`, at most 12.
@@ -214,12 +216,13 @@ class Checkpoints:
         with self.failing_clearly():
             self.manager.check_for_errors()
 
-    def wait(self) -> None:
-        """Until the save under way is committed; an error of it is raised here."""
-        with self.failing_clearly():
+    def wait(self) -> int | None:
+        """Until the save under way is committed; an error of it is raised here. The newest step that is saved."""
+        with watching("the last save", SAVE), self.failing_clearly():
             self.manager.wait_until_finished()
             if processes.first() and self.saving is not None:
                 manifest.write(self.folder, self.saving)
+        return self.latest()
 
     @contextlib.contextmanager
     def failing_clearly(self) -> Iterator[None]:
@@ -236,7 +239,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """After the save under way; an error of it is raised here."""
-        with self.failing_clearly():
+        with watching("the last save", SAVE), self.failing_clearly():
             self.manager.close()
 
 

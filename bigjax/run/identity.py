@@ -18,6 +18,7 @@ from bigjax.experiment import RunConfig, size_of
 from bigjax.program import Program
 from bigjax.run import processes
 from bigjax.run.source import versions
+from bigjax.run.watch import watching
 from bigjax.run.workdir import LENGTH, changes_of_state, devices, read_config, settings, write_json
 from bigjax.step import to_float
 from bigjax.task import Fields
@@ -114,7 +115,8 @@ def identify(
     mesh = {k: int(n) for k, n in program.mesh.shape.items()}
     circumstances = json.dumps({**versions(), **devices(), "mesh": mesh}, sort_keys=True)
     where = hashlib.sha256(circumstances.encode()).hexdigest()[:16]
-    data = {k: fingerprint_of(v) for k, v in splits.items()}
+    with watching("reading the data's first examples"):
+        data = {k: fingerprint_of(v) for k, v in splits.items()}
     here = {"programs": {where: fingerprint_of_program(program)}, "data": data}
     agree(program, here["programs"][where], data)
 
@@ -154,8 +156,9 @@ def agree(program: Program, code: str, data: Mapping[str, Any]) -> None:
     size = sum(x.size for x in jax.tree.leaves(program.state_shapes.params))
     about: dict[str, Any] = {"parameters": f"{size:,}"}
     for name, found in data.items():
-        about |= {f"{name} data, {k}": found.get(k) for k in ("rows", "fields")}
-        about[f"{name} data, their checksum"] = zlib.crc32(json.dumps(found.get("checksums")).encode())
+        crc = zlib.crc32(json.dumps(found.get("checksums")).encode())
+        about[f"{name} data"] = f"{found.get('rows', 0):,} rows (checksum {crc})"
+        about[f"{name} fields"] = str(found.get("fields"))
     about["the program (model, loss, optimizer, or a number in them)"] = code[:8]
     processes.agree(about, advice="give all the same code and data")
 

@@ -43,16 +43,18 @@ class Hung:
         """Whether nothing has gone on for GRACE seconds."""
         return watch.dog().beats == self.beats and time.monotonic() - self.since >= GRACE
 
-    def stuck(self) -> bool:
-        """Whether this process hangs, as far as it can know by itself."""
-        if not self.still() or not watch.dogs or watch.dog().saving():
+    def stuck(self) -> bool | None:
+        """Whether this process hangs, as far as it can know by itself; None of a save that stands still."""
+        if not self.still() or not watch.dogs:
             return False
+        if watch.dog().saving():
+            return None
         slow, seconds = watch.dog().slow(), time.monotonic() - self.since
         return time.process_time() - self.used < IDLE * seconds if slow is None else slow
 
     def watch(self) -> None:
         """Until the run is over, one way or the other."""
-        while not self.over.wait(0.5):
+        while not self.over.wait(GRACE / 14):
             if watch.dog().beats != self.beats:
                 self.mark()
             stuck = self.stuck()
@@ -151,8 +153,11 @@ class All:
                 os.write(2, f"error: {failed}: {action}\n".encode())
                 processes.end(3)
 
-    def stuck(self, here: bool) -> bool:
-        """Whether every process hangs, each as far as it knows; one that says nothing for GRACE seconds does."""
+    def stuck(self, here: bool | None) -> bool:
+        """Whether every process hangs, each as far as it knows; one that says nothing for GRACE seconds does.
+
+        In a save they may wait for one that hangs elsewhere.
+        """
         now = time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             processes.put(f"{self.base}/stuck/{self.index}", [now, here])
@@ -161,5 +166,6 @@ class All:
             for i in range(self.count):
                 if i not in self.ticks or self.ticks[i][0] != told.get(i):
                     self.ticks[i] = (told.get(i), now)
-            return here and all((t and t[1]) or now - since >= GRACE for t, since in self.ticks.values())
-        return here
+            said = [True if now - since >= GRACE else bool(t) and t[1] for t, since in self.ticks.values()]
+            return False not in said and True in said
+        return False

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 HUNG = 4  # exit status
 SLOW = 3  # times the longest of its kind that something may take, once it is asked to end
 SAVE = "save"  # the kind of what storage may hold up, however healthy it is
-
 What = str | Callable[[], str]
 
 
@@ -33,7 +32,7 @@ class Watchdog:
             threading.Thread(target=self.watch, name="bigjax-watchdog", daemon=True).start()
 
     @contextlib.contextmanager
-    def watching(self, what: What, *, kind: str | None = None) -> Iterator[None]:
+    def watching(self, what: What, kind: str | None = None) -> Iterator[None]:
         """what: says what is watched while it is entered. kind: of things that take about equally long."""
         self.watched.append((what, kind))
         self.begun, self.beats = time.monotonic(), self.beats + 1
@@ -55,7 +54,7 @@ class Watchdog:
         self.begun, self.beats = now, self.beats + 1
 
     def doing(self) -> str:
-        what, _ = (*self.watched, ("what is not watched", None))[-1]
+        what, _ = (self.watched or [("what is not watched", None)])[-1]
         return what if isinstance(what, str) else what()
 
     def saving(self) -> bool:
@@ -63,7 +62,7 @@ class Watchdog:
 
     def slow(self) -> bool | None:
         """Whether what goes on takes far longer than its kind ever has; None if that isn't known."""
-        _, kind = (*self.watched, ("", None))[-1]
+        _, kind = (self.watched or [("", None)])[-1]
         usual = self.longest.get(kind or "")
         return time.monotonic() - self.begun > SLOW * usual if usual else None
 
@@ -100,6 +99,6 @@ def watched(seconds: float, what: What) -> Iterator[Watchdog]:
             dogs.remove(mine)
 
 
-def watching(what: What, *, kind: str | None = None) -> contextlib.AbstractContextManager[None]:
+def watching(what: What, kind: str | None = None) -> contextlib.AbstractContextManager[None]:
     """A part of the run under way; nothing where none is."""
-    return dog().watching(what, kind=kind)
+    return dog().watching(what, kind)

@@ -1,0 +1,201 @@
+"""Processes that are no one run say so before they can hang; and one that hangs is ended by a signal."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from test_processes import SCRIPT, free_port, place, refused, said, started, wait_for
+
+from bigjax.run import alike, manifest, processes, stopping, watch
+
+HOST = re.escape(socket.gethostname())
+DIFFERS = rf"process 1 \({HOST}, pid \d+\) differs from process 0 \({HOST}, pid \d+\): "
+CODE, DATA = ": give all the same flags, code and versions", ": give all the same code and data"
+REFUSED = {
+    "rows": rf"{DIFFERS}train data 80 rows \(checksum \d+\), not 48 rows \(checksum \d+\){DATA}",
+    "content": rf"{DIFFERS}train data 48 rows \(checksum \d+\), not 48 rows \(checksum \d+\){DATA}",
+    "width": rf"{DIFFERS}parameters 243, not 163; the program \(model, .*\) \w+, not \w+{DATA}",
+    "rate": rf"{DIFFERS}the program \(model, loss, optimizer, or a number in them\) \w+, not \w+{DATA}",
+    "tests": rf"{DIFFERS}eval data 100 rows \(checksum \d+\), not 13 rows \(checksum \d+\){DATA}",
+    "minutes": rf"{DIFFERS}train data 48 rows .*, not 48 rows .*{DATA}",
+    "x64": rf"{DIFFERS}jax_enable_x64 True, not False{CODE}",
+    "flags": rf"{DIFFERS}--batch-size 24, not 12{CODE}",
+    "folders": r"--workdir \S+/own_0 is not one folder that all processes see, where process 0 writes: process 1 "
+    rf"\({HOST}, pid \d+\), to which it is \S+/own_1, sees nothing of it: give one on a shared file system, or gs://.*",
+}
+
+
+def told(folder: Path, *cases: str, count: int = 2) -> list[dict[str, Any]]:
+    """What each of the processes of together_script.py says of each case."""
+    port = str(free_port())
+    commands = [[port, str(count), str(i), str(folder), *cases] for i in range(count)]
+    with started(*commands, devices=12 // count // 2, script="together_script.py") as running:
+        done = [said(p) for p in running]
+    lines = [
+        [line.removeprefix("CASE ") for line in out.splitlines() if line.startswith("CASE ")] for _, out, _ in done
+    ]
+    return [{"status": status, "err": err} | {k: v for line in mine for k, v in json.loads(line).items()}
+            for (status, _, err), mine in zip(done, lines, strict=True)]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_differs_is_refused_in_all_and_they_go_on(tmp_path: Path) -> None:
+    """Joined as in a notebook. Every call is refused in both by the same line; then both train, are judged, stop."""
+    good = ("spelled", "judged", "interrupted")
+    zero, one = told(tmp_path, *REFUSED, *good, "judged_otherwise", "fails_alone")
+    for case, line in REFUSED.items():
+        assert zero[case] == one[case] and re.fullmatch(line, zero[case]["refused"]), zero[case]
+    assert not (tmp_path / "refused" / "config.json").exists()
+    assert [p.name for p in (tmp_path / "own_0").iterdir()] == [".lock"] and not (tmp_path / "own_1").exists()
+    assert all(zero[case] == one[case] and "refused" not in zero[case] for case in good)
+    assert zero["spelled"]["step"] == zero["judged"]["step"] == 8
+    stops = [f"stopped by SIGINT at step {n}, which is saved: the same command goes on" for n in (4, 8)]
+    assert zero["interrupted"] == {"step": 60, "norm": 0.0, "stopped": stops}
+    assert re.fullmatch(REFUSED["tests"], zero["judged_otherwise"]["refused"])
+    assert one["fails_alone"] == {"raised": "no number"} and zero["status"] == 3
+    last = zero["err"].strip().splitlines()[-1]
+    assert re.fullmatch(rf"error: process 1 \({HOST}, pid \d+\) stopped \(no number\): this process ends too; .*", last)
+
+
+@pytest.mark.slow
+def test_three_processes(tmp_path: Path) -> None:
+    zero, one, two = told(tmp_path, "rows", "folders", "spelled", "interrupted", count=3)
+    assert zero["rows"] == one["rows"] == two["rows"] and "process 2 " in zero["rows"]["refused"]
+    assert re.search(r"process 1 .*sees nothing of it; process 2 .*sees nothing of it: ", two["folders"]["refused"])
+    assert zero["spelled"] == one["spelled"] == two["spelled"] and zero["spelled"]["step"] == 8
+    assert zero["interrupted"] == one["interrupted"] == two["interrupted"]
+    assert zero["interrupted"]["step"] == 60 and len(zero["interrupted"]["stopped"]) == 2
+
+
+def pair(folder: Path, *flags: str) -> list[list[str]]:
+    port = free_port()
+    return [["--workdir", str(folder / "run"), *flags, *place(i, port)] for i in (0, 1)]
+
+
+@pytest.mark.slow
+def test_other_code_switches_or_devices_are_refused_at_the_meeting(tmp_path: Path) -> None:
+    copy = tmp_path / SCRIPT.name
+    copy.write_text(SCRIPT.read_text().replace("optax.sgd(0.1)", "optax.sgd(0.01)"))
+    counts = rf"process 0 \({HOST}, pid \d+\) 4, process 1 \({HOST}, pid \d+\) 3"
+    for own, line in (
+        ({"SCRIPT": str(copy)}, rf"{DIFFERS}the code of process_script\.py \w+, not \w+{CODE}"),
+        (
+            {"JAX_ENABLE_X64": "1", "LIBTPU_INIT_ARGS": "--a=1"},
+            rf"{DIFFERS}jax_enable_x64 True, not False; LIBTPU_INIT_ARGS --a=1, not {CODE}",
+        ),
+        (
+            {"JAX_NUM_CPU_DEVICES": "3"},
+            rf"the processes have unequal numbers of devices: {counts}: give each as many .*",
+        ),
+    ):
+        both = refused(*pair(tmp_path), each=[{}, own])
+        assert both[0] == both[1] and re.fullmatch(line, both[0]), both
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_ends_by_sigterm(tmp_path: Path) -> None:
+    """One stands in its evaluator, the other waits for it in a save; the checkpoint of step 2 is whole."""
+    with started(*pair(tmp_path), devices=1, HOLD="1") as running:
+        wait_for((tmp_path / "run" / "held").exists, running)
+        running[0].send_signal(signal.SIGTERM)
+        done = [said(p, timeout=60) for p in running]
+    assert {status for status, _, _ in done} <= {143, 3} and 143 in {status for status, _, _ in done}
+    ended = [line for _, _, err in done for line in err.splitlines() if "hangs, for" in line]
+    assert ended and all(line.endswith("the same command goes on from the last checkpoint") for line in ended)
+    assert not manifest.damage(tmp_path / "run" / "checkpoints", 2)
+    assert not any("Traceback" in err for _, _, err in done)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_no_process_that_hangs_but_says_what_does(tmp_path: Path) -> None:
+    with started(["--workdir", str(tmp_path / "run")], devices=1, HOLD="all") as running:
+        wait_for((tmp_path / "run" / "held").exists, running)
+        running[0].send_signal(signal.SIGINT)
+        lines = [running[0].stderr.readline() for _ in range(3)]
+        assert lines[1:] == [
+            "SIGINT: stopping after this update\n",
+            f"SIGINT: still at the evaluator 'norm'; kill {running[0].pid} ends the process without a save\n",
+        ]
+        running[0].send_signal(signal.SIGTERM)
+        status, _, err = said(running[0], timeout=60)
+    assert status == 143 and "SIGTERM: the evaluator 'norm' hangs, for " in err
+
+
+def test_switches_that_change_no_number_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = alike.switches()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=8")
+    with jax.log_compiles():
+        assert alike.switches() == before
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=2 --xla_dump_to=/tmp/x --xla_a=1")
+    assert alike.switches() == before | {"XLA_FLAGS": "--xla_a=1 --xla_b=2"}
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[int]]]:
+    """ends(signal) gives the exit statuses with which a run that hears it and stands still for a while would end."""
+    monkeypatch.setattr(stopping, "GRACE", 0.1)
+    found, made = [], []
+    monkeypatch.setattr(processes, "end", lambda status: (found.append(status), made[-1].over.set()))
+
+    def end(number: int, *, after: Callable[[stopping.Hung], None] = lambda hung: None) -> list[int]:
+        found.clear()
+        made.append(stopping.Hung(number))
+        after(made[-1])
+        made[-1].over.wait(0.4)
+        made[-1].over.set()
+        return found
+
+    yield end
+    for hung in made:
+        hung.over.set()
+
+
+def test_what_stands_still_is_ended_and_what_works_is_not(
+    ends: Callable[..., list[int]], capfd: pytest.CaptureFixture
+) -> None:
+    """The first of its kind by the processor it uses; others by how long their kind has taken; a save never."""
+
+    def busy(hung: stopping.Hung) -> None:
+        while hung.since + 0.4 > time.monotonic():
+            pass
+
+    def again(hung: stopping.Hung) -> None:
+        hung.over.wait(0.3)
+        hung.again(signal.SIGTERM)
+
+    with watch.watched(0, "the run") as dog:
+        with watch.watching("the first evaluation"):
+            assert ends(signal.SIGTERM) == [143]
+            assert ends(signal.SIGTERM, after=busy) == []
+            assert ends(signal.SIGINT) == []
+        dog.longest |= {"slow": 100.0, "quick": 0.01}
+        with watch.watching("an update", "slow"):
+            assert ends(signal.SIGTERM) == []
+        with watch.watching("an update", "quick"):
+            assert ends(signal.SIGHUP) == [129]
+        with watch.watching("a save", watch.SAVE):
+            assert ends(signal.SIGTERM) == []
+            assert ends(signal.SIGTERM, after=again) == [143]
+    assert ends(signal.SIGTERM) == []  # nothing runs
+    lines = capfd.readouterr().err.splitlines()
+    assert "SIGTERM: still at a save; the same signal again ends the process without a save" in lines
+    assert f"SIGINT: still at the first evaluation; kill {os.getpid()} ends the process without a save" in lines
+
+
+def test_the_longest_of_a_kind_is_known_but_for_the_first_which_compiles() -> None:
+    with watch.watched(0, "the run") as dog:
+        for _ in range(2):
+            assert dog.slow() is None
+            with watch.watching("an update", "update"):
+                assert dog.slow() is None and dog.doing() == "an update"
+        assert 0 < dog.longest["update"] < 1 and dog.doing() == "the run"
+    assert watch.dog() is watch.NOBODY
