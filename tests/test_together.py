@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +65,11 @@ def test_what_differs_is_refused_in_all_and_they_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_three_processes(tmp_path: Path) -> None:
-    zero, one, two = told(tmp_path, "rows", "folders", "spelled", "interrupted", count=3)
+    """A run that two began among what they do."""
+    begun = told(tmp_path, "begun")
+    assert "stopped by SIGINT at step 4, which is saved" in begun[0]["begun"]["stopped"]
+    zero, one, two = told(tmp_path, "rows", "folders", "spelled", "interrupted", "gone_on", count=3)
+    assert zero["gone_on"]["step"] == 8 and zero["gone_on"]["norm"] == pytest.approx(zero["spelled"]["norm"], rel=1e-5)
     assert zero["rows"] == one["rows"] == two["rows"] and "process 2 " in zero["rows"]["refused"]
     assert re.search(r"process 1 .*sees nothing of it; process 2 .*sees nothing of it: ", two["folders"]["refused"])
     assert zero["spelled"] == one["spelled"] == two["spelled"] and zero["spelled"]["step"] == 8
@@ -130,6 +132,37 @@ def test_ctrl_c_ends_no_process_that_hangs_but_says_what_does(tmp_path: Path) ->
     assert status == 143 and "SIGTERM: the evaluator 'norm' hangs, for " in err
 
 
+@pytest.mark.slow
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    """While one stands still another of two processes trains beside it; in the same folder it is refused."""
+    with started(*pair(tmp_path), devices=4, HOLD="all") as running:
+        wait_for((tmp_path / "run" / "held").exists, running)
+        both = refused(*pair(tmp_path))
+        own = re.escape(f"pid {running[0].pid} on {socket.gethostname()}")
+        assert both[0] == both[1]
+        assert re.fullmatch(rf"--workdir \S+/run is in use by {own}: wait for its end, or use another", both[0])
+        with started(*pair(tmp_path / "beside"), devices=4) as beside:
+            assert [said(p)[0] for p in beside] == [0, 0]
+        assert all(p.poll() is None for p in running)
+    assert (tmp_path / "beside" / "run" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_nothing_more_from_one_of_them(tmp_path: Path) -> None:
+    """Which says so; the other names it; the checkpoint before is whole, and with room they go on."""
+    flags = ("--mesh.data", "1", "--mesh.fsdp", "8")
+    with started(*pair(tmp_path, *flags), devices=4, FULL="1") as running:
+        (zero, _, other), (one, _, err) = [said(p) for p in running]
+    mine, theirs = (text.strip().splitlines()[-1] for text in (err, other))  # XLA has something to say of this mesh
+    begin = r"error: a checkpoint could not be saved in \S+; step 2 is intact \("
+    assert zero == one == 2 and re.match(rf"{begin}.*: make it writable, or choose another", mine), (mine, theirs)
+    assert re.match(rf"{begin}process 1 \({HOST}, pid \d+\): .*: make it writable", theirs), theirs
+    assert not manifest.damage(tmp_path / "run" / "checkpoints", 2) and not (tmp_path / "run" / "result.json").exists()
+    with started(*pair(tmp_path, *flags), devices=4) as running:
+        assert [said(p)[0] for p in running] == [0, 0]
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 def test_switches_that_change_no_number_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     before = alike.switches()
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=8")
@@ -139,56 +172,61 @@ def test_switches_that_change_no_number_are_not_compared(monkeypatch: pytest.Mon
     assert alike.switches() == before | {"XLA_FLAGS": "--xla_a=1 --xla_b=2"}
 
 
-@pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[int]]]:
-    """ends(signal) gives the exit statuses with which a run that hears it and stands still for a while would end."""
-    monkeypatch.setattr(stopping, "GRACE", 0.1)
-    found, made = [], []
-    monkeypatch.setattr(processes, "end", lambda status: (found.append(status), made[-1].over.set()))
+class Clock:
+    """Seconds that pass, and seconds of a processor that are used, when a test says so."""
 
-    def end(number: int, *, after: Callable[[stopping.Hung], None] = lambda hung: None) -> list[int]:
-        found.clear()
-        made.append(stopping.Hung(number))
-        after(made[-1])
-        made[-1].over.wait(0.4)
-        made[-1].over.set()
-        return found
+    def __init__(self) -> None:
+        self.now = self.used = 100.0
 
-    yield end
-    for hung in made:
-        hung.over.set()
+    def monotonic(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.used
 
 
 def test_what_stands_still_is_ended_and_what_works_is_not(
-    ends: Callable[..., list[int]], capfd: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """The first of its kind by the processor it uses; others by how long their kind has taken; a save never."""
+    clock, statuses = Clock(), []
+    monkeypatch.setattr(stopping, "time", clock)
+    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(stopping.Hung, "watch", lambda hung: None)  # the thread: here a test looks
+    monkeypatch.setattr(processes, "end", statuses.append)
 
-    def busy(hung: stopping.Hung) -> None:
-        while hung.since + 0.4 > time.monotonic():
-            pass
-
-    def again(hung: stopping.Hung) -> None:
-        hung.over.wait(0.3)
-        hung.again(signal.SIGTERM)
+    def ends(number: int, *, seconds: float = 9.0, used: float = 0.0, again: bool = False) -> list[int]:
+        """The exit statuses of a run that hears the signal, and then stands still so long."""
+        statuses.clear()
+        hung = stopping.Hung(number)
+        clock.now, clock.used = clock.now + seconds, clock.used + used
+        if again:
+            hung.again(number)
+        hung.look()
+        return list(statuses)
 
     with watch.watched(0, "the run") as dog:
         with watch.watching("the first evaluation"):
-            assert ends(signal.SIGTERM) == [143]
-            assert ends(signal.SIGTERM, after=busy) == []
+            assert ends(signal.SIGTERM) == [143] and ends(signal.SIGTERM, seconds=6.0) == []
+            assert ends(signal.SIGTERM, used=1.0) == []
             assert ends(signal.SIGINT) == []
-        dog.longest |= {"slow": 100.0, "quick": 0.01}
+        dog.longest |= {"slow": 100.0, "quick": 2.0}
         with watch.watching("an update", "slow"):
             assert ends(signal.SIGTERM) == []
         with watch.watching("an update", "quick"):
-            assert ends(signal.SIGHUP) == [129]
+            assert ends(signal.SIGHUP, used=9.0) == [129]
         with watch.watching("a save", watch.SAVE):
             assert ends(signal.SIGTERM) == []
-            assert ends(signal.SIGTERM, after=again) == [143]
+            assert ends(signal.SIGTERM, again=True) == [143]
+            assert ends(signal.SIGTERM, seconds=6.0, again=True) == []
     assert ends(signal.SIGTERM) == []  # nothing runs
     lines = capfd.readouterr().err.splitlines()
     assert "SIGTERM: still at a save; the same signal again ends the process without a save" in lines
     assert f"SIGINT: still at the first evaluation; kill {os.getpid()} ends the process without a save" in lines
+    assert (
+        "SIGHUP: an update hangs, for 9 s so far: this process ends without a save; the same command goes on from the "
+        "last checkpoint"
+    ) in lines
 
 
 def test_the_longest_of_a_kind_is_known_but_for_the_first_which_compiles() -> None:

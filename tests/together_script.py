@@ -75,6 +75,20 @@ def interrupted() -> dict[str, Any]:
     return {"stopped": steps}
 
 
+def begun() -> dict[str, Any]:
+    """Stopped at its first evaluation."""
+    ordinary = experiment()
+
+    def kill(params: Any, model_state: Any, key: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return ordinary.evaluators["norm"](params, model_state, key)
+
+    try:
+        return fit(FOLDER / "begun", replace(ordinary, evaluators={"norm": kill}))
+    except Interrupted as e:
+        return {"stopped": str(e)}
+
+
 def judged(tests: int) -> dict[str, Any]:
     config = replace(CONFIG, workdir=str(FOLDER / "run"))
     return evaluation.evaluate(experiment(tests=tests if OTHER else 13), config)
@@ -111,6 +125,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "judged": lambda: judged(13),
     "judged_otherwise": lambda: judged(100),
     "interrupted": interrupted,
+    "begun": begun,
+    "gone_on": lambda: fit(FOLDER / "begun"),
     "fails_alone": fails_alone,
 }
 

@@ -18,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from bigjax import SaveError, UsageError, place
 from bigjax.optim import path_string
 from bigjax.run import manifest, processes
+from bigjax.run.barrier import Apart, Barrier, Part
 from bigjax.run.watch import SAVE, watching
 
 Tree = Any
@@ -36,13 +37,13 @@ def to_stderr(line: str) -> None:
 class Handler(ocp.PyTreeCheckpointHandler):
     """As orbax's; calls `written(folder)` in the background when all that this process writes there is written."""
 
-    def __init__(self, written: Callable[[epath.Path], None]):
+    def __init__(self, written: Callable[[epath.Path], None], failing: Callable[[BaseException], None]):
         super().__init__()
-        self.written = written
+        self.written, self.failing = written, failing
 
     async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Any]:
         futures = await super().async_save(directory, *args, **kwargs)
-        return [ocp.future.ChainedFuture(futures or [], cb=lambda: self.written(directory))]
+        return [Part(ocp.future.ChainedFuture(futures or [], cb=lambda: self.written(directory)), self.failing)]
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
@@ -71,13 +72,13 @@ class Checkpoints:
             )
             kept = policies.AnyPreservationPolicy([kept, ranked])
         self.folder = place(directory) if "://" in str(directory) else place(directory).absolute()
-        self.saving: int | None = None
+        self.saving, barrier = None, Barrier()
         bucket = "://" in str(directory)
         if bucket and not read_only and processes.first():
             clean(self.folder)
         self.manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={"state": Handler(self.written)},
+            item_handlers={"state": Handler(self.written, barrier.failing)},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept,
                 # A reader must leave the save of a run under way alone; and in a bucket orbax takes every folder
@@ -86,7 +87,7 @@ class Checkpoints:
                 create=not read_only,
                 best_fn=(lambda m: m[self.best]) if best else None,  # else orbax forgets the numbers at a resumption
                 enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self.complete),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self.complete, barrier_sync_fn=barrier),
             ),
         )
 
@@ -235,6 +236,8 @@ class Checkpoints:
                 kept = f"step {max(whole)} is intact" if whole else "there is none before it"
             except Exception:  # a bucket out of reach
                 kept = "those before it cannot be seen now"
+            while isinstance(e, Apart) and e.__context__:  # of what failed here, which the others are told
+                e = e.__context__
             raise SaveError.by(e, f"a checkpoint could not be saved in {self.folder}; {kept}") from e
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import jax
 from bigjax.run import processes, watch
 
 GRACE = 7.0  # seconds without any progress, after which a run that is told to end may be one that hangs
-IDLE = 0.05  # of a processor: what computes on the host uses more
+IDLE = 0.02  # of a processor: what computes on the host uses more
 
 
 class Hung:
@@ -54,18 +54,22 @@ class Hung:
 
     def watch(self) -> None:
         """Until the run is over, one way or the other."""
-        while not self.over.wait(GRACE / 14):
-            if watch.dog().beats != self.beats:
-                self.mark()
-            stuck = self.stuck()
-            if self.everybody:
-                stuck = self.everybody.stuck(stuck)
-            if self.insisted or (stuck and self.number != signal.SIGINT):
-                self.end()
-            if self.still() and not self.told:
-                self.told = True
-                insist = f"kill {os.getpid()}" if self.number == signal.SIGINT else "the same signal again"
-                self.say(f"still at {watch.dog().doing()}; {insist} ends the process without a save")
+        while not self.over.wait(0.5):
+            self.look()
+
+    def look(self) -> None:
+        """Ends the process if it hangs; says once that it stands still."""
+        if watch.dog().beats != self.beats:
+            self.mark()
+        stuck = self.stuck()
+        if self.everybody:
+            stuck = self.everybody.stuck(stuck)
+        if self.insisted or (stuck and self.number != signal.SIGINT):
+            self.end()
+        elif self.still() and not self.told:
+            self.told = True
+            insist = f"kill {os.getpid()}" if self.number == signal.SIGINT else "the same signal again"
+            self.say(f"still at {watch.dog().doing()}; {insist} ends the process without a save")
 
     def say(self, what: str) -> None:
         with contextlib.suppress(OSError):
