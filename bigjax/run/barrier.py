@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from bigjax import FULL
 from bigjax.run import processes
 
 
@@ -27,7 +28,8 @@ class Barrier:
 
     def failing(self, e: BaseException) -> None:
         """What has failed here, for the others to hear."""
-        self.why = processes.first_line(e)
+        said = str(e) or type(e).__name__
+        self.why = next((cause for cause in FULL if cause in said), said.strip().partition("\n")[0][:120])
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Raises Apart where not all come to the same."""
