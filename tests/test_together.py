@@ -5,14 +5,17 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from conftest import tiny_experiment
 from test_processes import SCRIPT, free_port, place, refused, said, started, wait_for
 
-from bigjax.run import alike, manifest, processes, stopping, watch
+from bigjax.run import alike, barrier, manifest, processes, stopping, watch
 
 HOST = re.escape(socket.gethostname())
 DIFFERS = rf"process 1 \({HOST}, pid \d+\) differs from process 0 \({HOST}, pid \d+\): "
@@ -29,6 +32,7 @@ REFUSED = {
     "folders": r"--workdir \S+/own_0 is not one folder that all processes see, where process 0 writes: process 1 "
     rf"\({HOST}, pid \d+\), to which it is \S+/own_1, sees nothing of it: give one on a shared file system, or gs://.*",
 }
+REFUSED["buckets"] = REFUSED["folders"]
 
 
 def told(folder: Path, *cases: str, count: int = 2) -> list[dict[str, Any]]:
@@ -45,9 +49,9 @@ def told(folder: Path, *cases: str, count: int = 2) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_what_differs_is_refused_in_all_and_they_go_on(tmp_path: Path) -> None:
+def test_what_differs_is_refused_in_all_and_they_go_on(tmp_path: Path, bucket: str) -> None:
     """Joined as in a notebook. Every call is refused in both by the same line; then both train, are judged, stop."""
-    good = ("spelled", "judged", "interrupted")
+    good = ("spelled", "bucket", "judged", "interrupted")
     zero, one = told(tmp_path, *REFUSED, *good, "judged_otherwise", "fails_alone")
     for case, line in REFUSED.items():
         assert zero[case] == one[case] and re.fullmatch(line, zero[case]["refused"]), zero[case]
@@ -227,6 +231,44 @@ def test_what_stands_still_is_ended_and_what_works_is_not(
         "SIGHUP: an update hangs, for 9 s so far: this process ends without a save; the same command goes on from the "
         "last checkpoint"
     ) in lines
+
+
+def test_all_of_a_run_is_watched_and_by_name(fit_tiny: Callable[..., Any]) -> None:
+    """What hangs is named."""
+    heard = {}
+
+    def listen(where: str, gives: Any) -> Callable[..., Any]:
+        return lambda *_: (heard.update({where: watch.dog().doing()}), gives)[1]
+
+    task = tiny_experiment().task
+
+    def judge(*arguments: Any) -> Any:
+        heard["evaluation"] = watch.dog().doing()  # when it is traced, there last
+        return task.evaluate(*arguments)
+
+    fit_tiny(
+        tiny_experiment(
+            task=replace(task, evaluate=judge),
+            evaluators={"norm": listen("evaluator", {"norm": 1.0})},
+            gallery={"poem": listen("gallery", "...")},
+            on_log=listen("hook", None),
+        )
+    )
+    assert heard == {
+        "evaluator": "the evaluator 'norm'",
+        "gallery": "the gallery 'poem'",
+        "hook": "what is before an update, or between two",
+        "evaluation": "the evaluation of the split 'eval'",
+    }
+
+
+def test_what_fails_in_a_save_is_told_in_few_words() -> None:
+    found = barrier.Barrier()
+    found.failing(OSError("a long story " * 30 + "No space left on device (28)"))
+    assert found.why == "No space left on device"
+    found.failing(ValueError("one\ntwo"))
+    assert found.why == "one"
+    found(key="alone", timeout_ms=1)  # a process that is alone waits for nobody
 
 
 def test_the_longest_of_a_kind_is_known_but_for_the_first_which_compiles() -> None:

@@ -120,6 +120,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "x64": with_x64,
     "flags": lambda: fit(FOLDER / "refused", batch_size=24 if OTHER else 12),
     "folders": lambda: fit(FOLDER / f"own_{INDEX}"),
+    "bucket": lambda: fit("gs://bucket/run"),
+    "buckets": lambda: fit(f"gs://bucket/own_{INDEX}"),
     "spelled": spelled,
     "again": lambda: fit(FOLDER / "run"),
     "judged": lambda: judged(13),

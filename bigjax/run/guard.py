@@ -14,7 +14,6 @@ from etils import epath
 
 from bigjax import SaveError
 from bigjax.run import processes, stopping
-from bigjax.run.watch import HUNG, Watchdog  # noqa: F401
 
 
 def quiet() -> None:
