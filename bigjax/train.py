@@ -156,7 +156,7 @@ def loop(
     from bigjax.run.lines import Lines
     from bigjax.run.log import Log
     from bigjax.run.shown import only_shown
-    from bigjax.run.watch import watching
+    from bigjax.run.watch import UPDATE, watching
 
     experiment, config = program.experiment, program.config
     checkpoints, step, state, window = started
@@ -177,7 +177,7 @@ def loop(
         while step < program.steps and not lines.ends:
             compiling = step == first  # the first update alone: so the time to compile is known
             display.phase("compiling" if compiling else "training")
-            with clock.timing("compile" if compiling else "train"), watching(partial(doing, program, step), "update"):
+            with clock.timing("compile" if compiling else "train"), watching(partial(doing, program, step), UPDATE):
                 batch = next_batch(batches, program, step)
                 state, window, told = program.update(state, window, batch, program.key, controls)
                 under_way.append(told)

@@ -41,7 +41,8 @@ def experiment(
 
 
 def fit(folder: Path | str, given: Experiment | None = None, **flags: Any) -> dict[str, Any]:
-    run = train.fit(given or experiment(), replace(CONFIG, workdir=str(folder), **flags), quiet=True)
+    hook = None if OTHER else lambda step, split, values: None  # what only one has
+    run = train.fit(given or experiment(), replace(CONFIG, workdir=str(folder), **flags), quiet=True, on_log=hook)
     return {"step": run.result["step"], "norm": run.result["metrics"]["eval/norm"]}
 
 
@@ -117,6 +118,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "rate": differs(rate=0.01),
     "tests": differs(tests=100),
     "minutes": lambda: fit(FOLDER / "refused", experiment(seed=5 * OTHER), steps=None, minutes=1.0),
+    "evaluators": differs(evaluators={}),
     "x64": with_x64,
     "flags": lambda: fit(FOLDER / "refused", batch_size=24 if OTHER else 12),
     "folders": lambda: fit(FOLDER / f"own_{INDEX}"),

@@ -160,6 +160,8 @@ def agree(program: Program, code: str, data: Mapping[str, Any]) -> None:
         about[f"{name} data"] = f"{found.get('rows', 0):,} rows (checksum {crc})"
         about[f"{name} fields"] = str(found.get("fields"))
     about["the program (model, loss, optimizer, or a number in them)"] = code[:8]
+    for kind in ("evaluators", "gallery"):  # which all run, and may wait in for one another
+        about[kind] = ", ".join(getattr(program.experiment, kind)) or "none"
     processes.agree(about, advice="give all the same code and data")
 
 

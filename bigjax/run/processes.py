@@ -96,19 +96,22 @@ def from_first(compute: Callable[[], Any], *, timeout: float | None = None) -> A
     """What `compute` gives (JSON) or the UsageError it raises on process 0, on all: each must call this."""
     if not several():
         return compute()
-    call = next(Session.calls)
+    call, mine = next(Session.calls), getattr(compute, "__qualname__", "")
     key = f"bigjax/{Session.number}/{call}"
     if first():
         try:
-            heard = {"value": compute()}
+            heard = {"value": compute(), "by": mine}
         except UsageError as e:
-            heard = {"error": str(e)}
+            heard = {"error": str(e), "by": mine}
         put(key, heard)
         heard = json.loads(json.dumps(heard))  # the same on all
         if call > MEMORY:
             store().key_value_delete(f"bigjax/{Session.number}/{call - MEMORY}")
     else:
         heard = wait_for(key, 0, timeout=timeout)
+    if heard["by"] != mine:
+        index = jax.process_index()
+        raise UsageError(f"{name(index)} is at {mine}, process 0 at {heard['by']}: call the same in all processes")
     if "error" in heard:
         raise UsageError(heard["error"])
     return heard["value"]

@@ -94,7 +94,8 @@ class All:
     def __init__(self) -> None:
         self.base = f"bigjax_stop/{processes.Session.number}"
         self.index, self.count = jax.process_index(), jax.process_count()
-        self.lock, self.looked, self.stop, self.number = threading.Lock(), 0, None, 0
+        self.lock, self.looked, self.stop = threading.Lock(), 0, None
+        self.number: int | None = 0  # what was asked: None is that the run is over
         self.hung: Hung | None = None
         self.left = threading.Event()
         self.ticks: dict[int, tuple[Any, float]] = {}
@@ -116,6 +117,8 @@ class All:
         """Tells all that a signal has come, or that this process is no more in the run; what came first counts."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             processes.store().key_value_set(f"{self.base}/asked", json.dumps([number, failed]))
+        if number is not None and self.number is None and self.hung is None:  # the others have ended theirs
+            self.hung = Hung(number)
 
     def again(self, number: int) -> None:
         if self.hung:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 HUNG = 4  # exit status
 SLOW = 3  # times the longest of its kind that something may take, once it is asked to end
+UPDATE = "update"  # the kind of each update
 SAVE = "save"  # the kind of what storage may hold up, however healthy it is
 What = str | Callable[[], str]
 
@@ -61,10 +62,15 @@ class Watchdog:
         return bool(self.watched) and self.watched[-1][1] == SAVE
 
     def slow(self) -> bool | None:
-        """Whether what goes on takes far longer than its kind ever has; None if that isn't known."""
+        """Whether what goes on takes far longer than its kind ever has; None if that isn't known.
+
+        What is of no kind may wait for an update.
+        """
         _, kind = (self.watched or [("", None)])[-1]
-        usual = self.longest.get(kind or "")
-        return time.monotonic() - self.begun > SLOW * usual if usual else None
+        usual, seconds = self.longest.get(kind or ""), time.monotonic() - self.begun
+        if usual:
+            return seconds > SLOW * usual
+        return None if seconds > SLOW * self.longest.get(UPDATE, 0.0) else False
 
     def watch(self) -> None:
         while not self.closed.wait(min(self.seconds / 4, 1.0)):
