@@ -15,6 +15,7 @@ import pytest
 from conftest import tiny_experiment
 from test_processes import SCRIPT, free_port, place, refused, said, started, wait_for
 
+from bigjax import UsageError
 from bigjax.run import alike, barrier, manifest, processes, stopping, watch
 
 HOST = re.escape(socket.gethostname())
@@ -218,15 +219,15 @@ def test_what_stands_still_is_ended_and_what_works_is_not(
         dog.longest |= {"slow": 100.0, "quick": 2.0}
         with watch.watching("an update", "slow"):
             assert ends(signal.SIGTERM) == []
-        dog.longest[watch.UPDATE] = 5.0
-        with watch.watching("the numbers of an update"):
-            assert ends(signal.SIGTERM) == [] and ends(signal.SIGTERM, seconds=16.0) == [143]
         with watch.watching("an update", "quick"):
             assert ends(signal.SIGHUP, used=9.0) == [129]
         with watch.watching("a save", watch.SAVE):
             assert ends(signal.SIGTERM) == []
             assert ends(signal.SIGTERM, again=True) == [143]
             assert ends(signal.SIGTERM, seconds=6.0, again=True) == []
+        dog.longest[watch.UPDATE] = 5.0
+        with watch.watching("the numbers of an update"):
+            assert ends(signal.SIGTERM) == [] and ends(signal.SIGTERM, seconds=16.0) == [143]
     assert ends(signal.SIGTERM) == []  # nothing runs
     lines = capfd.readouterr().err.splitlines()
     assert "SIGTERM: still at a save; the same signal again ends the process without a save" in lines
@@ -264,6 +265,16 @@ def test_all_of_a_run_is_watched_and_by_name(fit_tiny: Callable[..., Any]) -> No
         "hook": "what is before an update, or between two",
         "evaluation": "the evaluation of the split 'eval'",
     }
+
+
+def test_processes_at_two_places_hear_nothing_of_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What process 0 says at another place is no answer."""
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "first", lambda: False)
+    monkeypatch.setattr(processes, "wait_for", lambda *_, **__: {"value": 1, "by": "len"})
+    assert processes.from_first(len) == 1
+    with pytest.raises(UsageError, match="is at sum, process 0 at len: call the same in all processes"):
+        processes.from_first(sum)
 
 
 def test_what_fails_in_a_save_is_told_in_few_words() -> None:
