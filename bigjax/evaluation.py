@@ -89,11 +89,11 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     check(config)
     home = home_of(config, experiment.name)
     record = folder.read_config(home)
-    alike.ready(experiment.name, "evaluate", config, record=record)
-    if changes := folder.agree(record, experiment, config):
-        raise UsageError(f"{home} was trained with other settings: leave them out\n  " + "\n  ".join(changes))
-    if experiment.test is None:
-        raise UsageError(f"{experiment.name} has no test split: give the data as --eval-data, or test=...")
+    with alike.ready(experiment.name, "evaluate", config, record=record):
+        if changes := folder.agree(record, experiment, config):
+            raise UsageError(f"{home} was trained with other settings: leave them out\n  " + "\n  ".join(changes))
+        if experiment.test is None:
+            raise UsageError(f"{experiment.name} has no test split: give the data as --eval-data, or test=...")
     with contextlib.closing(Checkpoints(home / "checkpoints", read_only=True)) as checkpoints:
         if not record["steps"] or (step := checkpoints.newest(tell=to_stderr)) is None:
             raise UsageError(f"{home} holds no checkpoint yet: let it train until one is saved")

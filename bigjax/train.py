@@ -56,20 +56,20 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     guard.quiet()
     machine.forgive_terminal()
     machine.cache_compilations(config.compilation_cache)
-    alike.ready(experiment.name, "train", config)
-    mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
-    train, splits = experiment.train, {"eval": experiment.test}
-    if config.validation:
-        train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
-        splits = {"validation": held, **splits}
-    pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
-    for split in (train, *splits.values()):
-        if isinstance(split, Mapping):
-            experiment.task.check(split)
-    home, clock = home_of(config, experiment.name), Clock()
-    fresh = processes.from_first(lambda: not config.resume or not (home / "config.json").exists())
-    if fresh and (home / "config.json").exists():
-        Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake in it must not cost the run that is there
+    with alike.ready(experiment.name, "train", config):
+        mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
+        train, splits = experiment.train, {"eval": experiment.test}
+        if config.validation:
+            train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
+            splits = {"validation": held, **splits}
+        pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
+        for split in (train, *splits.values()):
+            if isinstance(split, Mapping):
+                experiment.task.check(split)
+        home, clock = home_of(config, experiment.name), Clock()
+        fresh = not config.resume or not (home / "config.json").exists()
+        if fresh and (home / "config.json").exists():
+            Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake must not cost the run that is there
     shown = Display(enabled=not quiet and processes.first())
     traced = tracing(home, shown.line) if config.profile else contextlib.nullcontext()
     with (
@@ -88,7 +88,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             size = size_of(train)
             planned = partial(planned_steps, config, size, seconds_a_step)
             steps = folder.once(home, "steps", planned)
-            program, more = make(steps=steps), not fresh and longer(home, config)
+            program, more = make(steps=steps), longer(home, config)
             with clock.timing("compile"), display.phase("checking data"):
                 accept = config.accept_changes and not finished
                 records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]

@@ -16,7 +16,7 @@ from conftest import tiny_experiment
 from test_processes import SCRIPT, free_port, place, refused, said, started, wait_for
 
 from bigjax import UsageError
-from bigjax.run import alike, barrier, manifest, processes, stopping, watch
+from bigjax.run import alike, barrier, manifest, meeting, processes, stopping, watch
 
 HOST = re.escape(socket.gethostname())
 DIFFERS = rf"process 1 \({HOST}, pid \d+\) differs from process 0 \({HOST}, pid \d+\): "
@@ -54,7 +54,8 @@ def told(folder: Path, *cases: str, count: int = 2) -> list[dict[str, Any]]:
 def test_what_differs_is_refused_in_all_and_they_go_on(tmp_path: Path, bucket: str) -> None:
     """Joined as in a notebook. Every call is refused in both by the same line; then both train, are judged, stop."""
     good = ("spelled", "bucket", "judged", "interrupted")
-    zero, one = told(tmp_path, *REFUSED, *good, "judged_otherwise", "fails_alone")
+    zero, one = told(tmp_path, "few", *REFUSED, *good, "judged_otherwise", "fails_alone")
+    assert re.fullmatch(rf"process 1 \({HOST}, pid \d+\): {re.escape(one['few']['refused'])}", zero["few"]["refused"])
     for case, line in REFUSED.items():
         assert zero[case] == one[case] and re.fullmatch(line, zero[case]["refused"]), zero[case]
     assert not (tmp_path / "refused" / "config.json").exists()
@@ -293,3 +294,10 @@ def test_the_longest_of_a_kind_is_known_but_for_the_first_which_compiles() -> No
                 assert dog.slow() is None and dog.doing() == "a batch"
         assert 0 < dog.longest["batch"] < 60 and dog.doing() == "the run"
     assert watch.dog() is watch.NOBODY
+
+
+def test_what_is_told_of_many_differences_is_short() -> None:
+    """A module that one process alone has imported so far is none."""
+    assert meeting.changes({"a": 1, "b": None}, {"a": 2, "b": 0}) == "a 1, not 2; b None, not 0"
+    assert meeting.changes({"the code of plots": "1f", "the code of x": "2a"}, {"the code of x": "2a"}) == ""
+    assert meeting.changes(dict.fromkeys("abcdefgh", 1), {}).endswith("f 1, not None; and 2 more")

@@ -112,6 +112,7 @@ def spelled() -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "few": differs(rows=6),
     "rows": differs(rows=80),
     "content": differs(seed=5),
     "width": differs(width=12),

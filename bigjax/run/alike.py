@@ -9,6 +9,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,35 @@ def switches() -> dict[str, str]:
     return values
 
 
-def ready(name: str, verb: str, config: RunConfig, **more: Any) -> None:
-    """Where a call begins that all processes make: raises UsageError in all if they are not alike, in `more` either."""
+@contextlib.contextmanager
+def ready(name: str, verb: str, config: RunConfig, **more: Any) -> Iterator[None]:
+    """Where a call begins that all processes make: what each checks by itself while it is entered.
+
+    Raises UsageError in all if they are not alike, in `more` either, or if one finds something wrong.
+    """
     processes.begin()
-    if processes.several():
-        about = {**shared(name, verb, config), **{k: hashed(v) for k, v in more.items()}}
-        processes.agree(about, advice=ADVICE, timeout=config.hang_seconds or None)
-        processes.agree_on_devices()
+    if not processes.several():
+        yield
+        return
+    about = {**shared(name, verb, config), **{k: hashed(v) for k, v in more.items()}}
+    timeout, wrong = config.hang_seconds or None, None
+    processes.agree(about, advice=ADVICE, timeout=timeout)
+    processes.agree_on_devices(timeout=timeout)
+    try:
+        yield
+    except Exception as e:
+        wrong = e
+    said = f"{processes.name(jax.process_index())}: {processes.first_line(wrong)}" if wrong else ""
+    found = processes.to_first(said, timeout=timeout)
+
+    def compare() -> None:
+        if lines := "; ".join(filter(None, found)):
+            raise UsageError(lines)
+
+    try:
+        processes.from_first(compare, timeout=timeout)
+    except UsageError as e:
+        raise (wrong or e) from None
 
 
 def hashed(value: Any) -> str:
