@@ -8,15 +8,17 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from conftest import tiny_experiment
 from test_processes import SCRIPT, free_port, place, refused, said, started, wait_for
 
 from bigjax import UsageError
-from bigjax.run import alike, barrier, manifest, meeting, processes, stopping, watch
+from bigjax.run import alike, barrier, identity, manifest, meeting, processes, stopping, watch
 
 HOST = re.escape(socket.gethostname())
 DIFFERS = rf"process 1 \({HOST}, pid \d+\) differs from process 0 \({HOST}, pid \d+\): "
@@ -278,6 +280,27 @@ def test_processes_at_two_places_hear_nothing_of_one_another(monkeypatch: pytest
         processes.from_first(sum)
 
 
+def test_who_waits_long_says_for_whom_and_hears_of_its_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(processes, "time", clock)
+    monkeypatch.setattr(processes.Session, "failed", "")
+
+    def get(key: str) -> None:
+        clock.now += 20
+        processes.Session.failed = "process 3 stopped (no memory)" * (clock.now > 1000)
+
+    monkeypatch.setattr(processes, "get", get)
+    with pytest.raises(UsageError, match="process 3 has not come to the same place within 100 s: call the same in all"):
+        processes.wait_for("a", 3, timeout=100)
+    clock.now = 985.0
+    with pytest.raises(UsageError, match=re.escape("process 3 stopped (no memory)")):
+        processes.wait_for("a", 3)
+    line = rf"process 0 \({HOST}, pid {os.getpid()}\) waits for process 3, for 40 s so far\n"
+    assert re.fullmatch(line, capfd.readouterr().err)
+
+
 def test_what_fails_in_a_save_is_told_in_few_words() -> None:
     found = barrier.Barrier()
     found.failing(OSError("a long story " * 30 + "No space left on device (28)"))
@@ -301,3 +324,22 @@ def test_what_is_told_of_many_differences_is_short() -> None:
     assert meeting.changes({"a": 1, "b": None}, {"a": 2, "b": 0}) == "a 1, not 2; b None, not 0"
     assert meeting.changes({"the code of plots": "1f", "the code of x": "2a"}, {"the code of x": "2a"}) == ""
     assert meeting.changes(dict.fromkeys("abcdefgh", 1), {}).endswith("f 1, not None; and 2 more")
+
+
+def test_rows_that_one_process_cannot_read_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Torn(list):
+        def __getitem__(self, row: int) -> dict[str, Any]:
+            if row == 3:
+                raise OSError("torn")
+            return {"label": super().__getitem__(row)}
+
+    told: list[Any] = []
+    monkeypatch.setattr(processes, "agree", lambda about, advice: told.append(about))
+    program: Any = SimpleNamespace(state_shapes=SimpleNamespace(params={}), experiment=tiny_experiment())
+    for split in (Torn(range(200)), Torn(range(3)), {"label": np.arange(3)}):
+        identity.agree(program, "1f" * 32, {"train": identity.fingerprint_of(split)})
+    assert [re.sub(r"\d{3,}\b(?! rows)", "N", about["train data"]) for about in told] == [
+        "200 rows (checksum N, 1 of those tried unreadable)",
+        "3 rows (checksum N)",
+        "3 rows (checksum N)",
+    ]

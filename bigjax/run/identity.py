@@ -156,8 +156,12 @@ def agree(program: Program, code: str, data: Mapping[str, Any]) -> None:
     size = sum(x.size for x in jax.tree.leaves(program.state_shapes.params))
     about: dict[str, Any] = {"parameters": f"{size:,}"}
     for name, found in data.items():
-        crc = zlib.crc32(json.dumps(found.get("checksums")).encode())
-        about[f"{name} data"] = f"{found.get('rows', 0):,} rows (checksum {crc})"
+        rows, sums = found.get("rows", 0), found.get("checksums", {})
+        unread = 0 if "all" in sums else min(rows, ROWS) - len(sums)
+        told = f"checksum {zlib.crc32(json.dumps(sums).encode())}" + f", {unread} of those tried unreadable" * (
+            unread > 0
+        )
+        about[f"{name} data"] = f"{rows:,} rows ({told})"
         about[f"{name} fields"] = str(found.get("fields"))
     about["the program (model, loss, optimizer, or a number in them)"] = code[:8]
     for kind in ("evaluators", "gallery"):  # which all run, and may wait in for one another

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from bigjax.run.meeting import Peers, changes, end, first_line, launched, meet
 from bigjax.run.watch import watching
 from bigjax.sharding import DistributedConfig
 
+SILENT = 30  # seconds that one waits for another without a word
 MEMORY = 1000  # values of process 0 that are kept for those that come later: none can be so far behind
 
 
@@ -79,12 +81,17 @@ def get(key: str, *, seconds: float = 1.0) -> Any:
 
 def wait_for(key: str, whose: int, *, timeout: float | None = None) -> Any:
     """As `get`, but until it is there: signals are heard, and the watchdog knows of it."""
-    begun = time.monotonic()
+    begun, silent = time.monotonic(), True
     with watching(f"process {jax.process_index()}'s wait for what process {whose} is to say"):
         while (value := get(key)) is None:
             if Session.failed:
                 raise UsageError(Session.failed)
-            if timeout and time.monotonic() - begun > timeout:
+            waited = time.monotonic() - begun
+            if silent and waited > SILENT:
+                silent = False
+                line = f"{name(jax.process_index())} waits for process {whose}, for {waited:.0f} s so far"
+                print(line, file=sys.stderr, flush=True)
+            if timeout and waited > timeout:
                 raise UsageError(
                     f"process {whose} has not come to the same place within {timeout:g} s: call the same in all "
                     "processes, and see their output"
