@@ -44,7 +44,7 @@ def told(folder: Path, *cases: str, count: int = 2) -> list[dict[str, Any]]:
     port = str(free_port())
     commands = [[port, str(count), str(i), str(folder), *cases] for i in range(count)]
     with started(*commands, devices=12 // count // 2, script="together_script.py") as running:
-        done = [said(p) for p in running]
+        done = [said(p, timeout=600) for p in running]
     lines = [
         [line.removeprefix("CASE ") for line in out.splitlines() if line.startswith("CASE ")] for _, out, _ in done
     ]
@@ -77,9 +77,8 @@ def test_three_processes(tmp_path: Path) -> None:
     """A run that two began among what they do."""
     begun = told(tmp_path, "begun")
     assert "stopped by SIGINT at step 4, which is saved" in begun[0]["begun"]["stopped"]
-    zero, one, two = told(tmp_path, "rows", "folders", "spelled", "interrupted", "gone_on", count=3)
+    zero, one, two = told(tmp_path, "folders", "spelled", "interrupted", "gone_on", count=3)
     assert zero["gone_on"]["step"] == 8 and zero["gone_on"]["norm"] == pytest.approx(zero["spelled"]["norm"], rel=1e-5)
-    assert zero["rows"] == one["rows"] == two["rows"] and "process 2 " in zero["rows"]["refused"]
     assert re.search(r"process 1 .*sees nothing of it; process 2 .*sees nothing of it: ", two["folders"]["refused"])
     assert zero["spelled"] == one["spelled"] == two["spelled"] and zero["spelled"]["step"] == 8
     assert zero["interrupted"] == one["interrupted"] == two["interrupted"]

@@ -108,8 +108,9 @@ def one_folder(home: epath.Path) -> None:
         try:
             home.mkdir(parents=True, exist_ok=True)
             file.write_text(token)
-        except OSError as e:
-            raise UsageError(f"--workdir {home} cannot be written ({e.strerror or e}): choose another") from None
+        except Exception as e:  # whatever a bucket's client raises
+            why = getattr(e, "strerror", None) or processes.first_line(e)
+            raise UsageError(f"--workdir {home} cannot be written ({why}): choose another") from None
 
     def missing() -> str:
         until = time.monotonic() + VISIBLE
@@ -121,7 +122,7 @@ def one_folder(home: epath.Path) -> None:
             own = home / f".writable.{token}.{index}"
             own.write_text("")
             own.unlink()
-        except Exception as e:  # whatever a bucket's client raises
+        except Exception as e:
             return f"cannot write there: {processes.first_line(e)}"
         return ""
 
