@@ -70,33 +70,34 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     from bigjax.data import pipeline
     from bigjax.look.display import Display, summary
     from bigjax.look.profile import tracing
-    from bigjax.run import guard, machine, processes, restore
+    from bigjax.run import alike, guard, machine, processes, restore, watch
     from bigjax.run import workdir as folder
-    from bigjax.run.identity import extend, identify, longer
+    from bigjax.run.identity import extend, identify, longer, trial
     from bigjax.run.lines import Clock
 
     check(config)
     guard.quiet()
     machine.forgive_terminal()
     machine.cache_compilations(config.compilation_cache)
-    mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
-    train, splits = experiment.train, {"eval": experiment.test}
-    if config.validation:
-        train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
-        splits = {"validation": held, **splits}
-    pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
-    for split in (train, *splits.values()):
-        if isinstance(split, Mapping):
-            experiment.task.check(split)
-    home, clock = home_of(config, experiment.name), Clock()
-    fresh = not config.resume or not (home / "config.json").exists()
-    if fresh and (home / "config.json").exists():
-        Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake in it must not cost the run that is there
+    with alike.ready(experiment.name, "train", config):
+        mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
+        train, splits = experiment.train, {"eval": experiment.test}
+        if config.validation:
+            train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
+            splits = {"validation": held, **splits}
+        pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
+        for split in (train, *splits.values()):
+            if isinstance(split, Mapping):
+                experiment.task.check(split)
+        home, clock = home_of(config, experiment.name), Clock()
+        fresh = not config.resume or not (home / "config.json").exists()
+        if fresh and (home / "config.json").exists():
+            Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake must not cost the run that is there
     shown = Display(enabled=not quiet and processes.first())
     traced = tracing(home, shown.line) if config.profile else contextlib.nullcontext()
     with (
-        folder.locked(home), guard.storage(home), guard.signals() as signalled, shown as display, traced as trace,
-        jax.set_mesh(mesh),
+        watch.watched(config.hang_seconds, "what is before an update, or between two"), folder.locked(home),
+        guard.storage(home), guard.signals() as signalled, shown as display, traced as trace, jax.set_mesh(mesh),
     ):  # fmt: skip
         try:
             finished = folder.open_workdir(home, experiment, config)
@@ -105,17 +106,16 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
 
             def seconds_a_step() -> float:
                 with clock.timing("compile"), display.phase("planning"):
-                    return make(steps=10**6).seconds_a_step()
+                    return trial(make(steps=10**6), {"train": train, **splits}).seconds_a_step()
 
             size = size_of(train)
             planned = partial(planned_steps, config, size, seconds_a_step)
             steps = folder.once(home, "steps", planned)
-            program, more = make(steps=steps), not fresh and longer(home, config)
-            with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
-                with watchdog.watching(lambda: "reading the data's first examples"), display.phase("checking data"):
-                    accept = config.accept_changes and not finished
-                    identified = partial(identify, accept=accept, tell=display.line)
-                    records = [signalled.attempt(identified, home, program, {"train": train, **splits})]
+            program, more = make(steps=steps), longer(home, config)
+            with clock.timing("compile"), display.phase("checking data"):
+                accept = config.accept_changes and not finished
+                identified = partial(identify, accept=accept, tell=display.line)
+                records = [signalled.attempt(identified, home, program, {"train": train, **splits})]
             if records == [None]:
                 raise Interrupted(signalled(0), "while it read the data's first examples")
             if more:
@@ -179,10 +179,10 @@ def loop(
     from bigjax.look.report import write_report
     from bigjax.run import processes
     from bigjax.run import workdir as folder
-    from bigjax.run.guard import Watchdog
     from bigjax.run.lines import Lines
     from bigjax.run.log import Log
     from bigjax.run.shown import only_shown
+    from bigjax.run.watch import UPDATE, watching
 
     experiment, config = program.experiment, program.config
     checkpoints, step, state, window = started
@@ -194,7 +194,6 @@ def loop(
         checkpoints = stack.enter_context(contextlib.closing(checkpoints))
         log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first(), tell=display.line)
         log, batches = stack.enter_context(contextlib.closing(log)), stack.enter_context(program.batches(step))
-        watchdog = stack.enter_context(contextlib.closing(Watchdog(config.hang_seconds)))
         forgiven, controls = int(window["skipped"][0]), program.controls(dropped=dropped)
         lines = Lines(log, display, clock, hooks, program, forgiven=forgiven, dropped=dropped)
         measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
@@ -219,7 +218,7 @@ def loop(
         while step < program.steps and not lines.ends:
             compiling = step == first  # the first update alone: so the time to compile is known
             display.phase("compiling" if compiling else "training")
-            with clock.timing("compile" if compiling else "train"), watchdog.watching(partial(doing, program, step)):
+            with clock.timing("compile" if compiling else "train"), watching(partial(doing, program, step), UPDATE):
                 batch = signalled.attempt(next_batch, batches, program, step)
                 if moved := batch is not None:  # else a signal has come: what there is now is saved
                     state, window, told = program.update(state, window, batch, program.key, controls)
@@ -246,7 +245,7 @@ def loop(
             if at_eval or at_save or lines.ends or number is not None:  # nothing is saved before its numbers are known
                 bad |= lines.read() or int(state.skipped) > dropped
             if bad and config.nonfinite == "stop":
-                wrong, kept = blame(program, state, dropped=dropped), wait(checkpoints, watchdog)
+                wrong, kept = blame(program, state, dropped=dropped), checkpoints.kept()
                 remedy = "lower --learning-rate, or pass --nonfinite skip to drop such updates"
                 raise UsageError(f"{wrong}; {kept}; {remedy}")
 
@@ -255,19 +254,19 @@ def loop(
                 judged = judge()
                 values, number = measured[0].get("validation") if judged else None, number or signalled(step)
             if not judged and (lines.ends or config.best):  # which need its numbers: all of it is done again
-                raise Interrupted(number, f"at step {step}; {wait(checkpoints, watchdog)}")
+                raise Interrupted(number, f"at step {step}; {checkpoints.kept()}")
             if at_save or lines.ends or number is not None:
                 display.phase("saving")
-                with clock.timing("checkpoint"), watchdog.watching(lambda step=step: f"the save of step {step}"):
+                with clock.timing("checkpoint"):
                     log.flush()
                     checkpoints.save(step, {"state": state, "window": window}, metrics=values)
                 saved, number = time.monotonic(), number or signalled(step)
             if number is not None and not (judged and (done or lines.ends)):
-                wait(checkpoints, watchdog)
+                checkpoints.wait()
                 raise Interrupted(number, f"at step {step}, which is saved")
 
         with clock.timing("checkpoint"):
-            wait(checkpoints, watchdog)
+            checkpoints.wait()
         result = folder.make_result(
             experiment,
             config,
@@ -282,11 +281,3 @@ def loop(
             with only_shown("report.html", display.line), display.phase("writing the report"):
                 write_report(home)
     return Run(result, home, experiment.task.models, lambda: state)
-
-
-def wait(checkpoints: Any, watchdog: Any) -> str:
-    """Until the last save is there; says what is saved."""
-    with watchdog.watching(lambda: "the last save"):
-        checkpoints.wait()
-    newest = checkpoints.latest()
-    return "no checkpoint was saved before it" if newest is None else f"the checkpoint of step {newest} is kept"
