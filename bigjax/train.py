@@ -179,7 +179,7 @@ def loop(
     from bigjax.look.report import write_report
     from bigjax.run import processes
     from bigjax.run import workdir as folder
-    from bigjax.run.lines import Lines
+    from bigjax.run.lines import Lines, kept
     from bigjax.run.log import Log
     from bigjax.run.shown import only_shown
     from bigjax.run.watch import UPDATE, watching
@@ -245,16 +245,16 @@ def loop(
             if at_eval or at_save or lines.ends or number is not None:  # nothing is saved before its numbers are known
                 bad |= lines.read() or int(state.skipped) > dropped
             if bad and config.nonfinite == "stop":
-                wrong, kept = blame(program, state, dropped=dropped), checkpoints.kept()
+                wrong, there = blame(program, state, dropped=dropped), kept(checkpoints.wait())
                 remedy = "lower --learning-rate, or pass --nonfinite skip to drop such updates"
-                raise UsageError(f"{wrong}; {kept}; {remedy}")
+                raise UsageError(f"{wrong}; {there}; {remedy}")
 
             values, judged = None, True
             if at_eval or lines.ends:
                 judged = judge()
                 values, number = measured[0].get("validation") if judged else None, number or signalled(step)
             if not judged and (lines.ends or config.best):  # which need its numbers: all of it is done again
-                raise Interrupted(number, f"at step {step}; {checkpoints.kept()}")
+                raise Interrupted(number, f"at step {step}; {kept(checkpoints.wait())}")
             if at_save or lines.ends or number is not None:
                 display.phase("saving")
                 with clock.timing("checkpoint"):

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from bigjax import FULL
 from bigjax.run import processes
+from bigjax.run.atomic import FULL
 
 
 class Apart(OSError):

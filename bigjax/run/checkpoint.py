@@ -228,11 +228,6 @@ class Checkpoints:
                 manifest.write(self.folder, self.saving)
         return self.latest()
 
-    def kept(self) -> str:
-        """What is saved, in words, once the save under way is committed."""
-        newest = self.wait()
-        return "no checkpoint was saved before it" if newest is None else f"the checkpoint of step {newest} is kept"
-
     @contextlib.contextmanager
     def failing_clearly(self) -> Iterator[None]:
         """What the file system refuses becomes one line."""

@@ -141,3 +141,8 @@ def ask(hook: OnLog, *line: Any) -> bool:
             f"on_log failed at step {line[0]} ({type(e).__name__}: {processes.first_line(e)}; {frame.filename}, line "
             f"{frame.lineno}): correct it; the same command goes on from the last checkpoint"
         ) from e
+
+
+def kept(step: int | None) -> str:
+    """Of a run that ends early: its newest step that is saved, in words."""
+    return "no checkpoint was saved before it" if step is None else f"the checkpoint of step {step} is kept"

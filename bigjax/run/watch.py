@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from bigjax.run import words
+
 HUNG = 4  # exit status
 SLOW = 3  # times the longest of its kind that something may take, once it is asked to end
 UPDATE = "update"  # the kind of each update
@@ -76,12 +78,9 @@ class Watchdog:
         while not self.closed.wait(min(self.seconds / 4, 1.0)):
             if self.watched and time.monotonic() - self.begun > self.seconds:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                print(
-                    f"error: {self.doing()} took longer than --hang-seconds {self.seconds:g}; above is where each "
-                    "thread stood; the same command goes on from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                told = f"error: {self.doing()} took longer than --hang-seconds {self.seconds:g}; above is where each "
+                told += "thread stood; the same command goes on from the last checkpoint"
+                print(words.spoken(told), file=sys.stderr, flush=True)
                 os._exit(HUNG)
 
 
