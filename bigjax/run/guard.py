@@ -74,7 +74,7 @@ class Signals(Attempts):
         if processes.several() and number != SAVING:
             os.kill(os.getpid(), signal.SIGTERM)
         if number != SAVING:
-            self.end()
+            self.end(number)
 
 
 @contextlib.contextmanager
