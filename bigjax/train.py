@@ -113,11 +113,8 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             steps = folder.once(home, "steps", planned)
             program, more = make(steps=steps), longer(home, config)
             with clock.timing("compile"), display.phase("checking data"):
-                accept = config.accept_changes and not finished
-                identified = partial(identify, accept=accept, tell=display.line)
-                records = [signalled.attempt(identified, home, program, {"train": train, **splits})]
-            if records == [None]:
-                raise Interrupted(signalled(0), "while it read the data's first examples")
+                reads = partial(identify, accept=config.accept_changes and not finished, tell=display.line)
+                records = [signalled.attempt(reads, home, program, {"train": train, **splits}, where="as it began")]
             if more:
                 program, finished = make(steps=planned()), None
                 records.append(extend(home, program, before=steps))

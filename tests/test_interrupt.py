@@ -116,7 +116,7 @@ class Slow:
 
 @pytest.mark.parametrize("left, armed, said", [
     (math.inf, 0, "at step [0-9]+, which is saved"),  # by a hook, while it trains
-    (20, None, "while it read the data's first examples"),
+    (20, None, "by SIGINT as it began: the same command goes on"),
 ])  # fmt: skip
 def test_data_that_are_slow_are_not_waited_for(
     left: float, armed: Any, said: str, tmp_path: Path, monkeypatch: Any
@@ -145,14 +145,16 @@ def test_an_attempt_is_broken_off_once_and_only_while_it_goes_on() -> None:
 
     def ended() -> None:
         try:
-            attempts.end()
+            attempts.end(signal.SIGINT)
         finally:
-            attempts.end()  # again, while something is closed because of it
+            attempts.end(signal.SIGINT)  # again, while something is closed because of it
         raise AssertionError("it went on")
 
     assert attempts.attempt(ended) is None and attempts.when() == "now"
-    attempts.end()  # nothing goes on
+    attempts.end(signal.SIGINT)  # nothing goes on
     assert attempts.attempt(lambda: pytest.fail("it began")) is None
     with pytest.raises(ValueError):
         Attempts().attempt(int, "x")
+    with pytest.raises(Interrupted, match="by SIGINT as it began"):
+        attempts.attempt(int, "1", where="as it began")
     assert issubclass(Broken, KeyboardInterrupt)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from bigjax import Interrupted
 from bigjax.run import processes
 
 
@@ -15,11 +16,11 @@ class Attempts:
 
     def __init__(self) -> None:
         self.under_way = False
-        self.ended = False  # a signal has been heard that ends the run
+        self.ended: int | None = None  # the signal that ends the run, once one is heard
         self.broken = False  # and has broken off an attempt
 
-    def attempt(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """What the call gives; None where a signal has ended it, or came before.
+    def attempt(self, call: Callable[..., Any], *arguments: Any, where: str | None = None) -> Any:
+        """What the call gives; None where a signal has ended it, or came before, or with `where` Interrupted.
 
         Several processes go on to the next step: one of them would wait for the others in a collective.
         """
@@ -27,17 +28,21 @@ class Attempts:
             return call(*arguments)
         try:
             self.under_way = True
-            given = None if self.ended else call(*arguments)
-            self.under_way = False
-            return given
+            if self.ended is None:
+                given = call(*arguments)
+                self.under_way = False
+                return given
         except Broken:
-            return None
+            pass
         finally:
             self.under_way = False
+        if where is not None:
+            raise Interrupted(self.ended, where)
+        return None
 
-    def end(self) -> None:
+    def end(self, number: int) -> None:
         """Called by the handler of a signal that ends the run, in the main thread."""
-        self.ended = True
+        self.ended = number
         if self.under_way:
             self.under_way, self.broken = False, True  # what is closed because of it is left in peace
             raise Broken

@@ -67,7 +67,7 @@ class Signals(Attempts):
     def note(self, number: int, _: Any) -> None:
         self.seen.append(number)
         if number != SAVING:
-            self.end()
+            self.end(number)
 
 
 @contextlib.contextmanager
