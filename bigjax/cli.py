@@ -26,7 +26,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
     """Runs a script's verb with its flags. A mistake of the user is one message on stderr and exit status 2."""
     from bigjax.look import flags
     from bigjax.run import machine, processes
-    from bigjax.run.workdir import shared
+    from bigjax.run.alike import shared
 
     machine.keep_memory()
     machine.forgive_terminal()

@@ -24,6 +24,7 @@ def evaluator(
     Each example of the split counts exactly once.
     """
     from bigjax.data import pipeline
+    from bigjax.run import watch
 
     key, rows = key_of(seed), {"batch_size": batch_size, "rows": sharding.rows_here(mesh, batch_size)}
 
@@ -36,6 +37,7 @@ def evaluator(
     def parts(params: Params, model_state: ModelState, split: Split) -> Iterator[Metrics]:
         flying: deque[Metrics] = deque()
         for batch in pipeline.eval_batches(split, **rows):
+            watch.dog().beat()
             task.check(batch)
             flying.append(one(params, model_state, sharding.put_batch(batch, mesh, batch_size)))
             if len(flying) > AHEAD:
@@ -59,14 +61,18 @@ def evaluation(
     splits: Mapping[str, Split | None],
 ) -> tuple[dict[str, dict[str, float]], Metrics]:
     """({split: numbers}, the counts of the split `eval`, the evaluators' numbers among its own)."""
+    from bigjax.run.watch import watching
+
     experiment, out, counts = program.experiment, {}, {}
     params, model_state = state.evaluated()
     for name, split in splits.items():
         if split is not None:
-            counts = measure(params, model_state, split)
+            with watching(f"the evaluation of the split {name!r}", "evaluation"):
+                counts = measure(params, model_state, split)
             out[name] = experiment.task.summarize(counts)
-    for ask in experiment.evaluators.values():
-        out["eval"] = out.get("eval", {}) | ask(params, model_state, program.key)
+    for name, ask in experiment.evaluators.items():
+        with watching(f"the evaluator {name!r}", f"evaluator {name}"):
+            out["eval"] = out.get("eval", {}) | ask(params, model_state, program.key)
     return out, counts if splits["eval"] is not None else {}
 
 
@@ -75,6 +81,7 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
 
     Raises UsageError where `config` contradicts the run's own, or no checkpoint is there.
     """
+    from bigjax.run import alike, watch
     from bigjax.run import workdir as folder
     from bigjax.run.checkpoint import Checkpoints, to_stderr
     from bigjax.run.identity import identify
@@ -82,17 +89,18 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     check(config)
     home = home_of(config, experiment.name)
     record = folder.read_config(home)
-    if changes := folder.agree(record, experiment, config):
-        raise UsageError(f"{home} was trained with other settings: leave them out\n  " + "\n  ".join(changes))
-    if experiment.test is None:
-        raise UsageError(f"{experiment.name} has no test split: give the data as --eval-data, or test=...")
+    with alike.ready(experiment.name, "evaluate", config, record=record):
+        if changes := folder.agree(record, experiment, config):
+            raise UsageError(f"{home} was trained with other settings: leave them out\n  " + "\n  ".join(changes))
+        if experiment.test is None:
+            raise UsageError(f"{experiment.name} has no test split: give the data as --eval-data, or test=...")
     with contextlib.closing(Checkpoints(home / "checkpoints", read_only=True)) as checkpoints:
         if not record["steps"] or (step := checkpoints.newest(tell=to_stderr)) is None:
             raise UsageError(f"{home} holds no checkpoint yet: let it train until one is saved")
         mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), watch.watched(config.hang_seconds, "the evaluation"):
             program = Program(experiment, config, experiment.train, steps=record["steps"], mesh=mesh)
-            splits = {} if config.validation else {"train": experiment.train, "eval": experiment.test}
+            splits = {"eval": experiment.test} | ({} if config.validation else {"train": experiment.train})
             identify(home, program, splits, accept=config.accept_changes, tell=to_stderr)
             shapes = program.state_shapes
             needed = {"ema": shapes.ema} if config.ema else {"params": shapes.params}

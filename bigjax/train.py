@@ -47,33 +47,34 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     from bigjax.data import pipeline
     from bigjax.look.display import Display, summary
     from bigjax.look.profile import tracing
-    from bigjax.run import guard, machine, processes
+    from bigjax.run import alike, guard, machine, processes, watch
     from bigjax.run import workdir as folder
-    from bigjax.run.identity import extend, identify, longer
+    from bigjax.run.identity import extend, identify, longer, trial
     from bigjax.run.lines import Clock
 
     check(config)
     guard.quiet()
     machine.forgive_terminal()
     machine.cache_compilations(config.compilation_cache)
-    mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
-    train, splits = experiment.train, {"eval": experiment.test}
-    if config.validation:
-        train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
-        splits = {"validation": held, **splits}
-    pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
-    for split in (train, *splits.values()):
-        if isinstance(split, Mapping):
-            experiment.task.check(split)
-    home, clock = home_of(config, experiment.name), Clock()
-    fresh = not config.resume or not (home / "config.json").exists()
-    if fresh and (home / "config.json").exists():
-        Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake in it must not cost the run that is there
+    with alike.ready(experiment.name, "train", config):
+        mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)  # errors come before anything is written
+        train, splits = experiment.train, {"eval": experiment.test}
+        if config.validation:
+            train, held = pipeline.hold_out(train, fraction=config.validation, split_seed=config.split_seed)
+            splits = {"validation": held, **splits}
+        pipeline.batches(train, seed=config.seed, batch_size=config.batch_size)  # as do its own
+        for split in (train, *splits.values()):
+            if isinstance(split, Mapping):
+                experiment.task.check(split)
+        home, clock = home_of(config, experiment.name), Clock()
+        fresh = not config.resume or not (home / "config.json").exists()
+        if fresh and (home / "config.json").exists():
+            Program(experiment, config, train, steps=1, mesh=mesh)  # a mistake must not cost the run that is there
     shown = Display(enabled=not quiet and processes.first())
     traced = tracing(home, shown.line) if config.profile else contextlib.nullcontext()
     with (
-        folder.locked(home), guard.storage(home), guard.signals() as signalled, shown as display, traced as trace,
-        jax.set_mesh(mesh),
+        watch.watched(config.hang_seconds, "what is before an update, or between two"), folder.locked(home),
+        guard.storage(home), guard.signals() as signalled, shown as display, traced as trace, jax.set_mesh(mesh),
     ):  # fmt: skip
         try:
             finished = folder.open_workdir(home, experiment, config)
@@ -82,16 +83,15 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
 
             def seconds_a_step() -> float:
                 with clock.timing("compile"), display.phase("planning"):
-                    return make(steps=10**6).seconds_a_step()
+                    return trial(make(steps=10**6), {"train": train, **splits}).seconds_a_step()
 
             size = size_of(train)
             planned = partial(planned_steps, config, size, seconds_a_step)
             steps = folder.once(home, "steps", planned)
-            program, more = make(steps=steps), not fresh and longer(home, config)
-            with clock.timing("compile"), contextlib.closing(guard.Watchdog(config.hang_seconds)) as watchdog:
-                with watchdog.watching(lambda: "reading the data's first examples"), display.phase("checking data"):
-                    accept = config.accept_changes and not finished
-                    records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
+            program, more = make(steps=steps), longer(home, config)
+            with clock.timing("compile"), display.phase("checking data"):
+                accept = config.accept_changes and not finished
+                records = [identify(home, program, {"train": train, **splits}, accept=accept, tell=display.line)]
             if more:
                 program, finished = make(steps=planned()), None
                 records.append(extend(home, program, before=steps))
@@ -153,10 +153,10 @@ def loop(
     from bigjax.look.report import write_report
     from bigjax.run import processes
     from bigjax.run import workdir as folder
-    from bigjax.run.guard import Watchdog
     from bigjax.run.lines import Lines
     from bigjax.run.log import Log
     from bigjax.run.shown import only_shown
+    from bigjax.run.watch import UPDATE, watching
 
     experiment, config = program.experiment, program.config
     checkpoints, step, state, window = started
@@ -168,7 +168,6 @@ def loop(
         checkpoints = stack.enter_context(contextlib.closing(checkpoints))
         log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first(), tell=display.line)
         log, batches = (stack.enter_context(contextlib.closing(x)) for x in (log, program.batches(step)))
-        watchdog = stack.enter_context(contextlib.closing(Watchdog(config.hang_seconds)))
         forgiven, controls = int(window["skipped"][0]), program.controls(dropped=dropped)
         lines = Lines(log, display, clock, hooks, program, forgiven=forgiven, dropped=dropped)
         measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
@@ -178,7 +177,7 @@ def loop(
         while step < program.steps and not lines.ends:
             compiling = step == first  # the first update alone: so the time to compile is known
             display.phase("compiling" if compiling else "training")
-            with clock.timing("compile" if compiling else "train"), watchdog.watching(partial(doing, program, step)):
+            with clock.timing("compile" if compiling else "train"), watching(partial(doing, program, step), UPDATE):
                 batch = next_batch(batches, program, step)
                 state, window, told = program.update(state, window, batch, program.key, controls)
                 under_way.append(told)
@@ -204,7 +203,7 @@ def loop(
             if at_eval or at_save or lines.ends or number is not None:  # nothing is saved before its numbers are known
                 bad |= lines.read() or int(state.skipped) > dropped
             if bad and config.nonfinite == "stop":
-                wrong, kept = blame(program, state, dropped=dropped), wait(checkpoints, watchdog)
+                wrong, kept = blame(program, state, dropped=dropped), checkpoints.wait()
                 kept = "no checkpoint was saved before it" if kept is None else f"the checkpoint of step {kept} is kept"
                 remedy = "lower --learning-rate, or pass --nonfinite skip to drop such updates"
                 raise UsageError(f"{wrong}; {kept}; {remedy}")
@@ -219,18 +218,18 @@ def loop(
                 values, number = measured[0].get("validation"), number or signalled(step)
             if at_save or lines.ends or number is not None:
                 display.phase("saving")
-                with clock.timing("checkpoint"), watchdog.watching(lambda step=step: f"the save of step {step}"):
+                with clock.timing("checkpoint"):
                     log.flush()
                     checkpoints.save(step, {"state": state, "window": window}, metrics=values)
                 saved, number = time.monotonic(), number or signalled(step)
             if number is not None and not (done or lines.ends):
-                wait(checkpoints, watchdog)
+                checkpoints.wait()
                 raise Interrupted(number, step)
 
         if step == first:  # killed between the last save and the result: the log has the lines already
             measured = evaluation(program, measure, state, splits)
         with clock.timing("checkpoint"):
-            wait(checkpoints, watchdog)
+            checkpoints.wait()
         result = folder.make_result(
             experiment,
             config,
@@ -245,10 +244,3 @@ def loop(
             with only_shown("report.html", display.line), display.phase("writing the report"):
                 write_report(home)
     return Run(state, result, home)
-
-
-def wait(checkpoints: Any, watchdog: Any) -> int | None:
-    """Until the last save is there; the newest step that is saved."""
-    with watchdog.watching(lambda: "the last save"):
-        checkpoints.wait()
-    return checkpoints.latest()

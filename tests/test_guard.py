@@ -12,22 +12,22 @@ import pytest
 from etils import epath
 
 from bigjax import SaveError
-from bigjax.run import guard
+from bigjax.run import guard, watch
 
 ENDED: list[int] = []  # the exit statuses that it would have ended this process with
 
 
 @pytest.fixture
-def watchdog(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], guard.Watchdog]]:
+def watchdog(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], watch.Watchdog]]:
     """watchdog(seconds) makes one that would end the process once, and is closed with the test."""
-    made: list[guard.Watchdog] = []
+    made: list[watch.Watchdog] = []
 
     def end(status: int) -> None:
         ENDED.append(status)
         made[0].closed.set()
 
-    def make(seconds: float) -> guard.Watchdog:
-        made.append(guard.Watchdog(seconds))
+    def make(seconds: float) -> watch.Watchdog:
+        made.append(watch.Watchdog(seconds))
         return made[0]
 
     ENDED.clear()
@@ -43,18 +43,18 @@ def watching() -> list[threading.Thread]:
 
 
 def test_the_watchdog_ends_what_takes_too_long(
-    watchdog: Callable[[float], guard.Watchdog], capfd: pytest.CaptureFixture
+    watchdog: Callable[[float], watch.Watchdog], capfd: pytest.CaptureFixture
 ) -> None:
     dog = watchdog(0.2)
     with dog.watching(lambda: "update 7"):
         dog.closed.wait(10)
-    assert ENDED == [guard.HUNG]
+    assert ENDED == [watch.HUNG]
     said = capfd.readouterr().err
     assert "Thread 0x" in said and "error: update 7 took longer than --hang-seconds 0.2" in said
 
 
 def test_the_watchdog_leaves_alone_what_goes_on_and_what_it_does_not_watch(
-    watchdog: Callable[[float], guard.Watchdog],
+    watchdog: Callable[[float], watch.Watchdog],
 ) -> None:
     dog = watchdog(1.0)
     time.sleep(1.5)  # nothing is watched
@@ -66,7 +66,7 @@ def test_the_watchdog_leaves_alone_what_goes_on_and_what_it_does_not_watch(
     assert len(watching()) == 1 and ENDED == []
 
 
-def test_a_watchdog_of_0_seconds_does_not_watch(watchdog: Callable[[float], guard.Watchdog]) -> None:
+def test_a_watchdog_of_0_seconds_does_not_watch(watchdog: Callable[[float], watch.Watchdog]) -> None:
     with watchdog(0).watching(lambda: "update 7"):
         assert not watching()
 
@@ -94,7 +94,7 @@ for module in pkgutil.walk_packages(bigjax.__path__, "bigjax."):
         importlib.import_module(module.name)
 assert sys.unraisablehook is hook
 assert all(logging.getLogger(name).filters == before for name, before in filters.items())
-from bigjax.run import guard
+from bigjax.run import guard, watch
 guard.quiet()
 mine = sys.unraisablehook
 guard.quiet()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -31,18 +32,25 @@ LAUNCHER = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_SERVICE_HOST", 
 
 @contextlib.contextmanager
 def started(
-    *commands: list[str], devices: int, script: str = SCRIPT.name, **variables: str
+    *commands: list[str],
+    devices: int,
+    script: str = SCRIPT.name,
+    each: Sequence[Mapping[str, str]] = (),
+    **variables: str,
 ) -> Iterator[list[subprocess.Popen]]:
-    """The script once with each command's flags; none of them outlives the test."""
+    """The script once with each command's flags; none of them outlives the test.
+
+    each: variables of each alone, with SCRIPT its own script.
+    """
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)}
     env = clean | variables | {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": str(devices)}
     running: list[subprocess.Popen] = []
     try:
-        for flags in commands:
-            command = [sys.executable, str(SCRIPT.with_name(script)), *flags]
+        for flags, own in itertools.zip_longest(commands, each, fillvalue={}):
+            command = [sys.executable, str(own.get("SCRIPT", SCRIPT.with_name(script))), *flags]
             running.append(
-                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                subprocess.Popen(command, env=env | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             )
         yield running
     finally:
@@ -167,7 +175,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     flags = ["--model", "gpt", "--workdir", str(folder)]
     port = free_port()
     commands = [[*flags, *(place(i, port) if before > 1 else ())] for i in range(before)]
-    with started(*commands, devices=8 // before, HOLD="1") as running:  # in the evaluation of step 4, before its save
+    with started(*commands, devices=8 // before, HOLD="all") as running:  # in the evaluation of step 4, before its save
         wait_for(lambda: (folder / "checkpoints" / "2").exists(), running)
     done = train(folder, *flags[:2], count=after)
     assert "resuming at step 2" in done[0][1]
@@ -292,9 +300,9 @@ def test_what_another_number_of_processes_restores_is_exact(before: int, after: 
     assert json.loads(out[out.index("{") :])["eval/crc"] == trained["eval/crc"] > 0
 
 
-def refused(*commands: list[str], timeout: float = 240) -> list[str]:
+def refused(*commands: list[str], timeout: float = 240, each: Sequence[Mapping[str, str]] = ()) -> list[str]:
     """The one line that each of the commands ends with."""
-    with started(*commands, devices=4) as running:
+    with started(*commands, devices=4, each=each) as running:
         done = [said(p, timeout=timeout) for p in running]
     for status, _, err in done:
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
@@ -311,7 +319,7 @@ def test_processes_with_different_flags_do_not_start(tmp_path: Path) -> None:
     host = re.escape(socket.gethostname())
     assert re.fullmatch(
         rf"process 1 \({host}, pid \d+\) differs from process 0 \({host}, pid \d+\): --batch-size 16, not 8: give all "
-        "the same flags and versions",
+        "the same flags, code and versions",
         one,
     )
     assert not (tmp_path / "run").exists()

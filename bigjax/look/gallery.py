@@ -20,6 +20,7 @@ from bigjax.look.evaluators import encoder, generate_images, images_of, normal, 
 from bigjax.look.pictures import save_gallery
 from bigjax.run import processes
 from bigjax.run.shown import Tell, only_shown
+from bigjax.run.watch import watching
 from bigjax.sharding import to_host
 from bigjax.step import to_float
 from bigjax.task import Key, ModelState, Params, mode, variables
@@ -180,7 +181,8 @@ def draw(program: Any, home: epath.Path, state: Any, step: int, tell: Tell) -> N
     for name, picture in program.experiment.gallery.items():
         told = functools.partial(only_shown, f"gallery {name!r}", tell)
         with contextlib.nullcontext() if processes.several() else told():
-            item = picture(*state.evaluated(), program.key)
+            with watching(f"the gallery {name!r}", f"gallery {name}"):
+                item = picture(*state.evaluated(), program.key)
             if processes.first():
                 with told():
                     save_gallery(home, step, name=name, item=item)

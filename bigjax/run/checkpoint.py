@@ -18,6 +18,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from bigjax import SaveError, UsageError, place
 from bigjax.optim import path_string
 from bigjax.run import manifest, processes
+from bigjax.run.barrier import Apart, Barrier, Part
+from bigjax.run.watch import SAVE, watching
 
 Tree = Any
 
@@ -35,13 +37,13 @@ def to_stderr(line: str) -> None:
 class Handler(ocp.PyTreeCheckpointHandler):
     """As orbax's; calls `written(folder)` in the background when all that this process writes there is written."""
 
-    def __init__(self, written: Callable[[epath.Path], None]):
+    def __init__(self, written: Callable[[epath.Path], None], failing: Callable[[BaseException], None]):
         super().__init__()
-        self.written = written
+        self.written, self.failing = written, failing
 
     async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Any]:
         futures = await super().async_save(directory, *args, **kwargs)
-        return [ocp.future.ChainedFuture(futures or [], cb=lambda: self.written(directory))]
+        return [Part(ocp.future.ChainedFuture(futures or [], cb=lambda: self.written(directory)), self.failing)]
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
@@ -70,13 +72,13 @@ class Checkpoints:
             )
             kept = policies.AnyPreservationPolicy([kept, ranked])
         self.folder = place(directory) if "://" in str(directory) else place(directory).absolute()
-        self.saving: int | None = None
+        self.saving, barrier = None, Barrier()
         bucket = "://" in str(directory)
         if bucket and not read_only and processes.first():
             clean(self.folder)
         self.manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={"state": Handler(self.written)},
+            item_handlers={"state": Handler(self.written, barrier.failing)},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept,
                 # A reader must leave the save of a run under way alone; and in a bucket orbax takes every folder
@@ -85,7 +87,7 @@ class Checkpoints:
                 create=not read_only,
                 best_fn=(lambda m: m[self.best]) if best else None,  # else orbax forgets the numbers at a resumption
                 enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self.complete),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self.complete, barrier_sync_fn=barrier),
             ),
         )
 
@@ -93,7 +95,7 @@ class Checkpoints:
         """Starts the save of `tree` as `step` and returns; an error of the save before is raised here."""
         if self.best and metrics and self.best not in metrics:
             raise UsageError(f"--best: the validation split has no {self.best!r}: use one of {', '.join(metrics)}")
-        with self.failing_clearly():
+        with watching(f"the save of step {step}", SAVE), self.failing_clearly():
             self.wait()
             self.saving = step
             args = ocp.args.Composite(state=Save(tree))
@@ -186,7 +188,8 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        with watching(f"reading the checkpoint of step {step}"):
+            return self.manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
     def changes(self, step: int, abstract: Tree) -> list[str]:
         """What `abstract` has in another shape than `step`, or is not there: `path: (8, 4) -> (8, 6)`, at most 12.
@@ -214,12 +217,13 @@ class Checkpoints:
         with self.failing_clearly():
             self.manager.check_for_errors()
 
-    def wait(self) -> None:
-        """Until the save under way is committed; an error of it is raised here."""
-        with self.failing_clearly():
+    def wait(self) -> int | None:
+        """Until the save under way is committed; an error of it is raised here. The newest step that is saved."""
+        with watching("the last save", SAVE), self.failing_clearly():
             self.manager.wait_until_finished()
             if processes.first() and self.saving is not None:
                 manifest.write(self.folder, self.saving)
+        return self.latest()
 
     @contextlib.contextmanager
     def failing_clearly(self) -> Iterator[None]:
@@ -232,11 +236,13 @@ class Checkpoints:
                 kept = f"step {max(whole)} is intact" if whole else "there is none before it"
             except Exception:  # a bucket out of reach
                 kept = "those before it cannot be seen now"
+            while isinstance(e, Apart) and e.__context__:  # of what failed here, which the others are told
+                e = e.__context__
             raise SaveError.by(e, f"a checkpoint could not be saved in {self.folder}; {kept}") from e
 
     def close(self) -> None:
         """After the save under way; an error of it is raised here."""
-        with self.failing_clearly():
+        with watching("the last save", SAVE), self.failing_clearly():
             self.manager.close()
 
 

@@ -1,24 +1,19 @@
-"""What ends a run from outside or from within: signals that ask it to stop, and updates that never end."""
+"""What ends a run from outside: signals that ask it to stop, and files that can't be written."""
 
 import contextlib
 import errno
-import faulthandler
 import logging
 import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
-from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from bigjax import SaveError
-from bigjax.run import processes
-
-HUNG = 4  # exit status
+from bigjax.run import processes, stopping
 
 
 def quiet() -> None:
@@ -52,13 +47,13 @@ class Signals:
 
     def __init__(self) -> None:
         self.seen: list[int] = []
+        self.all = stopping.All() if processes.several() else None
 
     def __call__(self, step: int) -> int | None:
         """The signal by which the run ends after `step`: asked at every step, by all processes at the same."""
-        ends = [n for n in self.seen if n != SAVING]
-        if not processes.several():
-            return ends[0] if ends else None
-        return (ends or [signal.SIGTERM])[0] if reached_preemption_sync_point(step) else None  # JAX hears SIGTERM
+        if self.all:
+            return self.all.stops()
+        return next((n for n in self.seen if n != SAVING), None)
 
     def save(self) -> bool:
         """Whether a save was asked for since this was last asked."""
@@ -69,8 +64,6 @@ class Signals:
 
     def note(self, number: int, _: Any) -> None:
         self.seen.append(number)
-        if processes.several() and number != SAVING:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -82,36 +75,48 @@ def signals() -> Iterator[Signals]:
     ignored, as under `nohup`, is ignored.
     """
     asked = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    nohup = getattr(signal, "SIGHUP", None)
-    heard = [n for n in (*ENDING, SAVING) if n and (n != nohup or signal.getsignal(n) != signal.SIG_IGN)]
-    if processes.several():
-        heard.remove(signal.SIGTERM)
-    before = {n: signal.signal(n, asked.note) for n in heard}
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    waked = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=answer, args=(read,), name="bigjax-signals", daemon=True).start()
-    try:
-        yield asked
-    finally:
-        signal.set_wakeup_fd(waked)
-        os.close(write)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with asked.all or contextlib.nullcontext():
+        if threading.current_thread() is not threading.main_thread():
+            yield asked
+            return
+        nohup = getattr(signal, "SIGHUP", None)
+        heard = [n for n in (*ENDING, SAVING) if n and (n != nohup or signal.getsignal(n) != signal.SIG_IGN)]
+        before = {n: signal.signal(n, asked.note) for n in heard}
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        waked = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=answer, args=(read, asked.all), name="bigjax-signals", daemon=True).start()
+        try:
+            yield asked
+        finally:
+            signal.set_wakeup_fd(waked)
+            os.close(write)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def answer(read: int) -> None:
-    """Says at once that a signal has come: the main thread hears of it only when what it computes is done."""
+def answer(read: int, everybody: stopping.All | None) -> None:
+    """Says at once that a signal has come: the main thread hears of it only when what it computes is done.
+
+    One that ends the run is told to all processes; and where the run hangs, so that it can't be obeyed, to `stopping`.
+    """
+    hung = None
     with open(read, "rb", buffering=0) as numbers:
-        while number := numbers.read(1):
-            if number[0] in (*ENDING, SAVING):
-                what = "saving" if number[0] == SAVING else "stopping"
-                with contextlib.suppress(OSError):  # a terminal that is gone
-                    name = signal.Signals(number[0]).name
-                    os.write(2, f"\n{name}: {what} after this update\n".encode())
+        while byte := numbers.read(1):
+            if (number := byte[0]) not in (*ENDING, SAVING):
+                continue
+            what = "saving" if number == SAVING else "stopping"
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                os.write(2, f"\n{signal.Signals(number).name}: {what} after this update\n".encode())
+            if number == SAVING:
+                continue
+            if everybody:
+                everybody.ask(number)
+            elif hung is None:
+                hung = stopping.Hung(number)
+            (everybody or hung).again(number)
+    if hung:
+        hung.over.set()
 
 
 REFUSED = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG ESTALE".split()}
@@ -126,44 +131,3 @@ def storage(workdir: epath.Path) -> Iterator[None]:
         if e.errno not in REFUSED or str(workdir) not in str(e.filename or workdir):
             raise
         raise SaveError.by(e, f"the run in {workdir} cannot go on: its files cannot be written") from e
-
-
-class Watchdog:
-    """Ends the process where something watched takes longer than `seconds` (0: never), with the stacks of all threads.
-
-    Each `beat` begins the time anew.
-    """
-
-    def __init__(self, seconds: float):
-        self.seconds, self.deadline = seconds, float("inf")
-        self.closed = threading.Event()
-        if seconds:
-            threading.Thread(target=self.watch, name="bigjax-watchdog", daemon=True).start()
-
-    @contextlib.contextmanager
-    def watching(self, what: Callable[[], str]) -> Iterator[None]:
-        """what: says what is watched while it is entered."""
-        self.what = what
-        self.beat()
-        try:
-            yield
-        finally:
-            self.deadline = float("inf")
-
-    def close(self) -> None:
-        self.closed.set()
-
-    def beat(self) -> None:
-        self.deadline = time.monotonic() + self.seconds
-
-    def watch(self) -> None:
-        while not self.closed.wait(min(self.seconds / 4, 1.0)):
-            if time.monotonic() > self.deadline:
-                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                print(
-                    f"error: {self.what()} took longer than --hang-seconds {self.seconds:g}; above is where each "
-                    "thread stood; the same command goes on from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(HUNG)

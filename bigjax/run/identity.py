@@ -18,6 +18,7 @@ from bigjax.experiment import RunConfig, size_of
 from bigjax.program import Program
 from bigjax.run import processes
 from bigjax.run.source import versions
+from bigjax.run.watch import watching
 from bigjax.run.workdir import LENGTH, changes_of_state, devices, read_config, settings, write_json
 from bigjax.step import to_float
 from bigjax.task import Fields
@@ -114,8 +115,10 @@ def identify(
     mesh = {k: int(n) for k, n in program.mesh.shape.items()}
     circumstances = json.dumps({**versions(), **devices(), "mesh": mesh}, sort_keys=True)
     where = hashlib.sha256(circumstances.encode()).hexdigest()[:16]
-    data = {k: fingerprint_of(v) for k, v in splits.items()}
+    with watching("reading the data's first examples"):
+        data = {k: fingerprint_of(v) for k, v in splits.items()}
     here = {"programs": {where: fingerprint_of_program(program)}, "data": data}
+    agree(program, here["programs"][where], data)
 
     def compare() -> dict[str, Any]:
         record = read_config(home)
@@ -146,6 +149,31 @@ def identify(
             write_json(home / "config.json", read_config(home) | found["record"])
 
     return record
+
+
+def agree(program: Program, code: str, data: Mapping[str, Any]) -> None:
+    """Raises UsageError in all processes where one trains another program, or on other data: what `identify` found."""
+    size = sum(x.size for x in jax.tree.leaves(program.state_shapes.params))
+    about: dict[str, Any] = {"parameters": f"{size:,}"}
+    for name, found in data.items():
+        rows, sums = found.get("rows", 0), found.get("checksums", {})
+        unread = 0 if "all" in sums else min(rows, ROWS) - len(sums)
+        told = f"checksum {zlib.crc32(json.dumps(sums).encode())}" + f", {unread} of those tried unreadable" * (
+            unread > 0
+        )
+        about[f"{name} data"] = f"{rows:,} rows ({told})"
+        about[f"{name} fields"] = str(found.get("fields"))
+    about["the program (model, loss, optimizer, or a number in them)"] = code[:8]
+    for kind in ("evaluators", "gallery"):  # which all run, and may wait in for one another
+        about[kind] = ", ".join(getattr(program.experiment, kind)) or "none"
+    processes.agree(about, advice="give all the same code and data")
+
+
+def trial(program: Program, splits: Mapping[str, Any]) -> Program:
+    """The same, which several processes may run: they agree on it."""
+    if processes.several():
+        agree(program, fingerprint_of_program(program), {k: fingerprint_of(v) for k, v in splits.items()})
+    return program
 
 
 def longer(home: epath.Path, config: RunConfig) -> bool:

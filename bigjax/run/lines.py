@@ -66,8 +66,8 @@ class Lines:
 
     def tell(self, step: int, split: str, values: dict[str, float]) -> None:
         self.log.write(step, split, values)
-        if self.hooks:
-            self.ends |= processes.from_first(lambda: any([ask(hook, step, split, values) for hook in self.hooks]))
+        # also without hooks: another process may have some
+        self.ends |= processes.from_first(lambda: any([ask(hook, step, split, values) for hook in self.hooks]))
 
     def set_aside(self, step: int, window: Metrics, waited: float) -> None:
         """The sums of a window that has ended, to be read while the device works on."""

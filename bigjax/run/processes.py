@@ -1,27 +1,29 @@
-"""Several processes, one run: how they meet, what they must agree on, and what the others do when one is gone.
+"""Several processes, one run: what one tells the others, and what they must agree on.
 
-Process 0 listens at the coordinator's address until the others have said who they are and what they are to run. Then
-JAX's own service takes the address over, and these connections stay open only to be watched: one that closes without
-a last word tells at once that its process is gone, and which, where a collective would wait.
+They tell it over JAX's coordination service, not by a collective: what differs is known before one could hang.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
-import numpy as np
 
 from bigjax import Interrupted, UsageError
 from bigjax.run import noise
+from bigjax.run.meeting import Peers, changes, end, first_line, launched, meet
+from bigjax.run.watch import watching
 from bigjax.sharding import DistributedConfig
+
+SILENT = 30  # seconds that one waits for another without a word
+MEMORY = 1000  # values of process 0 that are kept for those that come later: none can be so far behind
 
 
 def several() -> bool:
@@ -34,24 +36,136 @@ def first() -> bool:
     return not several() or jax.process_index() == 0
 
 
-def from_first(compute: Callable[[], Any]) -> Any:
+def name(index: int) -> str:
+    """Of this process, for messages: where to look."""
+    return f"process {index} ({socket.gethostname()}, pid {os.getpid()})"
+
+
+class Session:
+    """What is told between two calls of `begin`. failed: what has ended the run in another process, once it is known.
+
+    Where the same call has failed in one process alone, the next one begins anew in all.
+    """
+
+    number, calls, failed = 0, itertools.count(), ""
+
+
+def begin() -> None:
+    """Where a call that all processes make begins."""
+    Session.number, Session.calls, Session.failed = Session.number + 1, itertools.count(), ""
+    if several() and first() and Session.number > 2:
+        store().key_value_delete(f"bigjax/{Session.number - 2}/")
+
+
+def store() -> Any:
+    """The coordination service's values by name. JAX offers no public way; orbax goes the same."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def put(key: str, value: Any) -> None:
+    """Tells JSON; the last one counts."""
+    store().key_value_set(key, json.dumps(value), allow_overwrite=True)
+
+
+def get(key: str, *, seconds: float = 1.0) -> Any:
+    """What is told under a name, waiting so long for it; None: nothing yet."""
+    try:
+        return json.loads(store().blocking_key_value_get(key, round(seconds * 1000)))
+    except jax.errors.JaxRuntimeError as e:
+        if "DEADLINE_EXCEEDED" in str(e):
+            return None
+        raise
+
+
+def wait_for(key: str, whose: int, *, timeout: float | None = None) -> Any:
+    """As `get`, but until it is there: signals are heard, and the watchdog knows of it."""
+    begun, silent = time.monotonic(), True
+    with watching(f"process {jax.process_index()}'s wait for what process {whose} is to say"):
+        while (value := get(key)) is None:
+            if Session.failed:
+                raise UsageError(Session.failed)
+            waited = time.monotonic() - begun
+            if silent and waited > SILENT:
+                silent = False
+                line = f"{name(jax.process_index())} waits for process {whose}, for {waited:.0f} s so far"
+                print(line, file=sys.stderr, flush=True)
+            if timeout and waited > timeout:
+                raise UsageError(
+                    f"process {whose} has not come to the same place within {timeout:g} s: call the same in all "
+                    "processes, and see their output"
+                )
+    return value
+
+
+def from_first(compute: Callable[[], Any], *, timeout: float | None = None) -> Any:
     """What `compute` gives (JSON) or the UsageError it raises on process 0, on all: each must call this."""
     if not several():
         return compute()
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    said = b""
+    call, mine = next(Session.calls), getattr(compute, "__qualname__", "")
+    key = f"bigjax/{Session.number}/{call}"
     if first():
         try:
-            said = json.dumps({"value": compute()}).encode()
+            heard = {"value": compute(), "by": mine}
         except UsageError as e:
-            said = json.dumps({"error": str(e)}).encode()
-    with jax.transfer_guard("allow"):  # JAX itself moves what is told to the devices
-        size = int(broadcast_one_to_all(np.int32(-(-len(said) // 1024) * 1024)))  # few sizes: each is compiled
-        heard = json.loads(bytes(broadcast_one_to_all(np.frombuffer(said.ljust(size), np.uint8))))
+            heard = {"error": str(e), "by": mine}
+        put(key, heard)
+        heard = json.loads(json.dumps(heard))  # the same on all
+        if call > MEMORY:
+            store().key_value_delete(f"bigjax/{Session.number}/{call - MEMORY}")
+    else:
+        heard = wait_for(key, 0, timeout=timeout)
+    if heard["by"] != mine:
+        index = jax.process_index()
+        raise UsageError(f"{name(index)} is at {mine}, process 0 at {heard['by']}: call the same in all processes")
     if "error" in heard:
         raise UsageError(heard["error"])
     return heard["value"]
+
+
+def to_first(value: Any, *, timeout: float | None = None) -> list[Any]:
+    """The values (JSON) of all on process 0, by index; on the others nothing: each must call this."""
+    key = f"bigjax/{Session.number}/{next(Session.calls)}"
+    if not first():
+        put(f"{key}/{jax.process_index()}", value)
+        return []
+    found = [value]
+    for i in range(1, jax.process_count()):
+        found.append(wait_for(f"{key}/{i}", i, timeout=timeout))
+        store().key_value_delete(f"{key}/{i}")
+    return found
+
+
+def agree(about: Mapping[str, Any], *, advice: str, timeout: float | None = None) -> None:
+    """Raises the same UsageError in all processes, with the advice, where what is compared is not equal in all."""
+    if not several():
+        return
+    found = to_first([name(jax.process_index()), dict(about)], timeout=timeout)
+
+    def compare() -> None:
+        for who, theirs in found[1:]:
+            if differs := changes(theirs, json.loads(json.dumps(about))):
+                raise UsageError(f"{who} differs from {found[0][0]}: {differs}: {advice}")
+
+    from_first(compare, timeout=timeout)
+
+
+def agree_on_devices(*, timeout: float | None = None) -> None:
+    """Raises UsageError in all processes where one has more devices of its own than another."""
+    if not several():
+        return
+    found = to_first([name(jax.process_index()), jax.local_device_count()], timeout=timeout)
+
+    def compare() -> None:
+        if len({count for _, count in found}) > 1:
+            counts = ", ".join(f"{who} {count}" for who, count in found)
+            raise UsageError(
+                f"the processes have unequal numbers of devices: {counts}: give each as many (JAX_NUM_CPU_DEVICES, "
+                "XLA_FLAGS, CUDA_VISIBLE_DEVICES)"
+            )
+
+    from_first(compare, timeout=timeout)
 
 
 @contextlib.contextmanager
@@ -66,12 +180,12 @@ def joined(config: DistributedConfig, about: Mapping[str, Any]) -> Iterator[None
         yield
         return
     coordinator, count, index = found
-    name = f"process {index} ({socket.gethostname()}, pid {os.getpid()})"
-    about = {"--distributed.processes": count, **about}
-    peers = Peers(*meet(coordinator, count, index, name=name, about=about, timeout=config.timeout))
+    me, about = name(index), {"--distributed.processes": count, **about}
+    peers = Peers(*meet(coordinator, count, index, name=me, about=about, timeout=config.timeout))
     try:
         with noise.dropped():
             initialize(coordinator, count, index, timeout=config.timeout, by_flags=config.coordinator is not None)
+            agree_on_devices(timeout=config.timeout)
             yield
     except Interrupted:  # all of them, at the same step
         peers.leave(None)
@@ -79,7 +193,7 @@ def joined(config: DistributedConfig, about: Mapping[str, Any]) -> Iterator[None
     except BaseException as e:
         if type(e) is not UsageError:
             time.sleep(3)  # if it failed because a process is gone, the watch says which, and ends this one
-        peers.leave(f"{name} stopped ({first_line(e)})")
+        peers.leave(f"{me} stopped ({first_line(e)})")
         if isinstance(e, UsageError):
             raise
         traceback.print_exc()
@@ -90,6 +204,8 @@ def joined(config: DistributedConfig, about: Mapping[str, Any]) -> Iterator[None
 def initialize(coordinator: str, processes: int, index: int, *, timeout: int, by_flags: bool) -> None:
     """jax.distributed.initialize, between CPUs too; its errors are one line."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    with contextlib.suppress(AttributeError):  # SIGTERM is ours (`stopping`): JAX would take it, and swallow it
+        jax.config.update("jax_enable_preemption_service", False)
     method = "deactivate" if by_flags else None  # else the launcher also says which devices this process has
     try:
         jax.distributed.initialize(
@@ -97,196 +213,3 @@ def initialize(coordinator: str, processes: int, index: int, *, timeout: int, by
         )
     except (RuntimeError, ValueError) as e:
         raise UsageError(f"JAX cannot join {coordinator} as process {index} of {processes}: {first_line(e)}") from e
-
-
-def first_line(e: BaseException) -> str:
-    return str(e).strip().partition("\n")[0] or type(e).__name__
-
-
-def launched(config: DistributedConfig) -> tuple[str, int, int] | None:
-    """(coordinator, processes, index) by the flags or by the launcher; None for a process that is alone."""
-    given = {"coordinator": config.coordinator, "processes": config.processes, "index": config.index}
-    missing = [f"--distributed.{k}" for k, v in given.items() if v is None]
-    if config.processes is not None and config.processes < 1:
-        raise UsageError(f"--distributed.processes {config.processes}: give a number above 0")
-    if config.processes == 1 and (config.index or 0) == 0:
-        return None
-    if len(missing) == 3:
-        return detected(config.timeout)
-    if missing:
-        raise UsageError(f"{' and '.join(missing)} missing: give all three of {', '.join(given)}, or none of them")
-    if not 0 <= config.index < config.processes:
-        raise UsageError(
-            f"--distributed.index {config.index}: there are {config.processes} processes, use 0 to "
-            f"{config.processes - 1}"
-        )
-    if not config.coordinator.rpartition(":")[0] or not config.coordinator.rpartition(":")[2].isdecimal():
-        raise UsageError(
-            f"--distributed.coordinator {config.coordinator}: give HOST:PORT of process 0, as 10.0.0.2:8476"
-        )
-    return config.coordinator, config.processes, config.index
-
-
-def detected(timeout: int) -> tuple[str, int, int] | None:
-    """What Cloud TPU, GKE, SLURM or Open MPI says of this process, as far as JAX knows them."""
-    from jax._src.clusters import ClusterEnv  # JAX offers no public way to ask before it connects
-
-    try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)[:3]
-    except Exception as e:
-        raise UsageError(
-            f"what the launcher says of this process cannot be read ({first_line(e)}): give "
-            "--distributed.coordinator, --distributed.processes and --distributed.index, or --distributed.processes 1"
-        ) from e
-    return found if None not in found and found[1] > 1 else None
-
-
-def meet(
-    coordinator: str, processes: int, index: int, *, name: str, about: Mapping[str, Any], timeout: int
-) -> tuple[dict[int, socket.socket], dict[int, str]]:
-    """Connections to the others and their names, by index: process 0 has them all, the others only process 0."""
-    host, _, port = coordinator.rpartition(":")
-    address, deadline = (host.strip("[]"), int(port)), time.monotonic() + timeout
-    if index:
-        return greet(address, {"index": index, "name": name, "about": about}, deadline=deadline, timeout=timeout)
-    sockets, names, wrong = {}, {0: name}, None
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        server = socket.create_server(("", address[1]), family=family, dualstack_ipv6=both)
-    except OSError as e:
-        raise UsageError(
-            f"process 0 cannot listen at port {port} ({e.strerror or e}): end what uses it, or choose another port in "
-            "--distributed.coordinator"
-        ) from None
-    with server:
-        while len(sockets) < processes - 1 and not wrong:
-            try:
-                server.settimeout(max(deadline - time.monotonic(), 0.01))
-                peer, _ = server.accept()
-            except TimeoutError:
-                lost = [str(i) for i in range(1, processes) if i not in sockets]
-                which = f"process {lost[0]} has" if len(lost) == 1 else f"processes {', '.join(lost)} have"
-                wrong = f"{which} not come to {coordinator} within {timeout} s: start all {processes}, see their output"
-                break
-            peer.settimeout(10)
-            try:
-                hello = json.loads(hear(peer))
-                i, theirs = hello["index"], dict(hello["about"])
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not one of ours
-                peer.close()
-                continue
-            pairs = {k: (theirs.get(k), about.get(k)) for k in about | theirs}
-            changes = [f"{k} {his}, not {mine}" for k, (his, mine) in pairs.items() if his != mine]
-            if changes:
-                differs = f"{hello['name']} differs from {name}: {'; '.join(changes)}"
-                wrong = f"{differs}: give all the same flags and versions"
-            elif i in names:
-                wrong = f"{hello['name']} and {names[i]} have the same --distributed.index: give each its own"
-            else:
-                sockets[i], names[i] = peer, hello["name"]
-                continue
-            say(peer, {"error": wrong})
-    for peer in sockets.values():
-        say(peer, {"error": wrong, "name": name})
-    if wrong:
-        raise UsageError(wrong)
-    return sockets, names
-
-
-def greet(
-    address: tuple[str, int], hello: Mapping[str, Any], *, deadline: float, timeout: int
-) -> tuple[dict[int, socket.socket], dict[int, str]]:
-    """Process 0 by its address, once it has seen all."""
-    where, why = f"the coordinator {address[0]}:{address[1]}", ""
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            peer = socket.create_connection(address, timeout=left)
-            if peer.getsockname() != peer.getpeername():  # on one machine a port without listener can meet itself
-                break
-            peer.close()
-        except OSError as e:
-            why = f" ({e.strerror or e})"
-        time.sleep(min(0.2, left))
-    else:
-        raise UsageError(
-            f"{where} could not be reached within {timeout} s{why}: start process 0 there, or correct "
-            "--distributed.coordinator"
-        )
-    say(peer, hello)
-    peer.settimeout(timeout + 5)  # process 0's time began before this connection: it answers first
-    try:
-        answer = json.loads(hear(peer))
-    except (OSError, ValueError):
-        raise UsageError(
-            f"{where} does not answer {hello['name']} as process 0 of a run that is starting: start all processes "
-            "together, or choose another port in --distributed.coordinator"
-        ) from None
-    if answer["error"]:
-        raise UsageError(answer["error"])
-    return {0: peer}, {0: answer["name"]}
-
-
-def say(peer: socket.socket, value: Any) -> None:
-    """Sends a line of JSON to a process that may be gone."""
-    with contextlib.suppress(OSError):
-        peer.sendall(json.dumps(value).encode() + b"\n")
-
-
-def hear(peer: socket.socket) -> str:
-    """The next line of a process; ValueError if it ends before."""
-    with peer.makefile("rb", buffering=0) as lines:  # what follows the line is left to the next call
-        if not (line := lines.readline()).endswith(b"\n"):
-            raise ValueError("closed")
-        return line.decode()
-
-
-class Peers:
-    """The open connections, each watched by a thread until its process says its last word: None, or why it failed."""
-
-    def __init__(self, sockets: Mapping[int, socket.socket], names: Mapping[int, str]):
-        self.sockets, self.names, self.open, self.failed = sockets, names, set(sockets), False
-        for index, peer in sockets.items():
-            peer.settimeout(None)
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a machine that is gone with its process
-            for option, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}.items():
-                if hasattr(socket, option):
-                    peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-            threading.Thread(target=self.watch, args=(index,), daemon=True).start()
-
-    def watch(self, index: int) -> None:
-        """Ends this process if another one fails, with a line that says which."""
-        peer = self.sockets[index]
-        try:
-            reason = json.loads(hear(peer))
-            time.sleep(1 if reason else 0)  # this process may be about to fail by itself, of the same cause
-        except (OSError, ValueError):
-            reason = f"{self.names[index]} is gone"
-            self.open.discard(index)
-        if reason and not self.failed:
-            action = "this process ends too; start all again to resume from the newest checkpoint"
-            print(f"error: {reason}: {action}", file=sys.stderr, flush=True)
-            self.leave(reason)
-            end(3)
-        with contextlib.suppress(OSError):
-            peer.recv(1)  # until it is closed
-        self.open.discard(index)
-
-    def leave(self, reason: str | None) -> None:
-        """The last word of this process to the others, which end if it is a reason. Process 0 tells all of any's.
-
-        Process 0 then lets the others end before it does, since JAX aborts those that it leaves behind.
-        """
-        self.failed = reason is not None
-        for peer in self.sockets.values():
-            say(peer, reason)
-        deadline = time.monotonic() + 5
-        while self.failed and 0 not in self.sockets and self.open and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-
-def end(status: int) -> NoReturn:
-    """Ends this process, and whatever waits in it for one that is gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

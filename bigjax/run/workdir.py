@@ -18,7 +18,7 @@ from bigjax import UsageError, place
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics
 from bigjax.program import Program
-from bigjax.run import machine, processes, source
+from bigjax.run import alike, machine, processes, source
 from bigjax.run.atomic import write_whole
 from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
@@ -36,7 +36,7 @@ OURS = (
     "config.json",
 )  # fmt: skip
 NORMS = re.compile("(grad|param|update)_norm/")  # of layers: in the log alone
-UNBEGUN = {".lock", ".writable", "source.patch", "config.json.part"}  # what a kill in the first moment leaves
+UNBEGUN = {".lock", ".writable", "source.patch", "config.json"}  # what a kill in the first moment leaves
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -82,12 +82,6 @@ def restored(default: Any, record: Mapping[str, Any]) -> Any:
             group = dataclasses.is_dataclass(usual) and isinstance(value, Mapping)
             values[f.name] = restored(usual, value) if group else tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(default, **values)
-
-
-def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
-    """What must be equal in processes that run together: the verb, every flag, and the versions."""
-    flags = {"--" + k.replace("_", "-"): v for k, v in dataclasses.asdict(config).items() if k != "distributed"}
-    return json.loads(json.dumps({"experiment": f"{name} {verb}", **flags, **source.versions()}))
 
 
 def difference(
@@ -139,29 +133,35 @@ def clear(workdir: epath.Path) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """While it is entered no other process trains there; a kill leaves nothing behind that blocks.
+    """While it is entered no other run trains there, and all processes of this one do; a kill leaves nothing behind
+    that blocks.
 
-    Raises UsageError that names the other. Not on gs://, which has no locks.
+    Raises UsageError, in all processes, that names the other, or those that don't see it. gs:// has no locks.
     """
+    with contextlib.ExitStack() as stack:
+        processes.from_first(lambda: lock(workdir, stack))
+        alike.one_folder(workdir)
+        yield
+
+
+def lock(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
+    """Keeps the lock until the stack is closed."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = None if "://" in str(workdir) or not processes.first() else open(workdir / ".lock", "a+")
+        file = None if "://" in str(workdir) else stack.enter_context(open(workdir / ".lock", "a+"))
     except OSError:  # of which open_workdir has more to say
-        file = None
-    if file is None:
-        yield
         return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            other = file.read().strip() or "another process"
-            raise UsageError(f"--workdir {workdir} is in use by {other}: wait for its end, or use another") from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    if file is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        other = file.read().strip() or "another process"
+        raise UsageError(f"--workdir {workdir} is in use by {other}: wait for its end, or use another") from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 def open_workdir(workdir: epath.Path, experiment: Experiment, config: RunConfig) -> dict[str, Any] | None:
@@ -190,7 +190,7 @@ def _open(
         clear(workdir)
     if not path.exists():
         there = workdir.iterdir() if workdir.is_dir() else ()  # in a bucket an empty folder is none
-        if other := sorted(p.name for p in there if p.name not in UNBEGUN):
+        if other := sorted(p.name for p in there if ".".join(p.name.split(".")[:2]) not in UNBEGUN):
             raise UsageError(
                 f"--workdir {workdir} holds no run, but other things ({', '.join(other[:3])}): "
                 "name an empty or new folder"
