@@ -3,6 +3,7 @@
 Shapes: N examples, H height, W width, C channels.
 """
 
+import io
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,8 +13,8 @@ from etils import epath
 
 from bigjax import UsageError
 from bigjax.data.files import THREADS, few, stray
-from bigjax.data.pipeline import Dataset, Named
-from bigjax.experiment import Reader, Split
+from bigjax.data.pipeline import Dataset, Mapped, Named
+from bigjax.experiment import Split
 
 NO_CLASSES = ("__MACOSX", "@eaDir", "__pycache__")  # folders that archives and machines leave behind
 KINDS = "pictures have 1, 3 or 4 channels of 8 bits or 1 of 16 bits"
@@ -102,19 +103,40 @@ def _image(path: epath.Path, behind: tuple[int, ...], resize: int | None) -> np.
 def _pixels(path: epath.Path, image: Any, behind: tuple[int, ...]) -> np.ndarray:
     from PIL import Image
 
-    if image.mode.startswith(("I", "F")):  # one channel of 16 bits is I;16, or I
-        values_HW = np.asarray(image)
-        if image.mode == "F" or values_HW.min() < 0 or values_HW.max() > 65535:
-            kind = "floats" if image.mode == "F" else "integers"
-            raise UsageError(
-                f"{path} holds 32-bit {kind} from {values_HW.min():g} to {values_HW.max():g}, but {KINDS}: convert it"
-            )
-        return np.round(values_HW / 257).astype(np.uint8)[..., None]
+    if (deep_HWC := _eight_bits(path, image)) is not None:
+        return deep_HWC
     grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image.convert("RGBA"))
         grey = grey and len(set(behind)) == 1
     return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))
+
+
+def _eight_bits(where: object, image: Any) -> np.ndarray | None:
+    """Of one channel of 16 bits, which is I;16 or I; None of an image with channels of 8 bits."""
+    if not image.mode.startswith(("I", "F")):
+        return None
+    values_HW = np.asarray(image)
+    if image.mode == "F" or values_HW.min() < 0 or values_HW.max() > 65535:
+        kind = "floats" if image.mode == "F" else "integers"
+        raise UsageError(
+            f"{where} holds 32-bit {kind} from {values_HW.min():g} to {values_HW.max():g}, but {KINDS}: convert it"
+        )
+    return np.round(values_HW / 257).astype(np.uint8)[..., None]
+
+
+def decoded(content: bytes, *, channels: int | None) -> np.ndarray:
+    """The picture that a file of these bytes holds, (H,W,C) uint8 of so many channels; None: 1 where it is grey, or 3.
+
+    As TensorFlow has it: not turned by EXIF data, and without what says where it is transparent unless there are 4.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        if (deep_HWC := _eight_bits("it", image)) is not None:
+            return np.repeat(deep_HWC, channels or 1, axis=2)
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels or (1 if image.mode in ("1", "L", "LA") else 3)]
+        return np.atleast_3d(np.asarray(image.convert(mode)))
 
 
 # ---- one size
@@ -131,27 +153,10 @@ def resized(image_HWC: np.ndarray, side: int) -> np.ndarray:
     return np.stack([np.asarray(plane.resize(size, bilinear)) for plane in planes], axis=-1)
 
 
-class Resized:
-    """A reader of images, each resized when it is read."""
-
-    def __init__(self, reader: Reader, side: int) -> None:
-        self.reader, self.side = reader, side
-        for name in ("label", "names"):
-            if hasattr(reader, name):
-                setattr(self, name, getattr(reader, name))
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        example = self.reader[row]
-        return {**example, "image": resized(example["image"], self.side)}
-
-
 def resize_split(split: Split, side: int) -> Split:
     """A split whose images are `side` × `side` pixels."""
     if not isinstance(split, Mapping):
-        return Resized(split, side)
+        return Mapped(split, lambda example: {**example, "image": resized(example["image"], side)})
     with ThreadPoolExecutor(THREADS) as pool:
         image_NHWC = np.stack(list(pool.map(lambda image: resized(image, side), split["image"])))
     fields = {**split, "image": image_NHWC}

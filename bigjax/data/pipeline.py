@@ -215,6 +215,22 @@ class View:
         return self.reader[int(self.rows[row])]
 
 
+class Mapped:
+    """A reader of the examples that `change` makes of those of another."""
+
+    def __init__(self, reader: Reader, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+        self.reader, self.change = reader, change
+        for name in ("label", "names"):
+            if hasattr(reader, name):
+                setattr(self, name, getattr(reader, name))
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        return self.change(self.reader[row])
+
+
 def example(split: Split) -> dict[str, np.ndarray]:
     """The first example of a split, in memory or not."""
     return {name: array[0] for name, array in split.items()} if isinstance(split, Mapping) else split[0]
