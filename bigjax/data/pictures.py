@@ -38,28 +38,33 @@ def folder_of_images(path: epath.Path, *, background: str = "white", resize: int
     for folder in folders:
         inside = [p for p in sorted(folder.iterdir(), key=lambda p: p.name) if not _hidden(p)]
         deeper = next((p for p in inside if p.is_dir()), None)
-        if deeper is not None or not inside:
-            raise UsageError(
-                f"{folder} holds {'no image files' if deeper is None else f'a folder, {deeper.name}'}: each "
-                f"sub-folder of {path} must be a class with its images in it"
-            )
+        if deeper is not None:
+            raise UsageError(_hollow(folder, path, f"a folder, {deeper.name}"))
         files += inside
-    if not files:
+    if not folders:
         raise UsageError(f"{path} has no sub-folders: put the images of each class into a sub-folder named after it")
     for file in [*folders, *files]:
         if wrong := stray(file.name):
             shown = str(file).encode(errors="backslashreplace").decode()
             raise UsageError(f"the name of {shown} is not UTF-8 ({wrong}): rename it")
+
+    def image(file: epath.Path) -> Any:
+        try:
+            return _image(file, behind, resize)
+        except UsageError as e:  # all of them are told at once
+            return e
+
     with ThreadPoolExecutor(THREADS) as pool:
-        read = list(pool.map(lambda file: _image(file, behind, resize), files))
-    others += [f"{p.parent.name}/{p.name}" for p, image in zip(files, read, strict=True) if image is None]
-    kept = [(p, image) for p, image in zip(files, read, strict=True) if image is not None]
-    (first, image0), *_ = kept or [(None, None)]
-    for folder in folders:
-        if not any(p.parent.name == folder.name for p, _ in kept):
-            raise UsageError(
-                f"{folder} holds no image files: each sub-folder of {path} must be a class with its images in it"
-            )
+        read = list(zip(files, pool.map(image, files), strict=True))
+    wrong = {f"{p.parent.name}/{p.name}": str(e) for p, e in read if isinstance(e, UsageError)}
+    others += [f"{p.parent.name}/{p.name}" for p, image in read if image is None]
+    kept = [(p, image) for p, image in read if isinstance(image, np.ndarray)]
+    filled = {p.parent.name for p, image in read if image is not None}
+    wrong |= {p.name: _hollow(p, path) for p in folders if p.name not in filled}
+    if wrong:
+        (_, said), *more = wrong.items()
+        raise UsageError(said + (f"; so must {len(more)} more: {few([name for name, _ in more])}" if more else ""))
+    (first, image0), *_ = kept
     for file, image in kept:
         if image.shape[:2] != image0.shape[:2]:
             (h, w), (h0, w0) = image.shape[:2], image0.shape[:2]
@@ -75,6 +80,10 @@ def folder_of_images(path: epath.Path, *, background: str = "white", resize: int
     notes = (f"{path}: left out {len(others)} files that are no pictures of a class: {few(others)}",) if others else ()
     split = Named({"image": image_NHWC, "label": label_N}, inside)
     return Dataset(split, classes=len(names), class_names=names, notes=notes)
+
+
+def _hollow(folder: epath.Path, path: epath.Path, what: str = "no image files") -> str:
+    return f"{folder} holds {what}: each sub-folder of {path} must be a class with its images in it"
 
 
 def _hidden(path: epath.Path) -> bool:

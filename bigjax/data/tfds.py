@@ -28,10 +28,10 @@ def known(name: str) -> bool:
     return name in prepared(folder()) or tfds_folder.buildable(name)
 
 
-def missing(what: tfds_folder.Asked, where: str, takes: Sequence[str]) -> UsageError:
-    """That a set is not there, and what to do."""
+def missing(what: tfds_folder.Asked, where: str, takes: Sequence[str], flag: str = "TFDS_DATA_DIR=") -> UsageError:
+    """That a set is not there, and what to do; flag: what said `where` to look."""
     if up := tfds_folder.inside(what, where):
-        return UsageError(f"TFDS_DATA_DIR={where} lies in the folder of {what.name} itself: set TFDS_DATA_DIR={up}")
+        return UsageError(f"{flag}{where} lies in the folder of {what.name} itself: give {flag}{up}")
     features = tuple(builder(str(what), where).info.features or ())
     fields = [f for f in (takes or features) if f in KINDS]
     kind = next(iter(fields), None)
@@ -63,8 +63,8 @@ def read(
     if path is None:
         raise missing(what, where, takes)
     built, cure = tfds_folder.opened(path, what, where), tfds_folder.repair(what, where)
-    splits, formats = built.info.splits, {f.value for f in built.info.available_file_formats()}
-    if not formats & {"array_record", "parquet"}:
+    splits, formats = built.info.splits, tfds_folder.formats(built)
+    if not formats & tfds_folder.BY_INDEX:
         raise UsageError(
             f"{name} is in {path}, but in {few(sorted(formats))} files, which are not read by index: convert them by: "
             f"{prepare_command(str(what), where)}"

@@ -18,7 +18,16 @@ from bigjax.data.files import few
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 LEAST = 2**16  # bytes of an array_record file that is whole
+BY_INDEX = {"array_record", "parquet"}  # formats
 ABOUT = ("dataset_info.json", "features.json")
+
+
+class Damaged(UsageError):
+    """A set that can't be read; `why`: what of it, without what to do."""
+
+    def __init__(self, why: str, said: str) -> None:
+        super().__init__(said)
+        self.why = why
 
 
 @contextmanager
@@ -156,7 +165,7 @@ def inside(what: Asked, where: str) -> epath.Path | None:
 
 
 def opened(path: epath.Path, what: Asked, where: str) -> Any:
-    """The builder that reads what stands in a folder; UsageError: the file about it that is missing or damaged."""
+    """The builder that reads what stands in a folder; Damaged: the file about it that is missing or damaged."""
     import tensorflow_datasets as tfds
 
     try:
@@ -166,8 +175,9 @@ def opened(path: epath.Path, what: Asked, where: str) -> Any:
             return made
         why = f"{path / ABOUT[0]} names no splits"
     except Exception as e:  # TFDS raises what a damaged file leads to
-        why = next(filter(None, (_wrong(path / name) for name in ABOUT)), f"{path / ABOUT[0]} is damaged ({brief(e)})")
-    raise UsageError(f"{why}: {repair(what, where)}")
+        found = filter(None, (_wrong(path / name) for name in ABOUT))
+        why = next(found, f"{path}: {ABOUT[0]} or {ABOUT[1]} is damaged ({brief(e)})")
+    raise Damaged(why, f"{why}: {repair(what, where)}")
 
 
 def _wrong(file: epath.Path) -> str:
@@ -190,5 +200,10 @@ def torn(file: epath.Path) -> str:
 
 def brief(e: BaseException) -> str:
     """What an error says, in a few words."""
-    said = " ".join(str(e).split()).partition("; ")[0]
+    said = " ".join(str(e).split()).partition("; ")[0].partition(" (")[0]
     return f"{type(e).__name__}: {said[:120]}" if said else type(e).__name__
+
+
+def formats(built: Any) -> set[str]:
+    """The formats of a set's files that are there."""
+    return {form.value for form in built.info.available_file_formats() if form}

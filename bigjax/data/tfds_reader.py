@@ -1,7 +1,6 @@
 """A split of a TFDS set, read and decoded by index."""
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from bigjax import UsageError
-from bigjax.data import tfds_features, tfds_folder
+from bigjax.data import tfds_features, tfds_folder, tfds_splits
 from bigjax.data.files import THREADS
 from bigjax.data.pictures import decoded
 from bigjax.experiment import Split
@@ -47,7 +46,7 @@ class TfdsReader:
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         example = self.any(row)
         if example.get("label", 0) < 0:
-            raise UsageError(f"{self.place(row)} has no label (-1): say another split by --split")
+            raise UsageError(f"{tfds_splits.place(self.pieces, row)} has no label (-1): say another split by --split")
         return example
 
     def any(self, row: int) -> dict[str, np.ndarray]:
@@ -67,15 +66,6 @@ class TfdsReader:
             return read
 
         return self._tried(values, row)
-
-    def place(self, row: int) -> str:
-        """Where an example lies."""
-        row += self.pieces[0].skip
-        for piece, after in itertools.pairwise(self.pieces):
-            if row < piece.skip + piece.take:
-                return f"{piece.filename}: example {row} of it"
-            row += after.skip - piece.skip - piece.take
-        return f"{self.pieces[-1].filename}: example {row} of it"
 
     def labels_of(self, rows: Sequence[int]) -> list[Any]:
         """The labels of these examples as they are in the set, whose images are not decoded."""
@@ -111,7 +101,9 @@ class TfdsReader:
         try:
             return read()
         except Exception as e:  # what a damaged file, or a damaged example in it, leads to
-            raise UsageError(f"{self.place(row)} cannot be read ({tfds_folder.brief(e)}): {self._cure}") from e
+            raise UsageError(
+                f"{tfds_splits.place(self.pieces, row)} cannot be read ({tfds_folder.brief(e)}): {self._cure}"
+            ) from e
 
     def in_memory(self) -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(THREADS) as pool:

@@ -17,7 +17,7 @@ def parsed(text: str | None) -> dict[str, str]:
         role, _, split = (p.strip() for p in part.partition("="))
         if role not in ("train", "test") or not split or role in given:
             raise UsageError(
-                f"--split {text}: say train=SPLIT, test=SPLIT or both, as train=validation,test=test or train=train[:9%]"
+                f"--split {text}: give train=SPLIT, test=SPLIT or both: train=validation,test=test or train=train[9%:]"
             )
         given[role] = split
     return given
@@ -64,3 +64,12 @@ def apart(name: str, train: Sequence[Any], test: Sequence[Any]) -> None:
             f"--split takes {shared:,} examples of {name} both to train and to test on: choose parts that are apart, "
             "as train=train[10%:],test=train[:10%]"
         )
+
+
+def place(pieces: Sequence[Any], row: int) -> str:
+    """The file that an example of a split lies in, and its number there."""
+    for piece in pieces:
+        if row < piece.take:
+            break
+        row -= piece.take
+    return f"{piece.filename}: example {piece.skip + row} of it"
