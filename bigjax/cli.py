@@ -16,7 +16,7 @@ Flat = tyro.conf.OmitArgPrefixes  # `adamw: Flat[AdamW]`: a group of flags witho
 
 VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",
-    "evaluate": "evaluate the newest checkpoint of the working directory on the test split",
+    "evaluate": "evaluate the newest checkpoint of the working directory on the test split, or on other --data",
     "plan": "what a run would need on a TPU slice, and what bounds it there: compiled here, on a machine without one",
     "report": "write report.html again from the files of the working directory",
 }
@@ -26,6 +26,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
     """Runs a script's verb with its flags. A mistake of the user is one message on stderr and exit status 2."""
     from bigjax.look import flags
     from bigjax.run import machine, processes
+    from bigjax.run.judged import as_trained
     from bigjax.run.workdir import shared
 
     machine.keep_memory()
@@ -42,7 +43,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         about = f"{VERBS[verb]}.\n\nVerbs: {' | '.join(VERBS)}"
         config, plans = parse(Config, verb, prog=prog, description=about, args=arguments)
         if verb == "evaluate":
-            config = as_trained(Config, config, name=name, arguments=arguments)
+            config, build = as_trained(Config, build, config, name=name, arguments=arguments)
         config = settle(config, Config())
         if verb == "plan":
             from bigjax.tools.plan import write_plan
@@ -66,16 +67,6 @@ def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig
     from bigjax.look import flags
 
     return flags.parse(Config, verb, **options)
-
-
-def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, arguments: Sequence[str]) -> RunConfig:
-    """The configuration that the run in the working directory was trained with, and the flags given on top of it."""
-    from bigjax.run import workdir
-
-    record = workdir.read_config(home_of(given, name))["config"]
-    free = {k: getattr(given, k) for k in workdir.FREE}
-    trained = dataclasses.replace(workdir.restored(Config(), record), **free)
-    return parse(Config, "evaluate", args=arguments, default=trained)[0]
 
 
 def settle(config: RunConfig, default: RunConfig) -> RunConfig:

@@ -7,7 +7,8 @@ import numpy as np
 
 from bigjax import UsageError
 from bigjax.data.files import few
-from bigjax.data.pipeline import Dataset, Mapped, example
+from bigjax.data.pipeline import Dataset, example
+from bigjax.data.readers import Mapped
 from bigjax.experiment import Split
 
 Shape = tuple[int | None, ...]

@@ -13,7 +13,8 @@ from etils import epath
 
 from bigjax import UsageError
 from bigjax.data.files import THREADS, few, stray
-from bigjax.data.pipeline import Dataset, Mapped, Named
+from bigjax.data.pipeline import Dataset, Named
+from bigjax.data.readers import Mapped
 from bigjax.experiment import Split
 
 NO_CLASSES = ("__MACOSX", "@eaDir", "__pycache__")  # folders that archives and machines leave behind

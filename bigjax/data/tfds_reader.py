@@ -13,6 +13,7 @@ from bigjax import UsageError
 from bigjax.data import tfds_features, tfds_folder, tfds_splits
 from bigjax.data.files import THREADS
 from bigjax.data.pictures import decoded
+from bigjax.data.readers import gathered
 from bigjax.experiment import Split
 
 SAMPLE = 64  # examples of a split that is read by index whose labels are looked at first
@@ -105,11 +106,6 @@ class TfdsReader:
                 f"{tfds_splits.place(self.pieces, row)} cannot be read ({tfds_folder.brief(e)}): {self._cure}"
             ) from e
 
-    def in_memory(self) -> dict[str, np.ndarray]:
-        with ThreadPoolExecutor(THREADS) as pool:
-            examples = list(pool.map(self.any, range(len(self))))
-        return {f: np.array([e[f] for e in examples], object if f == "text" else None) for f in examples[0]}
-
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
@@ -127,7 +123,7 @@ def in_memory(reader: TfdsReader, *, most: int) -> Split:
         size = sum(len(reader[int(row)]["text"].encode()) for row in rows) / len(rows)
     else:
         size = math.inf if None in shape else math.prod(shape)
-    return reader if size * len(reader) > most else reader.in_memory()
+    return reader if size * len(reader) > most else gathered(reader.any, range(len(reader)))
 
 
 def labelled(split: Split) -> np.ndarray:

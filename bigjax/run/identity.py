@@ -125,7 +125,8 @@ def identify(
             changes.append("program: what an update or an evaluation computes (model, loss, optimizer, a number there)")
             changes += changes_of_state(home, program.state_shapes)
         for name, new in here["data"].items():
-            changes += differences(name, known["data"].get(name, new), new)
+            if name != "eval" or "judged_on" not in program.experiment.facts:  # evaluate --data: other data were asked
+                changes += differences(name, known["data"].get(name, new), new)
         if changes and not accept:
             raise UsageError(
                 f"--workdir {home} belongs to a run with other code or data: put them back, use another --workdir, "
