@@ -66,4 +66,5 @@ def gathered(read: Callable[[int], Example], rows: Iterable[int]) -> Example:
         examples = list(pool.map(read, rows))
     texts = [k for k, v in examples[0].items() if isinstance(v, str)]
     batch = stack([{k: v for k, v in e.items() if k not in texts} for e in examples], rows)
-    return batch | {k: np.array([e[k] for e in examples], object) for k in texts}
+    batch |= {k: np.array([e[k] for e in examples], object) for k in texts}
+    return {k: batch[k] for k in examples[0]}

@@ -84,10 +84,7 @@ def read(
 
     @functools.cache
     def reader(split: str) -> TfdsReader:
-        pieces = tfds_splits.instructions(name, splits, split)
-        if train and split != train:
-            tfds_splits.apart(name, reader(train).pieces, pieces)
-        return TfdsReader(built, split, pieces, fields, cure)
+        return TfdsReader(built, split, tfds_splits.instructions(name, splits, split), fields, cure)
 
     names = fields.names
     if "label" in fields.features and names is None:
@@ -113,6 +110,8 @@ def read(
     if train is not None and (trained := kept(train)) is None:
         raise UsageError(f"{name} hides the labels of {train} (-1): say another to train on by --split, of {said}")
     for split in tests:
+        if train is not None:
+            tfds_splits.apart(name, reader(train).pieces, reader(split).pieces)
         if (judged := kept(split)) is not None:
             if hidden or (split.partition("[")[0] != "test" and "test" not in given):
                 notes.append(f"{name}: {_hides(hidden)}its split {split} is tested on")

@@ -138,7 +138,7 @@ def _kind(feature: Any) -> str:
 def described(features: Any) -> str:
     """image (28, 28, 1) uint8, label (one of 10 classes), ..."""
     told = []
-    for name, feature in features.items():
+    for name, feature in sorted(features.items()):  # their order in features.json is any
         kind, shape = _kind(feature), getattr(feature, "shape", ())
         if kind == "class":
             told.append(f"{name} (one of {feature.num_classes} classes)")

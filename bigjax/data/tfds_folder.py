@@ -114,10 +114,12 @@ def builder(name: str, where: str, **options: Any) -> Any:
     except Exception as e:  # what it says of a version or configuration that there is not
         known = tfds.builder_cls(asked(name).name)
         configs = [c.name for c in getattr(known, "BUILDER_CONFIGS", ())]
-        has = f"the configurations {few(configs)} and " if configs else ""
+        has = [f"the configurations {few(configs)}"] if configs else []
+        has += [f"the version {known.VERSION}"] if known.VERSION else []
+        there = few([str(a) for a in standing(where, known.name)])
         raise UsageError(
-            f"TFDS has no set called {name}: {known.name} has {has}the version {known.VERSION}, and "
-            f"{where} holds {few([str(a) for a in standing(where, known.name)])}: name one of these"
+            f"TFDS has no set called {name}: {known.name} has {' and '.join(has)}, and {where} holds {there}: name one of "
+            "these"
         ) from e
 
 
