@@ -254,15 +254,15 @@ def test_synonyms_are_taken_and_said_and_others_told(read: Callable) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("odd", {}, "the TFDS set odd has no image, but sort (one of 3 classes), thing (image (4, 4, 1) of uint8): name "
-            "the feature that is it by --image-feature"),
-        ("odd", {"image_feature": "thing"}, "has no label, but sort (one of 3 classes), thing (image (4, 4, 1) of uint8)"
-            ": name the feature that is it by --label-feature"),
+        ("odd", {}, "the TFDS set odd has no image, but sort (one of 3 classes), thing (image (4, 4, 1) of uint8): "
+            "name the feature that is it by --image-feature"),
+        ("odd", {"image_feature": "thing"}, "has no label, but sort (one of 3 classes), thing (image (4, 4, 1) of uint8"
+            "): name the feature that is it by --label-feature"),
         ("odd", {"image_feature": "sort"}, "--image-feature sort: it is no image, the TFDS set odd has"),
-        ("odd", {"image_feature": "pic"}, "the TFDS set odd has no feature 'pic': it has sort (one of 3 classes), thing"),
+        ("odd", {"image_feature": "pic"}, "the TFDS set odd has no feature 'pic': it has sort (one of 3 classes)"),
         ("digits", {"label_feature": "a"}, "--label-feature is for TFDS sets, and digits is none: leave it out"),
-        ("sentence", {}, "this script takes image and label, but sentence holds text and label: use experiments/text/te"),
-        ("measured", {}, "the TFDS set measured: its label holds 0.5, which is no class: name another by --label-featur"),
+        ("sentence", {}, "this script takes image and label, but sentence holds text and label: use experiments"),
+        ("measured", {}, "the TFDS set measured: its label holds 0.5, which is no class: name another by"),
         ("several", {}, "its label is no single class an example: name another by --label-feature"),
     ],
 )  # fmt: skip
@@ -325,7 +325,7 @@ def test_a_class_that_was_not_trained_on(read: Callable) -> None:
         ("plain:2.0.0", "there is no plain:2.0.0 in {} (TFDS_DATA_DIR), but plain:1.0.0: name one of these"),
         ("plain/large", "there is no plain/large in {} (TFDS_DATA_DIR), but plain:1.0.0: name one of these"),
         ("configs", "{} holds several configurations of configs: give one of configs/large, configs/small"),
-        ("configs/no", "there is no configs/no in {} (TFDS_DATA_DIR), but configs/large:1.0.0, configs/small:1.0.0: name"),
+        ("configs/no", "there is no configs/no in {} (TFDS_DATA_DIR), but configs/large:1.0.0, configs/small:1.0.0"),
         ("tfds:a b", "'a b' is no name of a TFDS set: write NAME, NAME/CONFIG or NAME:VERSION"),
         ("tfds:nowhere", "TFDS knows no set called 'nowhere', and none is in {}: see"),
         ("mnist/deep", "TFDS has no set called mnist/deep: mnist has the version 3.0.1, and {} holds none: name"),

@@ -118,8 +118,8 @@ def builder(name: str, where: str, **options: Any) -> Any:
         has += [f"the version {known.VERSION}"] if known.VERSION else []
         there = few([str(a) for a in standing(where, known.name)])
         raise UsageError(
-            f"TFDS has no set called {name}: {known.name} has {' and '.join(has)}, and {where} holds {there}: name one of "
-            "these"
+            f"TFDS has no set called {name}: {known.name} has {' and '.join(has)}, and {where} holds {there}: name "
+            "one of these"
         ) from e
 
 
