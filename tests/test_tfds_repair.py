@@ -218,6 +218,7 @@ def test_tfrecord_files_are_converted_without_tensorflow(folder: Path, monkeypat
         (lambda p: shard(p).unlink(), "train.tfrecord-00000-of-00001 cannot be read (No such file or directory)"),
         (lambda p: shard(p).write_bytes(b""), "train.tfrecord-00000-of-00001 holds 0 examples, not 8"),
     ],
+    ids=["bit", "cut", "gone", "empty"],
 )
 def test_tfrecord_files_that_are_damaged_are_built_again(hurt: Callable, said: str, folder: Path) -> None:
     path = folder / "built_here" / "1.0.0"

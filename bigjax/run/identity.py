@@ -81,7 +81,8 @@ def fingerprint_of_program(program: Program) -> str:
     """
     from bigjax.data import pipeline
 
-    text, test, transform = program.lowered().as_text(), program.experiment.test, program.experiment.transform
+    text, transform = program.lowered().as_text(), program.experiment.transform
+    test = program.experiment.facts.get("own_test", program.experiment.test)
     if transform is not None:  # it runs on the host: what it makes of a few examples
         few = min(4, size_of(program.train))
         text += str(checksum(next(pipeline.batches(program.train, seed=0, batch_size=few, transform=transform))))
@@ -120,13 +121,14 @@ def identify(
     def compare() -> dict[str, Any]:
         record = read_config(home)
         known = record.get("identity", {"programs": {}, "data": {}})
+        if "own_test" in program.experiment.facts:  # the verb evaluate was given other data
+            known["data"].pop("eval", None)
         changes = []
         if known["programs"].get(where, here["programs"][where]) != here["programs"][where]:
             changes.append("program: what an update or an evaluation computes (model, loss, optimizer, a number there)")
             changes += changes_of_state(home, program.state_shapes)
         for name, new in here["data"].items():
-            if name != "eval" or "judged_on" not in program.experiment.facts:  # evaluate --data: other data were asked
-                changes += differences(name, known["data"].get(name, new), new)
+            changes += differences(name, known["data"].get(name, new), new)
         if changes and not accept:
             raise UsageError(
                 f"--workdir {home} belongs to a run with other code or data: put them back, use another --workdir, "

@@ -33,7 +33,7 @@ def as_trained(
 
     def both(config: RunConfig) -> Experiment:
         experiment, judge = build(config), build(replace(asked, data=trained.data, eval_data=other))
-        facts = {**experiment.facts, "judged_on": other}
+        facts = {**experiment.facts, "own_test": experiment.test}  # which the run is known by
         return replace(experiment, test=judge.test, evaluators=judge.evaluators, facts=facts)
 
     return own, both
