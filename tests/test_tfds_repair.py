@@ -229,11 +229,32 @@ def test_tfrecord_files_that_are_damaged_are_built_again(hurt: Callable, said: s
     check_whole()
 
 
+def test_what_a_kill_leaves_is_built_anew(folder: Path) -> None:
+    """TFDS writes into a folder of its own, which takes the set's name at the end."""
+    path = folder / "built_here" / "1.0.0"
+    path.rename(path.with_name("incomplete.ABC123_1.0.0"))
+    said = said_by(load, "tfds:built_here")
+    assert said.startswith(
+        f"the TFDS set built_here is not in {folder} (TFDS_DATA_DIR): prepare it by: python -m bigjax"
+    )
+    assert not tfds.ready("built_here")
+    quietly(prepare, "built_here", str(folder))
+    check_whole()
+    assert tfds.ready("built_here")
+    to_tfrecord(path)
+    assert not tfds.ready("built_here")
+
+
 def test_a_damaged_set_of_ones_own_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = lambda f: {"image": f.Image(shape=(5, 5, 1)), "label": f.ClassLabel(num_classes=3)}  # noqa: E731
     build_set(tmp_path, "own", "1.0.0", features, {"train": [{"image": IMAGES[0], "label": 0}]})
     to_tfrecord(tmp_path / "own" / "1.0.0")
     prepare("own", str(tmp_path))  # what is whole is converted without its builder
+    build_set(tmp_path, "two", "1.0.0", features, {"train": [{"image": IMAGES[0], "label": 0}]}, config="small")
+    to_tfrecord(tmp_path / "two" / "small" / "1.0.0")
+    told = prepare("two/small:1.0.0", str(tmp_path))
+    assert told == f"read it by --data tfds:two/small:1.0.0, with TFDS_DATA_DIR={tmp_path}"
+    assert "three/small is neither text nor a TFDS set" in said_by(prepare, "three/small", str(tmp_path))
     flip(next((tmp_path / "own" / "1.0.0").glob("*.array_record*")), 200)
     said = said_by(prepare, "own", str(tmp_path))
     assert said.endswith("copy it there again, or build it by its own builder (TFDS has none called own)")

@@ -101,7 +101,7 @@ def test_a_run_is_judged_on_other_data(run: Callable, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["mnist_autoencoder", "mnist_vae", "mnist_gan", "mnist_lstm", "text_lstm"])
+@pytest.mark.parametrize("script", ["mnist_autoencoder", "mnist_vae", "mnist_gan", "text_lstm"])
 def test_scripts_on_splits_that_are_read_by_index(script: str, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tfds, "IN_MEMORY", 0)
     short = {"steps": 2, "batch_size": 8, "features": (4, 8), "dense": (8,)}

@@ -119,7 +119,12 @@ def checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Datas
     if wanted == "target":
         return Dataset({given: inputs, wanted: _floats(path, wanted, labels)})
     names, notes = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None, ()
-    if labels.dtype.kind in "fb" and labels.ndim == 1 and (labels == np.round(labels)).all() and labels.max() < 2**31:
+    if (
+        labels.dtype.kind in "fb"
+        and labels.ndim == 1
+        and (labels == np.round(labels)).all()
+        and float(labels.max()) < 2**31
+    ):
         notes = (f"{path}: label is {labels.dtype}, all of it whole numbers: they are taken for classes",)
         labels = labels.astype(np.int32)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):

@@ -28,6 +28,16 @@ def known(name: str) -> bool:
     return name in prepared(folder()) or tfds_folder.buildable(name)
 
 
+def ready(name: str) -> bool:
+    """Whether the set is in `folder()` and can be read by index. UsageError: it is damaged."""
+    what = tfds_folder.asked(name)
+    path = tfds_folder.located(what, folder())
+    if path is None:
+        builder(name, folder())  # there is such a set
+        return False
+    return bool(tfds_folder.formats(tfds_folder.opened(path, what, folder())) & tfds_folder.BY_INDEX)
+
+
 def missing(what: tfds_folder.Asked, where: str, takes: Sequence[str], flag: str = "TFDS_DATA_DIR=") -> UsageError:
     """That a set is not there, and what to do; flag: what said `where` to look."""
     if up := tfds_folder.inside(what, where):

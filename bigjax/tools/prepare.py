@@ -31,13 +31,14 @@ def prepare(name: str, to: str, *, tokenizer: str | None = None, vocabulary: int
     path = place(name)
     if path.suffix == ".jsonl" or corpus.in_one_piece(name):
         return write_tokens(name, to, tokenizer=tokenizer or "bytes", vocabulary=vocabulary, separator=separator)
-    if path.is_file() or "/" in name.removeprefix("tfds:").partition(":")[0]:
+    what = name.removeprefix("tfds:")
+    if path.is_file() or ("/" in what and not sets.known(what, to)):
         raise UsageError(
             f"{name} is neither text nor a TFDS set: give a .txt, a folder of them, a .jsonl, python, or the set's name"
         )
     if tokenizer:
         raise UsageError(f"--tokenizer is for text, and {name} is a TFDS set: leave it out")
-    return sets.build(tfds.NAMES.get(name, name.removeprefix("tfds:")), to)
+    return sets.build(tfds.NAMES.get(name, what), to)
 
 
 # ---- token files

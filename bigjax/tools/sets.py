@@ -54,6 +54,15 @@ def build(name: str, to: str) -> str:
     return said
 
 
+def known(name: str, to: str) -> bool:
+    """Whether `name`, which may have a configuration, is a set that TFDS builds or that stands in `to`."""
+    try:
+        what = tfds_folder.asked(name)
+    except UsageError:
+        return False
+    return tfds_folder.buildable(what.name) or bool(tfds_folder.standing(to, what.name))
+
+
 def _standing(what: tfds_folder.Asked, where: str) -> epath.Path | None:
     with contextlib.suppress(UsageError):  # others of its name
         return tfds_folder.located(what, where)
