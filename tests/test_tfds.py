@@ -68,6 +68,10 @@ SETS: dict[str, tuple[Callable, dict[str, list[dict]]]] = {
         lambda f: {"sentence": f.Text(), "labels": f.ClassLabel(num_classes=2)},
         {"train": texts(30, "sentence", "labels"), "test": texts(6, "sentence", "labels")},
     ),
+    "hidden_texts": (
+        lambda f: {"text": f.Text(), "label": f.ClassLabel(num_classes=2)},
+        {"train": texts(30), "validation": texts(6), "test": [row | {"label": -1} for row in texts(8)]},
+    ),
     "integers": other_label(lambda f: f.Scalar(np.int64), lambda n: 7 * (n % 3) + 2),
     "named": other_label(lambda f: f.Text(), lambda n: "xyz"[n % 3]),
     "whole": other_label(lambda f: f.Scalar(np.float32), lambda n: float(n % 3)),
@@ -202,6 +206,8 @@ def test_what_is_tested_on_has_labels_and_is_said(read: Callable) -> None:
     assert sizes(read("plain", eval_data="hidden")) == (30, 10)
     assert "all_hidden hides the labels of test (-1): say another" in said_by(read, "plain", eval_data="all_hidden")
     assert "all_hidden hides the labels of train (-1): say another" in said_by(read, "all_hidden")
+    assert sizes(read("hidden_texts", takes=("text", "label"))) == (30, 6)
+    assert sizes(read("hidden_texts", takes=("text",))) == (30, 8)  # for a language model
     data = read("all_hidden", takes=("image",))  # for an autoencoder
     assert sizes(data) == (30, 12) and set(next(batches(data.train, seed=0, batch_size=2))) == {
         "image",

@@ -120,7 +120,7 @@ def in_memory(reader: TfdsReader, *, most: int) -> Split:
     """A split in memory; the reader itself where it holds more than so many bytes, or images of several sizes."""
     if (shape := reader.shapes.get("image")) is None:
         rows = np.unique(np.linspace(0, len(reader) - 1, SAMPLE).astype(int))
-        size = sum(len(reader[int(row)]["text"].encode()) for row in rows) / len(rows)
+        size = sum(len(reader.any(int(row))["text"].encode()) for row in rows) / len(rows)
     else:
         size = math.inf if None in shape else math.prod(shape)
     return reader if size * len(reader) > most else gathered(reader.any, range(len(reader)))

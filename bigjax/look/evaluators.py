@@ -169,15 +169,18 @@ def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, 
     """How well a linear map of an autoencoder's codes (a VAE's means) tells the labels: `probe_accuracy`.
 
     Nothing where a split has no labels. Ridge regression on one-hot labels, in closed form, fitted on the training
-    split and scored on the test split; of a split that is read by index on PROBED examples, evenly spread.
+    split and scored on the test split; a split that is read by index is read at the first evaluation, PROBED examples
+    of it, evenly spread.
     """
-    labelled = [split for split in (train, test) if "label" in pipeline.example(split)]
-    splits = [(_floats(some["image"]), np.asarray(some["label"])) for some in map(_some, labelled)]
-
     codes = to_numpy(encoder(model))
 
+    @functools.cache
+    def read() -> list[tuple[np.ndarray, np.ndarray]]:
+        labelled = [_some(split) for split in (train, test) if "label" in pipeline.example(split)]
+        return [(_floats(some["image"]), np.asarray(some["label"])) for some in labelled]
+
     def probe(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
-        if len(splits) < 2:
+        if len(splits := read()) < 2:
             return {}
         mine = variables(params, model_state)
         (a_NZ, a_N), (b_NZ, b_N) = ((np.asarray(codes(mine, x), np.float64), y) for x, y in splits)
