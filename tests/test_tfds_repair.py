@@ -107,6 +107,12 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(bytes(content))
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    about = path / "dataset_info.json"
+    assert old in about.read_text()
+    about.write_text(about.read_text().replace(old, new, 1))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard is missing": (lambda p: shard(p).unlink(), "train.array_record-00000-of-00001 is missing"),
     "a shard is empty": (lambda p: shard(p).write_bytes(b""), "train.array_record-00000-of-00001 is empty"),
@@ -117,6 +123,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no info": (lambda p: (p / "dataset_info.json").unlink(), "dataset_info.json is missing"),
     "half an info": (lambda p: (p / "dataset_info.json").write_text('{"name": "bu'), "dataset_info.json is damaged"),
     "an empty info": (lambda p: (p / "dataset_info.json").write_text("{}"), "dataset_info.json or features.json is"),
+    "another count": (lambda p: edit(p, '"8"', '"9"'), "example 8 of it cannot be read"),
+    "no count": (lambda p: edit(p, '"8"', '"-8"'), "dataset_info.json or features.json is"),
+    "another format": (lambda p: edit(p, '"array_record"', '"parquet"'), "parquet-00000-of-00001 cannot be opened"),
     "no features": (lambda p: (p / "features.json").unlink(), "features.json is missing"),
     "an empty folder": (lambda p: [file.unlink() for file in p.iterdir()], "dataset_info.json is missing"),
 }  # fmt: skip

@@ -173,9 +173,9 @@ def opened(path: epath.Path, what: Asked, where: str) -> Any:
     try:
         with quiet():
             made = tfds.builder_from_directory(str(path))
-        if made.info.splits:
+        if all([split.file_instructions for split in made.info.splits.values()]) and made.info.splits:
             return made
-        why = f"{path / ABOUT[0]} names no splits"
+        why = f"{path / ABOUT[0]} names no examples"
     except Exception as e:  # TFDS raises what a damaged file leads to
         found = filter(None, (_wrong(path / name) for name in ABOUT))
         why = next(found, f"{path}: {ABOUT[0]} or {ABOUT[1]} is damaged ({brief(e)})")

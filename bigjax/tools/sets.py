@@ -160,8 +160,11 @@ def _check(built: Any) -> None:
         for piece in pieces:
             if ".array_record-" in piece.filename and (wrong := tfds_folder.torn(epath.Path(piece.filename))):
                 raise damaged(wrong)
-        with tfds_folder.quiet():
-            source = built.as_data_source(split, decoders=skip)
+        try:
+            with tfds_folder.quiet():
+                source = built.as_data_source(split, decoders=skip)
+        except Exception as e:
+            raise damaged(f"{pieces[0].filename} cannot be opened ({tfds_folder.brief(e)})") from e
 
         def look(row: int, source: Any = source) -> str:
             try:
