@@ -91,6 +91,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tfds sets")
     for name, (features, splits) in SETS.items():
         build_set(path, name, "1.0.0", features, splits)
+    thing = {"train": rows(30, image="thing", label="sort")}
+    build_set(path, "keyed", "1.0.0", pictures("thing", "sort"), thing, supervised=("thing", "sort"))
     for config in ("large", "small"):
         build_set(path, "configs", "1.0.0", pictures(), {"train": rows(12), "test": rows(3)}, config=config)
     for version, count in (("1.9.0", 10), ("1.10.0", 12)):
@@ -253,6 +255,9 @@ def test_synonyms_are_taken_and_said_and_others_told(read: Callable) -> None:
     assert len(labels(data)) == 10 and all(labels(data))
     data = read("odd", image_feature="thing", label_feature="sort", split="train=train[:20],test=train[20:]")
     assert data.notes == () and len(labels(data)) == 10 and all(labels(data))
+    data = read("keyed", split="train=train[:20],test=train[20:]")  # the set itself says what they are
+    assert data.notes[0] == "the TFDS set keyed: its thing is taken for the image; --image-feature names another"
+    assert len(labels(data)) == 10 and all(labels(data))
     data = read("sentence", takes=("text", "label"))
     assert [note.partition(" is")[0] for note in data.notes] == [
         "the TFDS set sentence: its sentence", "the TFDS set sentence: its labels"

@@ -18,6 +18,7 @@ def build_set(
     *,
     config: str | None = None,
     shards: int | None = None,
+    supervised: tuple[str, str] | None = None,
 ) -> None:
     """Writes `folder`/`name`[/`config`]/`version` from examples by split; features: tfds.features -> those of the set.
 
@@ -35,7 +36,7 @@ def build_set(
             BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
 
             def _info(self) -> tfds.core.DatasetInfo:
-                return tfds.core.DatasetInfo(builder=self, features=made)
+                return tfds.core.DatasetInfo(builder=self, features=made, supervised_keys=supervised)
 
             def _split_generators(self, dl_manager: object) -> dict:
                 return {split: self._generate_examples(rows) for split, rows in splits.items()}
