@@ -14,7 +14,7 @@ Flat = tyro.conf.OmitArgPrefixes  # `adamw: Flat[AdamW]`: a group of flags witho
 
 VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",
-    "evaluate": "evaluate the newest checkpoint of the working directory on the test split",
+    "evaluate": "evaluate the newest checkpoint of the working directory on the test split, or on other --data",
     "plan": "what a run would need on a TPU slice, and what bounds it there: compiled here, on a machine without one",
     "report": "write report.html again from the files of the working directory",
 }
@@ -25,6 +25,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
     from bigjax.look import flags
     from bigjax.run import machine, processes, words
     from bigjax.run.alike import shared
+    from bigjax.run.judged import as_trained
 
     machine.keep_memory()
     machine.forgive_terminal()
@@ -37,7 +38,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         about = f"{VERBS[verb]}.\n\nVerbs: {' | '.join(VERBS)}"
         config, plans = parse(Config, verb, prog=prog, description=about, args=arguments)
         if verb == "evaluate":
-            config = as_trained(Config, config, name=name, arguments=arguments)
+            config, build = as_trained(Config, build, config, name=name, arguments=arguments)
         config = flags.settle(config, Config())
         if verb == "plan":
             from bigjax.tools.plan import write_plan
@@ -53,16 +54,6 @@ def parse(Config: type[RunConfig], verb: str, **options: Any) -> tuple[RunConfig
     from bigjax.look import flags
 
     return flags.parse(Config, verb, **options)
-
-
-def as_trained(Config: type[RunConfig], given: RunConfig, *, name: str, arguments: Sequence[str]) -> RunConfig:
-    """The configuration that the run in the working directory was trained with, and the flags given on top of it."""
-    from bigjax.run import workdir
-
-    record = workdir.read_config(home_of(given, name))["config"]
-    free = {k: getattr(given, k) for k in workdir.FREE}
-    trained = dataclasses.replace(workdir.restored(Config(), record), **free)
-    return parse(Config, "evaluate", args=arguments, default=trained)[0]
 
 
 def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, name: str) -> None:

@@ -279,14 +279,21 @@ def test_linear_probe_is_fitted_on_training_and_scored_on_the_test_labels() -> N
     assert linear_probe(Codes(), renamed, test)(PARAMS, STATE, KEY)["probe_accuracy"] == 0
 
 
-@pytest.mark.parametrize("kind", ["without labels", "a reader"])
-def test_linear_probe_without_labels_at_hand_gives_nothing(kind: str) -> None:
+def test_linear_probe_without_labels_gives_nothing() -> None:
     train, test = separable(6, seed=0), separable(6, seed=1)
-    if kind == "without labels":
-        del train["label"]
-        assert linear_probe(Codes(), train, test)(PARAMS, STATE, KEY) == {}
-    else:
-        read: list[int] = []
-        reader = Reader(**train)
-        reader.__class__ = type("Counting", (Reader,), {"__getitem__": lambda self, row: read.append(row)})
-        assert linear_probe(Codes(), reader, reader)(PARAMS, STATE, KEY) == {} and not read
+    del train["label"]
+    assert linear_probe(Codes(), train, test)(PARAMS, STATE, KEY) == {}
+
+
+def test_linear_probe_reads_what_lies_by_index_when_it_is_asked() -> None:
+    train, test, read = separable(60, seed=0), separable(30, seed=1), []
+
+    class Counting(Reader):
+        def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+            read.append(row)
+            return super().__getitem__(row)
+
+    probe = linear_probe(Codes(), Counting(**train), Counting(**test))
+    assert not read
+    assert probe(PARAMS, STATE, KEY) == probe(PARAMS, STATE, KEY) == {"probe_accuracy": 1.0}
+    assert len(read) == 60 + 30 + 2  # the first of each to see whether there are labels

@@ -118,6 +118,19 @@ def test_bytes_of_a_text(tmp_path: Path) -> None:
     refused("out holds a train.bin already", name="python", to=tmp_path / "out")
 
 
+def test_a_folder_of_texts(tmp_path: Path) -> None:
+    """Its files one after the other, in the order of their names; other files are no text of it."""
+    for n in (1, 0):
+        one(tmp_path / "books", "".join(LINES[20 * n : 20 * n + 20]).rstrip("\n"), f"{n}.txt")
+    one(tmp_path / "books", "no text", "notes.md")
+    prepare(str(tmp_path / "books"), str(tmp_path / "out"))
+    data = tokens.load(f"tokens:{tmp_path / 'out'}")
+    assert bytes([*data.train[:], *data.test[:]]).decode() == "".join(LINES)
+    (tmp_path / "empty").mkdir()
+    said = "empty is neither text nor a TFDS set: give a .txt, a folder of them, a .jsonl, python, or the set's name"
+    refused(said, name=str(tmp_path / "empty"), to=tmp_path / "b")
+
+
 def test_bpe_and_a_given_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE", 100)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n\n" for line in LINES))
@@ -138,6 +151,7 @@ def test_bpe_and_a_given_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def one(folder: Path, content: str | bytes, name: str = "one.txt") -> str:
+    folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return str(folder / name)
 

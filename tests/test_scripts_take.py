@@ -272,14 +272,19 @@ def test_columns_that_are_named(tmp_path: Path) -> None:
     [
         ("mnist_cnn", "--resize 28 --background red", {"images": {"resize": 28, "background": "red"}}),
         ("mnist_vae", "--resize 8", {"images": {"resize": 8, "background": "white"}}),
+        ("mnist_gan", "--split train=a --image-feature b --label-feature c",
+            {"images": {"split": "train=a", "image_feature": "b", "label_feature": "c"}}),
         ("text_lstm", "--text-column a --label-column b", {"columns": {"text_column": "a", "label_column": "b"}}),
+        ("text_lstm", "--text-feature a --label-feature b --split test=c",
+            {"columns": {"text_feature": "a", "label_feature": "b", "split": "test=c"}}),
         ("python_gpt", "--text-column a", {"columns": {"text_column": "a"}}),
         ("diabetes_linear", "--label-column b", {"columns": {"label_column": "b"}}),
     ],
-)
+)  # fmt: skip
 def test_scripts_have_the_flags_of_their_kind(script: str, flags: str, there: dict[str, Any]) -> None:
     config, _ = cli.parse(load(script).Config, "train", args=flags.split())
-    assert there.items() <= dataclasses.asdict(config).items()
+    for group, values in there.items():
+        assert values.items() <= dataclasses.asdict(config)[group].items()
     assert flags.count("--") == sum(map(len, there.values())) or script == "mnist_vae"
 
 

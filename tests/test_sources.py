@@ -402,6 +402,38 @@ def test_wrong_folders(tmp_path: Path) -> None:
     check(tmp_path / "nested", "train holds a folder, digit0: each sub-folder of")
 
 
+def test_all_that_is_wrong_with_a_folder_is_told_at_once(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "many", *coded(20, classes=2))
+    for name in ("digit0/x.png", "digit1/y.png", "digit1/z.jpg"):
+        (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    (folder / "hollow").mkdir()
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("no picture")
+    said = "repair, convert or remove it; so must 4 more: digit1/y.png, digit1/z.jpg, hollow, notes"
+    check(folder, "digit0/x.png is not a readable image (damaged", said)
+    for name in ("digit0/x.png", "digit1/y.png", "digit1/z.jpg"):
+        (folder / name).unlink()
+    check(folder, "hollow holds no image files: each sub-folder of", "with its images in it; so must 1 more: notes")
+
+
+def test_whole_numbers_in_floats_are_labels(tmp_path: Path) -> None:
+    image, label = coded(30, classes=3)
+    for kind in (np.float32, np.float64, np.float16):
+        np.savez(tmp_path / "a.npz", image=image, label=label.astype(kind))
+        data = load(str(tmp_path / "a.npz"))
+        assert data.classes == 3 and data.train["label"].dtype == np.int32
+        said = f"a.npz: label is {np.dtype(kind)}, all of it whole numbers: they are taken for classes"
+        assert data.notes[0] == str(tmp_path / said)
+        assert all(label_of(data.train, row) == data.train["label"][row] for row in range(size_of(data.train)))
+    np.savez(tmp_path / "a.npz", image=image, label=label > 0)
+    assert load(str(tmp_path / "a.npz")).classes == 2
+    for wrong in (0.5, np.nan, np.inf, 1e30):
+        np.savez(tmp_path / "a.npz", image=image, label=np.where(label == 0, wrong, label))
+        check(tmp_path / "a.npz", "label is float64 of shape (30,): it must be (N,) integers; numbers to predict are")
+    np.savez(tmp_path / "a.npz", image=image, label=label - 1.0)
+    check(tmp_path / "a.npz", "label -1 of example", "is out of range: labels count classes from 0")
+
+
 def test_folder_mixes_grey_and_colour_and_skips_hidden_files(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", *coded())
     (folder / "digit0" / ".DS_Store").write_bytes(b"x")

@@ -288,7 +288,11 @@ def test_a_name_that_is_empty(name: str, tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.jsonl", '{"text": "a", "label": 0}\n' + "[" * 200_000 + "\n", "line 2 is not JSON (nested too deep)"),
-        ("a.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": ' + "1" * 5000 + "}\n", "line 2 is not JSON"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0}\n{"text": "b", "label": ' + "1" * 5000 + "}\n",
+            "line 2 has a number of 5,000 digits: ",
+        ),
         ("a.jsonl", '{"text": "a", "label": 0}\n{"text": "b \\ud800", "label": 0}\n', "line 2: text has \\ud800, half"),
         ("a.jsonl", '{"text": "a", "label": "x\\udfff"}\n', "line 1: label has \\udfff, half of a surrogate pair"),
         ("a.jsonl", '{"source": "a", "target": "\\ud83d"}\n', "line 1: target has \\ud83d"),

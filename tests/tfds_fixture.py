@@ -1,5 +1,6 @@
 """Builds real TFDS sets (array_record files) without TensorFlow, for tests to read by their names."""
 
+import contextlib
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,17 @@ def build_set(
     splits: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
     config: str | None = None,
+    shards: int | None = None,
+    supervised: tuple[str, str] | None = None,
 ) -> None:
     """Writes `folder`/`name`[/`config`]/`version` from examples by split; features: tfds.features -> those of the set.
 
-    Images are given as arrays and go in as PNG bytes: arrays would need TensorFlow to encode.
+    Images are given as arrays, or as what PNG files hold, and go in as PNG bytes: arrays would need TensorFlow.
     """
     import tensorflow_datasets as tfds
+
+    made = tfds.features.FeaturesDict(features(tfds.features))
+    images = [k for k, feature in made.items() if isinstance(feature, tfds.features.Image)]
 
     with tfds.core.registered.skip_registration():  # TFDS has its own builder of this name
 
@@ -30,24 +36,29 @@ def build_set(
             BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
 
             def _info(self) -> tfds.core.DatasetInfo:
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features(tfds.features)))
+                return tfds.core.DatasetInfo(builder=self, features=made, supervised_keys=supervised)
 
             def _split_generators(self, dl_manager: object) -> dict:
                 return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
             def _generate_examples(self, rows: Sequence[Mapping[str, Any]]):
                 for n, row in enumerate(rows):
-                    yield n, {k: png(v) if k == "image" else v for k, v in row.items()}
+                    yield n, {k: png(v) if k in images else v for k, v in row.items()}
 
     Set.name = name
-    Set(data_dir=os.fspath(folder), file_format="array_record").download_and_prepare()
+    options = tfds.download.DownloadConfig(num_shards=shards) if shards else None
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # bars of progress
+        Set(data_dir=os.fspath(folder), file_format="array_record").download_and_prepare(download_config=options)
 
 
-def png(image_HWC: np.ndarray) -> io.BytesIO:
+def png(image: np.ndarray | bytes) -> io.BytesIO:
+    """Of (H,W), (H,W,1) or (H,W,C) uint8, or (H,W) uint16."""
     from PIL import Image
 
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
     buffer = io.BytesIO()
-    Image.fromarray(image_HWC).save(buffer, format="PNG")
+    Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image).save(buffer, format="PNG")
     return io.BytesIO(buffer.getvalue())
 
 

@@ -22,12 +22,12 @@ def load(name: str, *, length: int, batch_size: int, eval_data: str | None = Non
     the lines is the test split; or data with `text` (`sources.load`, which takes the options). Facts: `corpus_sha256`
     and `xz_bits_per_byte`, where the text is in one piece. UsageError: no text, or too little.
     """
-    if not _in_one_piece(name):
+    if not in_one_piece(name):
         data = sources.load(name, eval_data=eval_data, **options)
         return Dataset(text.Passages(data.train, length=length), text.lines(_texts(data.test)), name=name)
     if eval_data is None:
         train, test = parts(name)
-    elif _in_one_piece(eval_data):
+    elif in_one_piece(eval_data):
         train, test = whole(name), whole(eval_data)
     else:
         raise UsageError(f"{eval_data} is neither a .txt nor a folder of them, as {name} is: give one to evaluate on")
@@ -80,7 +80,8 @@ def read(path: epath.Path) -> bytes:
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
-def _in_one_piece(name: str) -> bool:
+def in_one_piece(name: str) -> bool:
+    """Whether this is `python`, a .txt, or a folder with some."""
     if name == "python":
         return True
     if not name.strip() or name.startswith(("tfds:", "tokens:")):

@@ -118,7 +118,15 @@ def checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Datas
             )
     if wanted == "target":
         return Dataset({given: inputs, wanted: _floats(path, wanted, labels)})
-    names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
+    names, notes = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None, ()
+    if (
+        labels.dtype.kind in "fb"
+        and labels.ndim == 1
+        and (labels == np.round(labels)).all()
+        and float(labels.max()) < 2**31
+    ):
+        notes = (f"{path}: label is {labels.dtype}, all of it whole numbers: they are taken for classes",)
+        labels = labels.astype(np.int32)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(
             f"{path}: label is {labels.dtype} of shape {labels.shape}: it must be (N,) integers; numbers to predict "
@@ -134,7 +142,8 @@ def checked(path: epath.Path, arrays: dict[str, np.ndarray], what: str) -> Datas
     wrong = next((name for name in names or () if stray(name)), None)
     if wrong is not None:
         raise UsageError(f"{path}: class_names holds {ascii(wrong)}, which is no text ({stray(wrong)}): rename it")
-    return Dataset({given: inputs, wanted: labels}, classes=len(names or np.unique(labels)), class_names=names)
+    classes = len(names or np.unique(labels))
+    return Dataset({given: inputs, wanted: labels}, classes=classes, class_names=names, notes=notes)
 
 
 def image_form(where: object, shape: Sequence[int | None]) -> None:

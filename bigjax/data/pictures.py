@@ -3,6 +3,7 @@
 Shapes: N examples, H height, W width, C channels.
 """
 
+import io
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,7 +14,8 @@ from etils import epath
 from bigjax import UsageError
 from bigjax.data.files import THREADS, few, stray
 from bigjax.data.pipeline import Dataset, Named
-from bigjax.experiment import Reader, Split
+from bigjax.data.readers import Mapped
+from bigjax.experiment import Split
 
 NO_CLASSES = ("__MACOSX", "@eaDir", "__pycache__")  # folders that archives and machines leave behind
 KINDS = "pictures have 1, 3 or 4 channels of 8 bits or 1 of 16 bits"
@@ -37,28 +39,33 @@ def folder_of_images(path: epath.Path, *, background: str = "white", resize: int
     for folder in folders:
         inside = [p for p in sorted(folder.iterdir(), key=lambda p: p.name) if not _hidden(p)]
         deeper = next((p for p in inside if p.is_dir()), None)
-        if deeper is not None or not inside:
-            raise UsageError(
-                f"{folder} holds {'no image files' if deeper is None else f'a folder, {deeper.name}'}: each "
-                f"sub-folder of {path} must be a class with its images in it"
-            )
+        if deeper is not None:
+            raise UsageError(_hollow(folder, path, f"a folder, {deeper.name}"))
         files += inside
-    if not files:
+    if not folders:
         raise UsageError(f"{path} has no sub-folders: put the images of each class into a sub-folder named after it")
     for file in [*folders, *files]:
         if wrong := stray(file.name):
             shown = str(file).encode(errors="backslashreplace").decode()
             raise UsageError(f"the name of {shown} is not UTF-8 ({wrong}): rename it")
+
+    def image(file: epath.Path) -> Any:
+        try:
+            return _image(file, behind, resize)
+        except UsageError as e:  # all of them are told at once
+            return e
+
     with ThreadPoolExecutor(THREADS) as pool:
-        read = list(pool.map(lambda file: _image(file, behind, resize), files))
-    others += [f"{p.parent.name}/{p.name}" for p, image in zip(files, read, strict=True) if image is None]
-    kept = [(p, image) for p, image in zip(files, read, strict=True) if image is not None]
-    (first, image0), *_ = kept or [(None, None)]
-    for folder in folders:
-        if not any(p.parent.name == folder.name for p, _ in kept):
-            raise UsageError(
-                f"{folder} holds no image files: each sub-folder of {path} must be a class with its images in it"
-            )
+        read = list(zip(files, pool.map(image, files), strict=True))
+    wrong = {f"{p.parent.name}/{p.name}": str(e) for p, e in read if isinstance(e, UsageError)}
+    others += [f"{p.parent.name}/{p.name}" for p, image in read if image is None]
+    kept = [(p, image) for p, image in read if isinstance(image, np.ndarray)]
+    filled = {p.parent.name for p, image in read if image is not None}
+    wrong |= {p.name: _hollow(p, path) for p in folders if p.name not in filled}
+    if wrong:
+        (_, said), *more = wrong.items()
+        raise UsageError(said + (f"; so must {len(more)} more: {few([name for name, _ in more])}" if more else ""))
+    (first, image0), *_ = kept
     for file, image in kept:
         if image.shape[:2] != image0.shape[:2]:
             (h, w), (h0, w0) = image.shape[:2], image0.shape[:2]
@@ -74,6 +81,10 @@ def folder_of_images(path: epath.Path, *, background: str = "white", resize: int
     notes = (f"{path}: left out {len(others)} files that are no pictures of a class: {few(others)}",) if others else ()
     split = Named({"image": image_NHWC, "label": label_N}, inside)
     return Dataset(split, classes=len(names), class_names=names, notes=notes)
+
+
+def _hollow(folder: epath.Path, path: epath.Path, what: str = "no image files") -> str:
+    return f"{folder} holds {what}: each sub-folder of {path} must be a class with its images in it"
 
 
 def _hidden(path: epath.Path) -> bool:
@@ -102,19 +113,40 @@ def _image(path: epath.Path, behind: tuple[int, ...], resize: int | None) -> np.
 def _pixels(path: epath.Path, image: Any, behind: tuple[int, ...]) -> np.ndarray:
     from PIL import Image
 
-    if image.mode.startswith(("I", "F")):  # one channel of 16 bits is I;16, or I
-        values_HW = np.asarray(image)
-        if image.mode == "F" or values_HW.min() < 0 or values_HW.max() > 65535:
-            kind = "floats" if image.mode == "F" else "integers"
-            raise UsageError(
-                f"{path} holds 32-bit {kind} from {values_HW.min():g} to {values_HW.max():g}, but {KINDS}: convert it"
-            )
-        return np.round(values_HW / 257).astype(np.uint8)[..., None]
+    if (deep_HWC := _eight_bits(path, image)) is not None:
+        return deep_HWC
     grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image.convert("RGBA"))
         grey = grey and len(set(behind)) == 1
     return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))
+
+
+def _eight_bits(where: object, image: Any) -> np.ndarray | None:
+    """Of one channel of 16 bits, which is I;16 or I; None of an image with channels of 8 bits."""
+    if not image.mode.startswith(("I", "F")):
+        return None
+    values_HW = np.asarray(image)
+    if image.mode == "F" or values_HW.min() < 0 or values_HW.max() > 65535:
+        kind = "floats" if image.mode == "F" else "integers"
+        raise UsageError(
+            f"{where} holds 32-bit {kind} from {values_HW.min():g} to {values_HW.max():g}, but {KINDS}: convert it"
+        )
+    return np.round(values_HW / 257).astype(np.uint8)[..., None]
+
+
+def decoded(content: bytes, *, channels: int | None) -> np.ndarray:
+    """The picture that a file of these bytes holds, (H,W,C) uint8 of so many channels; None: 1 where it is grey, or 3.
+
+    As TensorFlow has it: not turned by EXIF data, and without what says where it is transparent unless there are 4.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        if (deep_HWC := _eight_bits("it", image)) is not None:
+            return np.repeat(deep_HWC, channels or 1, axis=2)
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels or (1 if image.mode in ("1", "L", "LA") else 3)]
+        return np.atleast_3d(np.asarray(image.convert(mode)))
 
 
 # ---- one size
@@ -131,27 +163,10 @@ def resized(image_HWC: np.ndarray, side: int) -> np.ndarray:
     return np.stack([np.asarray(plane.resize(size, bilinear)) for plane in planes], axis=-1)
 
 
-class Resized:
-    """A reader of images, each resized when it is read."""
-
-    def __init__(self, reader: Reader, side: int) -> None:
-        self.reader, self.side = reader, side
-        for name in ("label", "names"):
-            if hasattr(reader, name):
-                setattr(self, name, getattr(reader, name))
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        example = self.reader[row]
-        return {**example, "image": resized(example["image"], self.side)}
-
-
 def resize_split(split: Split, side: int) -> Split:
     """A split whose images are `side` × `side` pixels."""
     if not isinstance(split, Mapping):
-        return Resized(split, side)
+        return Mapped(split, lambda example: {**example, "image": resized(example["image"], side)})
     with ThreadPoolExecutor(THREADS) as pool:
         image_NHWC = np.stack(list(pool.map(lambda image: resized(image, side), split["image"])))
     fields = {**split, "image": image_NHWC}

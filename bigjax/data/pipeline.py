@@ -13,7 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,8 @@ import numpy as np
 
 from bigjax import UsageError
 from bigjax.data.prefetch import told
-from bigjax.experiment import Reader, Split, size_of
+from bigjax.data.readers import View, gathered, stack
+from bigjax.experiment import Split, size_of
 
 READ_THREADS, READ_AHEAD = 16, 128  # examples read at once, and kept ready, from a reader
 ENDLESS = 2**40  # batches
@@ -51,6 +52,10 @@ class Dataset:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of this field of an example, the first to train on."""
         return tuple(int(n) for n in example(self.train)[name].shape)
+
+    def in_memory(self) -> "Dataset":
+        """The same, with what is read by index read now."""
+        return replace(self, train=in_memory(self.train), test=in_memory(self.test))
 
 
 class Named(dict[str, np.ndarray]):
@@ -153,7 +158,7 @@ def _generate(split: Split, rows: Callable, numbers: range, local: int, change: 
     with closing(_read(split, rows, numbers, local, change)) as examples:
         for n in numbers:
             row_B, mask_B = rows(n)
-            yield _numbered(_stack(list(itertools.islice(examples, local)), row_B), row_B, mask_B)
+            yield _numbered(stack(list(itertools.islice(examples, local)), row_B), row_B, mask_B)
 
 
 def _read(
@@ -168,6 +173,8 @@ def _read(
         try:
             example = {k: v[row] for k, v in split.items()} if isinstance(split, Mapping) else split[row]
             return example if change is None else change(example, n, j, row)
+        except UsageError as e:
+            raise UsageError(f"example {row} of the data: {e}") from e
         except BaseException as e:  # also what would end the thread
             raise UsageError(
                 f"example {row} of the data cannot be read or transformed ({told(e)}): repair or remove it"
@@ -181,43 +188,18 @@ def _read(
         examples.close()
 
 
-def _stack(examples: list[dict[str, np.ndarray]], row_B: np.ndarray) -> Batch:
-    batch = {}
-    for name in examples[0]:
-        values = [np.asarray(e[name]) for e in examples]
-        for row, value in zip(row_B, values, strict=True):
-            if value.shape != values[0].shape:
-                raise UsageError(
-                    f"{name} has shape {values[0].shape} in example {row_B[0]} but {value.shape} in example {row}: "
-                    "give a transform that makes them equal (of images --resize N), or prepare the data in one size"
-                )
-        batch[name] = np.stack(values)
-    return batch
-
-
 def _numbered(batch: Batch, row_B: np.ndarray, mask_B: np.ndarray) -> Batch:
     return batch | {"index": np.where(mask_B > 0, row_B, -1).astype(np.int32), "mask": mask_B}
-
-
-class View:
-    """Some rows of a reader, as a reader."""
-
-    def __init__(self, reader: Reader, rows: np.ndarray) -> None:
-        self.reader, self.rows = reader, rows
-        label, names = (getattr(reader, name, None) for name in ("label", "names"))
-        self.label = None if label is None else label[rows]
-        self.names = rows if names is None else names[rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        return self.reader[int(self.rows[row])]
 
 
 def example(split: Split) -> dict[str, np.ndarray]:
     """The first example of a split, in memory or not."""
     return {name: array[0] for name, array in split.items()} if isinstance(split, Mapping) else split[0]
+
+
+def in_memory(split: Split) -> Mapping[str, np.ndarray]:
+    """A split with all its examples read."""
+    return split if isinstance(split, Mapping) else gathered(split.__getitem__, range(size_of(split)))
 
 
 def take(split: Split, rows: np.ndarray) -> Split:

@@ -15,6 +15,7 @@ import numpy as np
 
 from bigjax import UsageError
 from bigjax.data.files import few, located, npz, stray
+from bigjax.data.matching import matched
 from bigjax.data.pictures import folder_of_images, resize_split
 from bigjax.data.pipeline import Dataset, example, hold_out, shares
 from bigjax.data.tables import csv_rows, jsonl
@@ -35,6 +36,10 @@ def load(
     resize: int | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    split: str | None = None,
+    image_feature: str | None = None,
+    text_feature: str | None = None,
+    label_feature: str | None = None,
 ) -> Dataset:
     """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, a name in `tfds.NAMES`,
     `tfds:NAME`, or a path (~ is expanded, file:/// and gs:// are read); a TFDS set on disk by its name alone, too.
@@ -49,18 +54,19 @@ def load(
     what to do.
 
     takes: the fields that are needed; data without them are refused, with the script that takes those (`takes.check`).
-    background, resize, text_column, label_column: as in `reading`, whose groups of flags they are; `label_column` is
-        the target where a target is taken. UsageError: one of them says nothing about these data.
+    background, resize, the columns, split and the features: as in `reading`, whose groups of flags they are; a
+        `label_column` is the target where a target is taken. UsageError: one of them says nothing about these data.
     """
     wanted = "target" if "target" in takes and "label" not in takes else "label"
-    how = {"takes": takes, "background": background, "resize": resize}
+    features = {"image": image_feature, "text": text_feature, "label": label_feature}
+    how = {"takes": takes, "background": background, "resize": resize, "features": features, "split": split}
     how["columns"] = {"text": text_column, wanted: label_column}
     names = [name] if eval_data is None else [name, eval_data]
-    _of_use(names, columns=(text_column, label_column), background=background)
-    data = _counted(replace(_open(name, **how), name=name))
+    _of_use(names, columns=(text_column, label_column), background=background, features=features, split=split)
+    data = _counted(replace(_open(name, **how, part="train" if eval_data is not None else None), name=name))
     if eval_data is not None:
-        other = _open(eval_data, **how)
-        test = _matched(data, other, name, eval_data, takes)
+        other = _open(eval_data, **how, part="test")
+        test = matched(data, other, name, eval_data, takes)
         data = replace(data, test=test, notes=data.notes + other.notes)
     elif data.test is None:
         rest, held = hold_out(data.train, fraction=HELD_OUT, split_seed=split_seed, purpose="test")
@@ -74,11 +80,21 @@ def load(
 
 def fields_of(name: str) -> tuple[str, ...]:
     """The fields of the data called `name`. UsageError: as `load`."""
-    return tuple(example(_open(name, takes=(), background="white", resize=None, columns={}).train))
+    how = {"background": "white", "resize": None, "columns": {}, "features": {}, "split": None}
+    return tuple(example(_open(name, takes=(), **how).train))
 
 
-def _of_use(names: Sequence[str], *, columns: tuple[str | None, ...], background: str) -> None:
+def _of_use(
+    names: Sequence[str],
+    *,
+    columns: tuple[str | None, ...],
+    background: str,
+    features: Mapping[str, str | None],
+    split: str | None,
+) -> None:
     """UsageError for a flag of `reading` that says nothing about any of the data."""
+    from bigjax.data import tfds_splits
+
     told = " and ".join(names)
     if any(column is not None for column in columns):
         flag = "--label-column" if columns[0] is None else "--text-column"
@@ -86,6 +102,11 @@ def _of_use(names: Sequence[str], *, columns: tuple[str | None, ...], background
             raise UsageError(f"{flag} names a column of a .csv or .jsonl, and {told} is none: leave it out")
     if background != "white" and not any(located(name).is_dir() for name in names if "://" not in name):
         raise UsageError(f"--background is for folders of pictures, and {told} is none: leave it out")
+    flags = {f"--{field}-feature": names for field, feature in features.items() if feature is not None}
+    flags |= {f"--split {k}=": [names[0] if k == "train" else names[-1]] for k in tfds_splits.parsed(split)}
+    for flag, where in flags.items():
+        if not any(map(_tfds, where)):
+            raise UsageError(f"{flag} is for TFDS sets, and {' and '.join(where)} is none: leave it out")
 
 
 def _counted(data: Dataset) -> Dataset:
@@ -160,8 +181,31 @@ def _open(name: str, *, takes: Sequence[str], resize: int | None, **how: Any) ->
     return replace(data, train=resize_split(data.train, resize), test=test)
 
 
+def _tfds(name: str) -> str | None:
+    """The name of a set for `tfds.read`; None of other data."""
+    from bigjax.data import embedded, tfds
+
+    if name in embedded.SETS:
+        return None
+    short, bracket, part = name.partition("[")
+    if short in tfds.NAMES or name.startswith("tfds:"):
+        return tfds.NAMES.get(short, short.removeprefix("tfds:")) + bracket + part
+    if "://" in name or name.startswith(("tokens:", "/", "~", ".")):
+        return None
+    path = located(name)
+    return name if path.suffix.lower() not in FILES and not path.exists() and tfds.known(name) else None
+
+
 def _read(
-    name: str, *, takes: Sequence[str], background: str, resize: int | None, columns: Mapping[str, str | None]
+    name: str,
+    *,
+    takes: Sequence[str],
+    background: str,
+    resize: int | None,
+    columns: Mapping[str, str | None],
+    features: Mapping[str, str | None],
+    split: str | None,
+    part: str | None = None,
 ) -> Dataset:
     from bigjax.data import embedded, tfds
 
@@ -173,8 +217,8 @@ def _read(
         raise UsageError(f"the name of the data, {ascii(name)}, is not UTF-8 ({wrong}): rename it")
     if name in embedded.SETS:
         return embedded.SETS[name]()
-    if name in tfds.NAMES or name.startswith("tfds:"):
-        return tfds.read(tfds.NAMES.get(name, name.removeprefix("tfds:")))
+    if (known := _tfds(name)) is not None:
+        return tfds.read(known, takes=takes, features=features, split=split, part=part)
     if name.startswith("tokens:"):
         check(("tokens",), takes, name=name)
         raise UsageError(f"{name} is text in tokens, which only a language model reads: give other --data")
@@ -183,8 +227,6 @@ def _read(
         return folder_of_images(path, background=background, resize=resize)
     ending = path.suffix.lower()
     if ending not in FILES and not path.exists() and "://" not in name and not name.startswith(("/", "~", ".")):
-        if tfds.known(name):
-            return tfds.read(name)
         if "/" not in name:
             there = [n for n in tfds.prepared(tfds.folder()) if n not in tfds.NAMES.values()]
             names = [*embedded.SETS, *tfds.NAMES, *there]
@@ -214,39 +256,3 @@ def _read(
         ) from e
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror or e}): check the file and its permissions") from e
-
-
-def _matched(data: Dataset, other: Dataset, name: str, eval_data: str, takes: Sequence[str]) -> Split:
-    """The evaluation split of `other`, with the fields (those that are taken), shapes and classes of `data`."""
-    split = other.train if other.test is None else other.test
-    if not (isinstance(split, Mapping) and isinstance(data.train, Mapping)):
-        return split
-    for field in takes or {**data.train, **split}:
-        a, b = (f"has shape {s[field].shape[1:]}" if field in s else "is missing" for s in (data.train, split))
-        if a != b:
-            raise UsageError(
-                f"{field} of an example {a} in {name} but {b} in {eval_data}: give evaluation data of the same form"
-            )
-    if data.classes is None or "label" not in split:
-        return split
-    label_N, known, theirs = split["label"], data.class_names, other.class_names
-    if all(names is None or all(n.isdecimal() for n in names) for names in (known, theirs)):  # numbers, on both sides
-        known = known or tuple(map(str, range(data.classes)))
-        if theirs is None:
-            values, label_N = np.unique(label_N, return_inverse=True)
-            theirs = tuple(map(str, values))
-    if known and theirs:
-        used = [theirs[i] for i in np.unique(label_N)]
-        new = [c for c in used if c not in known]
-        if new:
-            raise UsageError(
-                f"{eval_data} has the class {new[0]!r}, which {name} has not ({few(known)}): remove it or train on "
-                "it too"
-            )
-        label_N = np.array([known.index(c) if c in known else -1 for c in theirs], np.int32)[label_N]
-    elif label_N.max() >= data.classes:
-        raise UsageError(
-            f"{eval_data} has label {label_N.max()}, but {name} has {data.classes} classes (0 to "
-            f"{data.classes - 1}): remove it or train on it too"
-        )
-    return {**split, "label": label_N.astype(np.int32)}

@@ -18,7 +18,7 @@ from bigjax.data.files import checked, chosen, few, named_once, stray
 from bigjax.data.pipeline import Dataset
 from bigjax.data.takes import check
 
-INTEGER = r"[+-]?\d+"
+INTEGER, DIGITS = r"[+-]?\d+", 1000  # the most of a whole number
 
 
 # A file's columns for fields, where they are given: {"text": "review", "label": None}
@@ -31,8 +31,10 @@ def jsonl(path: epath.Path, columns: Columns, takes: Sequence[str]) -> Dataset:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as e:  # ValueError: also an integer with more digits than Python reads
+            row = json.loads(line, object_pairs_hook=_object, parse_int=_integer)
+        except TooLong as e:
+            raise UsageError(f"{path}, line {number} has {e}: shorten it, or write it as a string") from e
+        except (ValueError, RecursionError) as e:
             why = "nested too deep" if isinstance(e, RecursionError) else getattr(e, "msg", str(e).partition("; ")[0])
             raise UsageError(f"{path}, line {number} is not JSON ({why}): each line must be one object") from e
         if not isinstance(row, dict):
@@ -44,6 +46,16 @@ def jsonl(path: epath.Path, columns: Columns, takes: Sequence[str]) -> Dataset:
             known[keys] = chosen(where, named_once(where, keys, what="fields"), columns)
         rows.append((number, dict(zip(known[keys], row.values(), strict=True))))
     return _rows(path, rows, takes)
+
+
+class TooLong(Exception):
+    """A number of more digits than are read."""
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise TooLong(f"a number of {len(digits.lstrip('-')):,} digits")
+    return int(digits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,7 +176,7 @@ def _classes(path: epath.Path, rows: list[tuple[int, dict[str, Any]]]) -> tuple[
 def _no_class(label: str) -> bool:
     """Whether a label is a number, but no integer that can be read: `0.5`, `--1`, 5,000 digits."""
     if re.fullmatch(INTEGER, label):
-        return len(label) > 1000
+        return len(label) > DIGITS
     if re.fullmatch(r"[+-]+\d+", label):
         return True
     return _is_number(label)

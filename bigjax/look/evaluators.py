@@ -14,24 +14,27 @@ import numpy as np
 
 from bigjax import sharding
 from bigjax.data import pipeline
+from bigjax.data.readers import gathered
 from bigjax.data.takes import check
 from bigjax.step import to_float
 from bigjax.task import Key, ModelState, Params, mode, variables
 
+PROBED = 10_000
 Evaluator = Callable[[Params, ModelState, Key], dict[str, float]]
 
 
 def images_of(split: pipeline.Split, count: int | None = None) -> np.ndarray:
     """The first `count` images (N, H, W, C) of a split as floats in [0, 1]."""
     check(split, ("image",), name="the split")
-    rows = range(pipeline.size_of(split) if count is None else min(count, pipeline.size_of(split)))
-    image = (
-        split["image"][rows.start : rows.stop]
-        if isinstance(split, Mapping)
-        else np.stack([split[i]["image"] for i in rows])
+    count = pipeline.size_of(split) if count is None else min(count, pipeline.size_of(split))
+    return _floats(
+        (split if isinstance(split, Mapping) else gathered(split.__getitem__, range(count)))["image"][:count]
     )
+
+
+def _floats(image_NHWC: np.ndarray) -> np.ndarray:
     with jax.transfer_guard("allow"):
-        return np.asarray(to_float({"image": jnp.asarray(image)})["image"])
+        return np.asarray(to_float({"image": jnp.asarray(image_NHWC)})["image"])
 
 
 def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
@@ -156,19 +159,28 @@ def encoder(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     return encode
 
 
+def _some(split: pipeline.Split) -> Mapping[str, np.ndarray]:
+    if isinstance(split, Mapping):
+        return split
+    return gathered(split.__getitem__, np.unique(np.linspace(0, len(split) - 1, PROBED).astype(int)))
+
+
 def linear_probe(model: nn.Module, train: pipeline.Split, test: pipeline.Split, *, ridge: float = 1e-2) -> Evaluator:
     """How well a linear map of an autoencoder's codes (a VAE's means) tells the labels: `probe_accuracy`.
 
-    Nothing where a split has no labels in memory. Ridge regression on one-hot labels, in closed form, fitted on the
-    training split and scored on the test split.
+    Nothing where a split has no labels. Ridge regression on one-hot labels, in closed form, fitted on the training
+    split and scored on the test split; a split that is read by index is read at the first evaluation, PROBED examples
+    of it, evenly spread.
     """
-    labelled = [split for split in (train, test) if isinstance(split, Mapping) and "label" in split]
-    splits = [(images_of(split), np.asarray(split["label"])) for split in labelled]
-
     codes = to_numpy(encoder(model))
 
+    @functools.cache
+    def read() -> list[tuple[np.ndarray, np.ndarray]]:
+        labelled = [_some(split) for split in (train, test) if "label" in pipeline.example(split)]
+        return [(_floats(some["image"]), np.asarray(some["label"])) for some in labelled]
+
     def probe(params: Params, model_state: ModelState, key: Key) -> dict[str, float]:
-        if len(splits) < 2:
+        if len(splits := read()) < 2:
             return {}
         mine = variables(params, model_state)
         (a_NZ, a_N), (b_NZ, b_N) = ((np.asarray(codes(mine, x), np.float64), y) for x, y in splits)

@@ -85,7 +85,8 @@ def fingerprint_of_program(program: Program) -> str:
     """
     from bigjax.data import pipeline
 
-    text, test, transform = program.lowered().as_text(), program.experiment.test, program.experiment.transform
+    text, transform = program.lowered().as_text(), program.experiment.transform
+    test = program.experiment.facts.get("own_test", program.experiment.test)
     if transform is not None:  # it runs on the host: what it makes of a few examples
         few = min(4, size_of(program.train))
         text += str(checksum(next(pipeline.batches(program.train, seed=0, batch_size=few, transform=transform))))
@@ -126,6 +127,8 @@ def identify(
     def compare() -> dict[str, Any]:
         record = read_config(home)
         known = record.get("identity", {"programs": {}, "data": {}})
+        if "own_test" in program.experiment.facts:  # the verb evaluate was given other data
+            known["data"].pop("eval", None)
         changes = []
         if known["programs"].get(where, here["programs"][where]) != here["programs"][where]:
             changes.append("program: what an update or an evaluation computes (model, loss, optimizer, a number there)")

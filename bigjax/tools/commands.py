@@ -42,9 +42,9 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Build a TFDS set (array_record), or token files from text."""
+    """Build, convert or repair a TFDS set (array_record), or make token files from text."""
 
-    name: tyro.conf.Positional[str]  # a TFDS set (mnist); or text: python (its standard library), a .txt, a .jsonl
+    name: tyro.conf.Positional[str]  # a TFDS set (mnist); or text: python (its library), .txt, a folder of .txt, .jsonl
     to: str  # folder to write; may be gs://bucket/folder. Of a TFDS set: the folder that TFDS_DATA_DIR will name
     tokenizer: str | None = None  # of text: bytes (the default), bpe (learned from the text), or a tokenizer.json
     vocabulary: int = 8000  # tokens that bpe learns

@@ -122,7 +122,7 @@ def data() -> Iterator[str]:
                 part, unit = readers[name](), "bytes" if name == "python" else "examples"
                 found = f"{size_of(part.train):,} {unit} to train on, {size_of(part.test):,} to test on{used}"
                 yield line("ok", f"data {name}", found)
-            elif tfds.builder(tfds.NAMES[name], tfds.folder()).info.splits:
+            elif tfds.ready(tfds.NAMES[name]):
                 yield line("ok", f"data {name}", f"prepared{used}")
             else:
                 yield line("warning", f"data {name}", f"not prepared{used}", tfds.prepare_command(name))

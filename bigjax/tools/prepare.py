@@ -5,10 +5,8 @@ Shapes: T tokens.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -16,6 +14,7 @@ from etils import epath
 from bigjax import UsageError, place
 from bigjax.data import corpus, text, tfds
 from bigjax.run.atomic import write_whole
+from bigjax.tools import sets
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,63 +25,20 @@ PIECE = 2**16  # characters that are tokenized together, to the end of a line
 def prepare(name: str, to: str, *, tokenizer: str | None = None, vocabulary: int = 8000, separator: str = "\n") -> str:
     """Builds what `name` says in the folder `to` (local or gs://...), and gives back how to use it, in one line.
 
-    `python` (the standard library), a .txt or a .jsonl with `text` in each line become token files, with `tokenizer`
-    as `write_tokens` takes it ("bytes" if None); any other name is a TFDS set. Raises UsageError.
+    `python` (the standard library), a .txt, a folder of them or a .jsonl with `text` in each line become token files,
+    with `tokenizer` as `write_tokens` takes it ("bytes" if None); any other name is a TFDS set. Raises UsageError.
     """
     path = place(name)
-    if name == "python" or path.suffix in (".txt", ".jsonl"):
+    if path.suffix == ".jsonl" or corpus.in_one_piece(name):
         return write_tokens(name, to, tokenizer=tokenizer or "bytes", vocabulary=vocabulary, separator=separator)
-    if path.is_file() or "/" in name.removeprefix("tfds:").partition(":")[0]:
-        raise UsageError(f"{name} is neither text nor a TFDS set: give a .txt, a .jsonl, python, or the set's name")
+    what = name.removeprefix("tfds:")
+    if path.is_file() or ("/" in what and not sets.known(what, to)):
+        raise UsageError(
+            f"{name} is neither text nor a TFDS set: give a .txt, a folder of them, a .jsonl, python, or the set's name"
+        )
     if tokenizer:
         raise UsageError(f"--tokenizer is for text, and {name} is a TFDS set: leave it out")
-    return build_tfds(tfds.NAMES.get(name, name.removeprefix("tfds:")), to)
-
-
-def build_tfds(name: str, to: str) -> str:
-    """Builds the TFDS set `name` as array_record files in the TFDS folder `to`. Raises UsageError."""
-    there = place(to, "--to ")
-    remote = "://" in str(there)
-    with tempfile.TemporaryDirectory() as scratch:  # array_record writes to local disks only
-        folder = scratch if remote else str(there)
-        builder = tfds.builder(name, folder, file_format="array_record")
-        if builder.info.splits:
-            raise UsageError(f"{folder} has the TFDS set {name} already: delete it there, or name another --to")
-        _download_and_prepare(builder, name, to)
-        if remote:
-            _copy(epath.Path(scratch) / builder.name, there / builder.name)
-            return f"copy it to each machine (gcloud storage cp -r {to}/{builder.name} DIR) and set TFDS_DATA_DIR=DIR"
-        return f"read it by --data tfds:{name}, with TFDS_DATA_DIR={folder}"
-
-
-def _download_and_prepare(builder: Any, name: str, to: str) -> None:
-    import requests  # comes with TFDS
-
-    try:
-        builder.download_and_prepare()
-    except ImportError as e:
-        package = e.name or "tensorflow"  # TFDS's own error names none
-        install = 'pip install -e ".[prepare]"' if package.startswith("tensorflow") else f"pip install {package}"
-        raise UsageError(f"building {name} needs {package}: {install} and run this again") from e
-    except PermissionError as e:
-        raise UsageError(f"{to} cannot be written ({e.strerror}): name another --to") from e
-    except requests.exceptions.RequestException as e:
-        host = urlsplit(e.request.url).hostname if e.request is not None else "its server"
-        raise UsageError(
-            f"{name} cannot be downloaded, for {host} cannot be reached ({type(e).__name__}): run this on a machine "
-            f"with a network, and copy {to}"
-        ) from e
-    except Exception as e:  # whatever the builder of the set raises
-        raise UsageError(f"{name} cannot be built ({type(e).__name__}: {str(e).strip().partition(chr(10))[0]})") from e
-
-
-def _copy(source: epath.Path, target: epath.Path) -> None:
-    for path in source.iterdir():
-        if path.is_dir():
-            _copy(path, target / path.name)
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            path.copy(target / path.name)
+    return sets.build(tfds.NAMES.get(name, what), to)
 
 
 # ---- token files

@@ -60,7 +60,7 @@ class Config(RunConfig):
 
 def classifier_of(c: Config) -> Classifier:
     """A finished run of mnist_cnn.py on the same training rows, or one made now."""
-    own = f"runs/mnist_gan_classifier_{epath.Path(c.data).stem}{c.images.resize or ''}"
+    own = f"runs/mnist_gan_classifier_{''.join(filter(str.isalnum, epath.Path(c.data).stem))}{c.images.resize or ''}"
     home = c.classifier or ("runs/mnist_cnn" if (c.data, c.images) == (Config.data, Config.images) else own)
     same = {k: getattr(c, k) for k in ("data", "images", "eval_data", "split_seed")}  # else it may know the test rows
     if not (result := place(home, "--classifier ") / "result.json").exists():

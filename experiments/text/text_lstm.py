@@ -49,7 +49,8 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
-    data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.columns))
+    options = {"eval_data": c.eval_data, "split_seed": c.split_seed, "takes": TAKES, **vars(c.columns)}
+    data = sources.load(c.data, **options).in_memory()
     texts = list(data.train["text"])
     if c.tokenizer_file:
         tokenizer = text.load_tokenizer(c.tokenizer_file)

@@ -1,0 +1,39 @@
+"""What the verb evaluate judges: the run in the working directory, on its own test split or on other data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bigjax.experiment import Experiment, RunConfig, home_of
+from bigjax.run import workdir
+
+READING = ("images", "columns")  # groups of flags that say how data are read (data.reading)
+Build = Callable[[Any], Experiment]
+
+
+def as_trained(
+    Config: type[RunConfig], build: Build, given: RunConfig, *, name: str, arguments: Sequence[str]
+) -> tuple[RunConfig, Build]:
+    """The configuration that the run was trained with, and the flags given on top of it; and what builds that.
+
+    Other data, by --data or --eval-data, and how these are read, give the test split and the evaluators alone: what
+    was trained, and on what, stays what it was.
+    """
+    from bigjax.look import flags
+
+    record = workdir.read_config(home_of(given, name))["config"]
+    free = {k: getattr(given, k) for k in workdir.FREE}
+    trained = replace(workdir.restored(Config(), record), **free)
+    asked = flags.parse(Config, "evaluate", args=arguments, default=trained)[0]
+    if (asked.data, asked.eval_data) == (trained.data, trained.eval_data):
+        return asked, build
+    other = asked.eval_data if asked.data == trained.data else asked.data
+    groups = {k: getattr(trained, k) for k in READING if hasattr(trained, k)}
+    own = replace(asked, data=trained.data, eval_data=trained.eval_data, **groups)
+
+    def both(config: RunConfig) -> Experiment:
+        experiment, judge = build(config), build(replace(asked, data=trained.data, eval_data=other))
+        facts = {**experiment.facts, "own_test": experiment.test}  # which the run is known by
+        return replace(experiment, test=judge.test, evaluators=judge.evaluators, facts=facts)
+
+    return own, both
