@@ -46,6 +46,11 @@ def settings(path: Path, flags: str) -> dict[str, Any]:
     return {k: v for k, v in workdir.settings(settle(config, Config())).items() if k not in NOT_CHOSEN}
 
 
+def alike(old: dict[str, Any], new: dict[str, Any], usual: dict[str, Any]) -> bool:
+    """Whether settings are the same; a flag that a script has gained since counts as its default, of `usual`."""
+    return not workdir.difference(old, new, usual)
+
+
 def train(path: Path, flags: str, split: int, cores: set[int]) -> dict[str, Any]:
     """The result.json of one run, on those cores."""
     with tempfile.TemporaryDirectory() as home:
@@ -95,7 +100,8 @@ def main() -> None:
     candidates: list[Record] = []
     for flags in (f"{asked.fixed} {c}".strip() for c in asked.candidates):
         wanted = {"flags": flags, "settings": settings(path, flags), "numbers": {}}
-        candidates.append(next((r for r in mine if r["settings"] == wanted["settings"]), wanted))
+        usual = settings(path, "")
+        candidates.append(next((r for r in mine if alike(r["settings"], wanted["settings"], usual)), wanted))
     free: queue.Queue[set[int]] = queue.Queue()
     for i in range(asked.at_once):
         free.put(set(cores[i :: asked.at_once]))
