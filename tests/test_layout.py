@@ -35,9 +35,10 @@ LEAVES = {
     "tasks": set(),
     "data": set(),
     "run": set(),
+    "pretrained": {"ops", "models"},
     "use": {"models", "run"},
     "look": {"data", "run"},
-    "tools": {"ops", "models", "tasks", "data", "run", "use", "look"},
+    "tools": {"ops", "models", "tasks", "data", "run", "pretrained", "use", "look"},
 }
 # what a verb or a loop may ask for at the point of use: never a model, a concrete task or a reader
 CORE_USES = ("run", "look", "data.pipeline", "data.prefetch")

@@ -1,0 +1,216 @@
+"""Agreement with transformers, by models of random weights: logits, both directions, gradients.
+
+B batch, L positions, V vocabulary. Each case is one tiny model: odd sizes, every parameter far from where it begins.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigjax import pretrained
+from bigjax.pretrained import store
+
+torch = pytest.importorskip("torch", reason='the agreement needs the extra: pip install -e ".[parity]"')
+transformers = pytest.importorskip("transformers", reason='the agreement needs the extra: pip install -e ".[parity]"')
+pytestmark = pytest.mark.slow
+
+GOLD = Path(__file__).parent / "golden" / "pretrained"
+V = 23
+GPT2 = {"vocab_size": V, "n_embd": 12, "n_layer": 2, "n_head": 4, "n_positions": 13}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 1}
+LLAMA = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 17}
+LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 19, "tie_word_embeddings": False}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 9, "rope_theta": 500.0}
+
+
+class Case(NamedTuple):
+    kind: str
+    config: dict[str, Any]
+    inputs: str = "tokens"
+
+
+CASES = {
+    "gpt2": Case("GPT2LMHeadModel", GPT2),
+    "gpt2_untied": Case("GPT2LMHeadModel", GPT2 | {"tie_word_embeddings": False, "n_inner": 11}),
+    "llama": Case("LlamaForCausalLM", LLAMA),
+    "llama3": Case("LlamaForCausalLM", LLAMA | {"rope_parameters": LLAMA3, "head_dim": 6}),
+    "smollm2": Case("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "mistral": Case("MistralForCausalLM", LLAMA | {"sliding_window": 3, "head_dim": 6}),
+    "qwen2": Case("Qwen2ForCausalLM", LLAMA),
+    "qwen3": Case("Qwen3ForCausalLM", LLAMA | {"head_dim": 8}),
+}
+
+
+class Pair(NamedTuple):
+    case: Case
+    folder: Path
+    theirs: Any
+    model: Any
+    variables: Any
+    run: Callable[..., Any]
+
+
+def built(case: Case) -> Any:
+    """Their model, with every parameter and statistic of a size that counts."""
+    kind = getattr(transformers, case.kind)
+    model = kind(kind.config_class(**case.config, attn_implementation="eager")).eval()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, x in sorted(model.state_dict().items()):
+            if x.is_floating_point():
+                noise = torch.randn(x.shape, generator=random)
+                x.copy_(noise.abs() + 0.5 if name.endswith("running_var") else 0.15 * noise + float(x.mean() == 1))
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
+    theirs = built(case)
+    theirs.save_pretrained(folder)
+    model, variables = pretrained.load(folder)
+    yield Pair(case, folder, theirs, model, variables, jax.jit(model.apply))
+
+
+def batch(case: Case) -> dict[str, np.ndarray]:
+    """Inputs by their names in transformers; rows of 7, 4 and 1 tokens, the padding after them."""
+    random = np.random.default_rng(3)
+    length = np.array([7, 4, 1])
+    tokens = random.integers(1, V, (3, 7)) * (np.arange(7) < length[:, None])
+    return {"input_ids": tokens, "attention_mask": (np.arange(7) < length[:, None]).astype(np.int64)}
+
+
+def ours(case: Case, inputs: dict[str, np.ndarray]) -> tuple[Any, ...]:
+    """The same as what our model is called with."""
+    return jnp.asarray(inputs["input_ids"], "int32"), jnp.asarray(inputs["attention_mask"].sum(1), "int32")
+
+
+def outputs(theirs: Any, inputs: dict[str, np.ndarray]) -> Any:
+    return theirs(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits
+
+
+def real(case: Case, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Which of the results mean something."""
+    return inputs["attention_mask"].astype(bool)
+
+
+def test_logits_agree(pair: Pair) -> None:
+    inputs = batch(pair.case)
+    with torch.no_grad():
+        expected = outputs(pair.theirs, inputs).numpy()
+    got, counts = np.asarray(pair.run(pair.variables, *ours(pair.case, inputs))), real(pair.case, inputs)
+    assert np.abs(expected).max() > 0.3 and expected.std(-1).min() > 0.01
+    np.testing.assert_allclose(got[counts], expected[counts], atol=1e-4, rtol=0)
+    low = pair.model.clone(dtype="bfloat16")
+    near = np.asarray(jax.jit(low.apply)(pair.variables, *ours(pair.case, inputs)))
+    assert 0 < np.abs(near - expected)[counts].max() <= 2e-2 * np.abs(expected).max()
+
+
+def test_what_is_saved_gives_them_the_same_logits(pair: Pair, tmp_path: Path) -> None:
+    pretrained.save(tmp_path, pair.model, pair.variables)
+    kind = getattr(transformers, pair.case.kind)
+    again, said = kind.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    inputs = batch(pair.case)
+    with torch.no_grad():
+        a, b = (outputs(m, inputs).numpy() for m in (pair.theirs, again.eval()))
+    np.testing.assert_allclose(b, a, atol=1e-6)
+
+
+def test_gradients_agree(pair: Pair, tmp_path: Path) -> None:
+    """Theirs are written as if they were weights, and loaded: so they come in our names and layout."""
+    inputs = batch(pair.case)
+    counts = real(pair.case, inputs)
+    out = outputs(pair.theirs, inputs)
+    weight = np.random.default_rng(4).normal(size=out.shape).astype(np.float32) * counts.reshape(
+        *counts.shape, *(1,) * (out.ndim - counts.ndim)
+    )
+    pair.theirs.zero_grad()
+    (torch.tanh(out) * torch.from_numpy(weight)).sum().backward()
+    zero = torch.zeros(())
+    rows = [
+        (
+            k,
+            tuple(p.shape),
+            np.dtype("float32"),
+            lambda p=p: (zero.expand(p.shape) if p.grad is None else p.grad).numpy(),
+        )
+        for k, p in pair.theirs.named_parameters()
+    ]
+    store.write_tensors(tmp_path / store.WHOLE, rows)
+    (tmp_path / store.CONFIG).write_text((pair.folder / store.CONFIG).read_text())
+    expected = pretrained.load(tmp_path)[1]["params"]
+
+    def loss(params: Any) -> jax.Array:
+        state = {k: v for k, v in pair.variables.items() if k != "params"}
+        return (jnp.tanh(pair.model.apply({"params": params, **state}, *ours(pair.case, inputs))) * weight).sum()
+
+    got = jax.jit(jax.grad(loss))(pair.variables["params"])
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for path, x in jax.tree_util.tree_leaves_with_path(expected):
+        y = got
+        for key in path:
+            y = y[key.key]
+        limit = 1e-3 * max(float(jnp.abs(x).max()), 1e-3 * scale)
+        assert float(jnp.abs(x - y).max()) <= limit, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("pair", ["gpt2", "llama3", "mistral", "qwen3"], indirect=True)
+def test_rows_padded_on_the_left_are_those_moved_to_the_left(pair: Pair) -> None:
+    """They have padding before the tokens when they generate; ours comes after them."""
+    inputs = batch(pair.case)
+    shift = 7 - inputs["attention_mask"].sum(1)
+    left = {k: np.stack([np.roll(row, n) for row, n in zip(v, shift)]) for k, v in inputs.items()}
+    left["position_ids"] = np.maximum(left["attention_mask"].cumsum(1) - 1, 0)
+    with torch.no_grad():
+        expected = outputs(pair.theirs, left).numpy()
+    got = np.asarray(pair.run(pair.variables, *ours(pair.case, inputs)))
+    counts = real(pair.case, inputs)
+    expected = np.stack([np.roll(row, -n, axis=0) for row, n in zip(expected, shift)])
+    np.testing.assert_allclose(got[counts], expected[counts], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pair", ["gpt2", "mistral", "qwen2"], indirect=True)
+def test_greedy_continuations_are_the_same(pair: Pair) -> None:
+    from bigjax.use.generate import generate
+
+    prompt = batch(pair.case)["input_ids"][:1, :5]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = pair.theirs.generate(torch.from_numpy(prompt), **options).numpy()
+    tokens = jnp.asarray(prompt, "int32")
+    got = generate(pair.model, pair.variables, tokens, length=6, key=jax.random.key(0), temperature=0)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureRequest) -> None:
+    """What tests/test_pretrained.py checks without torch: weights in bfloat16, and the logits that they give."""
+    name, theirs = request.node.callspec.params["pair"], copy.deepcopy(pair.theirs)
+    inputs = batch(pair.case)
+    counts = real(pair.case, inputs)
+    with torch.no_grad():
+        for x in theirs.state_dict().values():
+            x.copy_(x.to(torch.bfloat16) if x.is_floating_point() else x)
+        logits = outputs(theirs, inputs).numpy()[counts]
+    if os.environ.get("BIGJAX_UPDATE_GOLDEN"):
+        half = [t for t in store.Tensors(pair.folder).places]
+        tensors = store.Tensors(pair.folder)
+        kept = [(k, tensors.shape(k), np.dtype(store.DTYPES["BF16"]), lambda k=k: tensors.read(k)) for k in half]
+        GOLD.mkdir(exist_ok=True)
+        store.write_tensors(GOLD / f"{name}.safetensors", kept)
+        config = json.loads((pair.folder / store.CONFIG).read_text())
+        known = {"architectures": config["architectures"], "model_type": config["model_type"], **pair.case.config}
+        known |= {k: config[k] for k in ("rope_parameters", "id2label") if k in config}
+        told = {"config": known, "inputs": {k: v.tolist() for k, v in inputs.items()}}
+        told["logits"] = np.round(logits, 5).astype(float).tolist()
+        (GOLD / f"{name}.json").write_text(json.dumps(told) + "\n")
+    expected = json.loads((GOLD / f"{name}.json").read_text())["logits"]
+    np.testing.assert_allclose(logits, np.array(expected, np.float32), atol=2e-5)
