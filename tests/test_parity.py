@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_pretrained import called, counted, picture
 
 from bigjax import pretrained
 from bigjax.pretrained import store
@@ -30,12 +31,15 @@ LLAMA = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attent
 LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 19, "tie_word_embeddings": False}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 9, "rope_theta": 500.0}
+BERT = {"vocab_size": V, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10}
+BERT |= {"max_position_embeddings": 9, "num_labels": 3}
+VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10, "patch_size": 4}
+VIT |= {"image_size": 12, "num_labels": 3}
 
 
 class Case(NamedTuple):
     kind: str
     config: dict[str, Any]
-    inputs: str = "tokens"
 
 
 CASES = {
@@ -47,6 +51,14 @@ CASES = {
     "mistral": Case("MistralForCausalLM", LLAMA | {"sliding_window": 3, "head_dim": 6}),
     "qwen2": Case("Qwen2ForCausalLM", LLAMA),
     "qwen3": Case("Qwen3ForCausalLM", LLAMA | {"head_dim": 8}),
+    "bert": Case("BertModel", BERT | {"type_vocab_size": 3}),
+    "bert_masked": Case("BertForMaskedLM", BERT | {"hidden_act": "gelu_new"}),
+    "bert_sequence": Case("BertForSequenceClassification", BERT),
+    "bert_token": Case("BertForTokenClassification", BERT),
+    "bert_question": Case("BertForQuestionAnswering", BERT | {"num_labels": 2}),
+    "vit": Case("ViTForImageClassification", VIT | {"qkv_bias": False}),
+    "deit": Case("DeiTForImageClassification", VIT),
+    "deit_teacher": Case("DeiTForImageClassificationWithTeacher", VIT | {"hidden_act": "gelu_new"}),
 }
 
 
@@ -82,36 +94,37 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def batch(case: Case) -> dict[str, np.ndarray]:
-    """Inputs by their names in transformers; rows of 7, 4 and 1 tokens, the padding after them."""
+    """Inputs by their names in transformers. Rows of 7, 4 and 1 tokens: the padding comes after them, where both sides
+    are seen before them too."""
     random = np.random.default_rng(3)
-    length = np.array([7, 4, 1])
-    tokens = random.integers(1, V, (3, 7)) * (np.arange(7) < length[:, None])
-    return {"input_ids": tokens, "attention_mask": (np.arange(7) < length[:, None]).astype(np.int64)}
-
-
-def ours(case: Case, inputs: dict[str, np.ndarray]) -> tuple[Any, ...]:
-    """The same as what our model is called with."""
-    return jnp.asarray(inputs["input_ids"], "int32"), jnp.asarray(inputs["attention_mask"].sum(1), "int32")
+    mask = (np.arange(7) < np.array([[7], [4], [1]])).astype(np.int64)
+    if case.kind.endswith(("Classification", "WithTeacher")) and not case.kind.startswith("Bert"):
+        side = case.config.get("image_size", 33)
+        return {"pixel_values": picture(3, 3, side, side)}
+    if case.kind.startswith("Bert"):
+        mask = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+        segments = random.integers(0, 2, (3, 7)) * mask
+        return {"input_ids": random.integers(1, V, (3, 7)), "attention_mask": mask, "token_type_ids": segments}
+    return {"input_ids": random.integers(1, V, (3, 7)) * mask, "attention_mask": mask}
 
 
 def outputs(theirs: Any, inputs: dict[str, np.ndarray]) -> Any:
-    return theirs(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits
-
-
-def real(case: Case, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """Which of the results mean something."""
-    return inputs["attention_mask"].astype(bool)
+    """Logits, or hidden states."""
+    out = theirs(**{k: torch.from_numpy(v) for k, v in inputs.items()})
+    if hasattr(out, "start_logits"):
+        return torch.stack([out.start_logits, out.end_logits], -1)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
 def test_logits_agree(pair: Pair) -> None:
     inputs = batch(pair.case)
     with torch.no_grad():
         expected = outputs(pair.theirs, inputs).numpy()
-    got, counts = np.asarray(pair.run(pair.variables, *ours(pair.case, inputs))), real(pair.case, inputs)
+    got, counts = np.asarray(pair.run(pair.variables, *called(inputs))), counted(inputs, expected)
     assert np.abs(expected).max() > 0.3 and expected.std(-1).min() > 0.01
     np.testing.assert_allclose(got[counts], expected[counts], atol=1e-4, rtol=0)
     low = pair.model.clone(dtype="bfloat16")
-    near = np.asarray(jax.jit(low.apply)(pair.variables, *ours(pair.case, inputs)))
+    near = np.asarray(jax.jit(low.apply)(pair.variables, *called(inputs)))
     assert 0 < np.abs(near - expected)[counts].max() <= 2e-2 * np.abs(expected).max()
 
 
@@ -129,30 +142,23 @@ def test_what_is_saved_gives_them_the_same_logits(pair: Pair, tmp_path: Path) ->
 def test_gradients_agree(pair: Pair, tmp_path: Path) -> None:
     """Theirs are written as if they were weights, and loaded: so they come in our names and layout."""
     inputs = batch(pair.case)
-    counts = real(pair.case, inputs)
     out = outputs(pair.theirs, inputs)
+    counts = counted(inputs, out)
     weight = np.random.default_rng(4).normal(size=out.shape).astype(np.float32) * counts.reshape(
         *counts.shape, *(1,) * (out.ndim - counts.ndim)
     )
     pair.theirs.zero_grad()
     (torch.tanh(out) * torch.from_numpy(weight)).sum().backward()
-    zero = torch.zeros(())
-    rows = [
-        (
-            k,
-            tuple(p.shape),
-            np.dtype("float32"),
-            lambda p=p: (zero.expand(p.shape) if p.grad is None else p.grad).numpy(),
-        )
-        for k, p in pair.theirs.named_parameters()
-    ]
-    store.write_tensors(tmp_path / store.WHOLE, rows)
-    (tmp_path / store.CONFIG).write_text((pair.folder / store.CONFIG).read_text())
+    gradients = copy.deepcopy(pair.theirs)
+    with torch.no_grad():
+        for x, p in zip(gradients.parameters(), pair.theirs.parameters(), strict=True):
+            x.copy_(torch.zeros(()) if p.grad is None else p.grad)
+    gradients.save_pretrained(tmp_path)
     expected = pretrained.load(tmp_path)[1]["params"]
 
     def loss(params: Any) -> jax.Array:
         state = {k: v for k, v in pair.variables.items() if k != "params"}
-        return (jnp.tanh(pair.model.apply({"params": params, **state}, *ours(pair.case, inputs))) * weight).sum()
+        return (jnp.tanh(pair.model.apply({"params": params, **state}, *called(inputs))) * weight).sum()
 
     got = jax.jit(jax.grad(loss))(pair.variables["params"])
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
@@ -173,8 +179,8 @@ def test_rows_padded_on_the_left_are_those_moved_to_the_left(pair: Pair) -> None
     left["position_ids"] = np.maximum(left["attention_mask"].cumsum(1) - 1, 0)
     with torch.no_grad():
         expected = outputs(pair.theirs, left).numpy()
-    got = np.asarray(pair.run(pair.variables, *ours(pair.case, inputs)))
-    counts = real(pair.case, inputs)
+    got = np.asarray(pair.run(pair.variables, *called(inputs)))
+    counts = counted(inputs, expected)
     expected = np.stack([np.roll(row, -n, axis=0) for row, n in zip(expected, shift)])
     np.testing.assert_allclose(got[counts], expected[counts], atol=1e-4, rtol=0)
 
@@ -195,11 +201,11 @@ def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureReque
     """What tests/test_pretrained.py checks without torch: weights in bfloat16, and the logits that they give."""
     name, theirs = request.node.callspec.params["pair"], copy.deepcopy(pair.theirs)
     inputs = batch(pair.case)
-    counts = real(pair.case, inputs)
     with torch.no_grad():
         for x in theirs.state_dict().values():
             x.copy_(x.to(torch.bfloat16) if x.is_floating_point() else x)
-        logits = outputs(theirs, inputs).numpy()[counts]
+        logits = outputs(theirs, inputs).numpy()
+        logits = logits[counted(inputs, logits)]
     if os.environ.get("BIGJAX_UPDATE_GOLDEN"):
         half = [t for t in store.Tensors(pair.folder).places]
         tensors = store.Tensors(pair.folder)
@@ -209,8 +215,21 @@ def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureReque
         config = json.loads((pair.folder / store.CONFIG).read_text())
         known = {"architectures": config["architectures"], "model_type": config["model_type"], **pair.case.config}
         known |= {k: config[k] for k in ("rope_parameters", "id2label") if k in config}
-        told = {"config": known, "inputs": {k: v.tolist() for k, v in inputs.items()}}
+        told = {
+            "config": known,
+            "inputs": {k: list(v.shape if k == "pixel_values" else v.tolist()) for k, v in inputs.items()},
+        }
         told["logits"] = np.round(logits, 5).astype(float).tolist()
         (GOLD / f"{name}.json").write_text(json.dumps(told) + "\n")
     expected = json.loads((GOLD / f"{name}.json").read_text())["logits"]
     np.testing.assert_allclose(logits, np.array(expected, np.float32), atol=2e-5)
+
+
+@pytest.mark.parametrize("pair", ["vit", "deit_teacher"], indirect=True)
+@pytest.mark.parametrize("size", [(20, 8), (12, 16)])
+def test_positions_are_interpolated_as_theirs(pair: Pair, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(5).normal(size=(2, 3, *size)).astype(np.float32)
+    with torch.no_grad():
+        expected = pair.theirs(torch.from_numpy(image), interpolate_pos_encoding=True).logits.numpy()
+    got = jax.jit(pair.model.apply)(pair.variables, jnp.asarray(image.transpose(0, 2, 3, 1)))
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)

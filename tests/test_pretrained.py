@@ -31,21 +31,30 @@ def unpacked(name: str, folder: Path) -> dict[str, Any]:
     told = json.loads((GOLD / f"{name}.json").read_text())
     (folder / store.CONFIG).write_text(json.dumps(told["config"]))
     shutil.copy(GOLD / f"{name}.safetensors", folder / store.WHOLE)
+    told["inputs"] = {k: picture(*v) if k == "pixel_values" else v for k, v in told["inputs"].items()}
     return told
 
 
-def called(told: dict[str, Any]) -> tuple[jax.Array, ...]:
-    """The inputs of a fixture as our model takes them."""
-    given = {k: np.array(v) for k, v in told["inputs"].items()}
-    if "pixel_values" in given:
-        return (jnp.asarray(given["pixel_values"].transpose(0, 2, 3, 1), "float32"),)
+def picture(*shape: int) -> np.ndarray:
+    """Pixels (B, C, H, W), of which a fixture keeps only the shape."""
+    return np.sin(np.arange(np.prod(shape)) * 0.7).astype(np.float32).reshape(shape)
+
+
+def called(inputs: dict[str, Any]) -> tuple[jax.Array, ...]:
+    """Inputs by their names in transformers, as our model takes them."""
+    if "pixel_values" in inputs:
+        return (jnp.asarray(inputs["pixel_values"].transpose(0, 2, 3, 1)),)
+    given = {k: np.array(v) for k, v in inputs.items()}
     tokens, mask = jnp.asarray(given["input_ids"], "int32"), given["attention_mask"]
+    if "token_type_ids" in given:
+        return tokens, jnp.asarray(mask), jnp.asarray(given["token_type_ids"], "int32")
     return tokens, jnp.asarray(mask.sum(1), "int32")
 
 
-def counted(told: dict[str, Any]) -> np.ndarray:
-    """Which of the results mean something."""
-    return np.array(told["inputs"]["attention_mask"], bool)
+def counted(inputs: dict[str, Any], out: Any) -> np.ndarray:
+    """Which of the results mean something: those of real tokens, or all where there is one a row."""
+    mask = np.array(inputs.get("attention_mask", np.ones(len(out))), bool)
+    return mask if out.shape[:2] == mask.shape else np.ones(len(out), bool)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,8 +67,9 @@ def test_golden_logits(name: str, tmp_path: Path) -> None:
         again, same = pretrained.load(tmp_path / "again")
     assert again == model and jax.tree.leaves(variables)[0].dtype == jnp.float32
     jax.tree.map(np.testing.assert_array_equal, same, variables)
-    logits, expected = np.asarray(jax.jit(model.apply)(variables, *called(told))), np.array(told["logits"], np.float32)
-    np.testing.assert_allclose(logits[counted(told)], expected, atol=1e-4)
+    logits = np.asarray(jax.jit(model.apply)(variables, *called(told["inputs"])))
+    expected = np.array(told["logits"], np.float32)
+    np.testing.assert_allclose(logits[counted(told["inputs"], logits)], expected, atol=1e-4)
 
 
 @pytest.fixture
@@ -258,6 +268,40 @@ def test_older_names_and_what_stands_beside(tmp_path: Path) -> None:
     arrays |= {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32), "lm_head.weight": arrays["wte.weight"]}
     store.write_tensors(tmp_path / store.WHOLE, [(k, v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()])
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path)[1], variables)
+
+
+def test_timms_names_are_known_too(tmp_path: Path) -> None:
+    """Queries, keys and values side by side, written here by hand."""
+    told = unpacked("vit", tmp_path)
+    _, variables = pretrained.load(tmp_path)
+    tensors = store.Tensors(tmp_path)
+    old = {k.removeprefix("vit."): np.array(tensors.read(k)) for k in tensors.places}
+    embeddings, layer = "embeddings.", "encoder.layer.{}."
+    names = {
+        "cls_token": embeddings + "cls_token",
+        "pos_embed": embeddings + "position_embeddings",
+        **{f"patch_embed.proj.{k}": f"{embeddings}patch_embeddings.projection.{k}" for k in ("weight", "bias")},
+        **{f"norm.{k}": f"layernorm.{k}" for k in ("weight", "bias")},
+        **{f"head.{k}": f"classifier.{k}" for k in ("weight", "bias")},
+    }
+    parts = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
+    parts |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    for n in range(2):
+        pairs = (
+            (f"blocks.{n}.{a}.{k}", f"{layer.format(n)}{b}.{k}") for a, b in parts.items() for k in ("weight", "bias")
+        )
+        names |= dict(pairs)
+    arrays = {new: old[name] for new, name in names.items()}
+    for n in range(2):
+        three = [old[f"encoder.layer.{n}.attention.attention.{k}.weight"] for k in ("query", "key", "value")]
+        arrays[f"blocks.{n}.attn.qkv.weight"] = np.concatenate(three)
+    store.write_tensors(tmp_path / store.WHOLE, [(k, v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()])
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "global_pool": "token"}
+    (tmp_path / store.CONFIG).write_text(json.dumps(config))
+    fields = {"layers": 2, "width": 12, "heads": 3, "mlp": 10, "patch": 4, "image": 12, "bias": False}
+    model, same = pretrained.load(tmp_path, **fields)
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+    assert model.epsilon == 1e-6 and len(told["logits"][0]) == 3
 
 
 def test_the_command_says_what_a_folder_holds(

@@ -143,5 +143,5 @@ def test_feed_forward_is_its_formula(activation):
 
 
 def test_an_unknown_activation_is_named():
-    with pytest.raises(UsageError, match="activation 'relu6' is unknown: use gelu, swiglu or a function"):
+    with pytest.raises(UsageError, match="activation 'relu6' is unknown: use one of gelu, .*, geglu, or a function"):
         FeedForward(8, "relu6").init(jax.random.key(0), jnp.zeros((1, 1, 4)))

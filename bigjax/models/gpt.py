@@ -4,7 +4,6 @@ B batch, L positions, D width, V vocabulary. Sources: Radford et al. 2019 (GPT-2
 et al. 2023 (Llama: rotary positions, RMSNorm, SwiGLU, no biases).
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,10 +12,9 @@ from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.models.layers import REMAT, fields_of
 from bigjax.models.transformer import Attention, Cache, FeedForward, Scaling, dot_float32, empty_cache, norm
 from bigjax.sharding import constrain
-
-_REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Spec(nn.Module):
@@ -136,11 +134,10 @@ class GPT(Spec):
         return nn.Dense(self.vocabulary, **fields, name="unembedding")(x_BLD), cache
 
     def _stack(self, x_BLD: Array, cache: Cache | None, position: Array, *, deterministic: bool) -> tuple:
-        spec = {f.name: getattr(self, f.name) for f in dataclasses.fields(Spec) if f.name not in ("parent", "name")}
-        spec["deterministic"] = deterministic
+        spec = fields_of(self, Spec) | {"deterministic": deterministic}
         block = Block
         if self.remat != "none":
-            block = nn.remat(Block, policy=_REMAT[self.remat], prevent_cse=not self.scan)
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
         if self.scan:
             stack = nn.scan(
                 block,
@@ -172,8 +169,8 @@ class GPT(Spec):
             raise UsageError(f"rotary positions need heads of even size, not {size}")
         if self.window is not None and self.window < 1:
             raise UsageError(f"window {self.window}: a position looks at least at itself, so give at least 1")
-        if self.remat not in _REMAT:
-            raise UsageError(f"remat {self.remat!r} is unknown: use one of {', '.join(_REMAT)}")
+        if self.remat not in REMAT:
+            raise UsageError(f"remat {self.remat!r} is unknown: use one of {', '.join(REMAT)}")
         if tokens_BL.shape[1] > self.context:
             got = tokens_BL.shape[1]
             raise UsageError(f"{got} tokens are more than the context ({self.context}): cut them or raise context")

@@ -22,6 +22,8 @@ from bigjax.sharding import splits_rows_and_heads
 Scaling = tuple[float, float, float, int]  # factor, low, high, context
 Cache = dict[str, Array]  # k and v, each (B, M, G, K): what Attention has seen so far
 
+UNITS = {"gelu": nn.gelu, "gelu_erf": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
+GATED = {"swiglu": nn.silu, "geglu": nn.gelu}
 _normal = nn.initializers.normal
 
 
@@ -139,10 +141,19 @@ def empty_cache(batch: int, size: int, kv_heads: int, head: int, dtype: str) -> 
     return {n: jnp.zeros((batch, size, kv_heads, head), dtype) for n in ("k", "v")}
 
 
+def unit(activation: str | Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The element-wise function that is called so, or the function itself."""
+    if not callable(activation) and activation not in UNITS:
+        names = ", ".join([*UNITS, *GATED])
+        raise UsageError(f"activation {activation!r} is unknown: use one of {names}, or a function")
+    return activation if callable(activation) else UNITS[activation]
+
+
 class FeedForward(nn.Module):
     """x_BLD -> (B, L, D) through `width` units (Vaswani et al. 2017, section 3.3).
 
-    activation: "gelu" (tanh form, as GPT-2), "swiglu" (Shazeer 2020; kernel `gate`), or a function.
+    activation: of UNITS, "gelu" (tanh form, as GPT-2), "gelu_erf", "relu"; of GATED, "swiglu", "geglu" (Shazeer 2020;
+    kernel `gate`); or a function.
     """
 
     width: int
@@ -158,12 +169,10 @@ class FeedForward(nn.Module):
             return nn.Dense(width, use_bias=self.bias, dtype=self.dtype, kernel_init=init, name=name)
 
         up = dense("up", self.width, self.kernel_init)(x_BLD)
-        if self.activation == "swiglu":
-            h = nn.silu(dense("gate", self.width, self.kernel_init)(x_BLD)) * up
-        elif self.activation == "gelu" or callable(self.activation):
-            h = nn.gelu(up) if self.activation == "gelu" else self.activation(up)
+        if self.activation in GATED:
+            h = GATED[self.activation](dense("gate", self.width, self.kernel_init)(x_BLD)) * up
         else:
-            raise UsageError(f"activation {self.activation!r} is unknown: use gelu, swiglu or a function")
+            h = unit(self.activation)(up)
         return dense("down", x_BLD.shape[-1], self.out_init)(h)
 
 

@@ -13,24 +13,26 @@ from bigjax import UsageError
 from bigjax.pretrained.names import Row
 
 Config = dict[str, Any]
-FILES = ("gpt",)
+FILES = ("gpt", "bert", "vit")
+UNITS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How the models of one class are known to others.
 
-    architectures: what config.json calls them. kind: our class. read: config.json -> fields of ours. write: a model ->
-    its config.json; UsageError where they have no such model. table: of a model, which of their modules is which of
-    ours. ours: their names in a file -> those of the table (regular expressions). ignored: what a file may hold beside.
-    inputs: shapes of what a model is called with.
+    architectures: what config.json calls them. kind: our class. read: config.json and the names of the tensors ->
+    fields of ours. write: a model -> its config.json; UsageError where they have no such model. table: of a model, and
+    the names of the tensors where there are some, which of their modules is which of ours. ours: their names in a file
+    -> those of the table (regular expressions). ignored: what a file may hold beside. inputs: shapes of what a model is
+    called with.
     """
 
     architectures: tuple[str, ...]
     kind: type[nn.Module]
-    read: Callable[[Config], Config]
+    read: Callable[[Config, set[str]], Config]
     write: Callable[[nn.Module], Config]
-    table: Callable[[nn.Module], list[Row]]
+    table: Callable[[nn.Module, set[str]], list[Row]]
     inputs: Callable[[nn.Module], tuple[jax.ShapeDtypeStruct, ...]]
     ours: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
@@ -52,7 +54,11 @@ def family_of(config: Config, folder: Path) -> Family:
     found = [name for name in names if name in known]
     if not found:
         said = ", ".join(map(str, filter(None, names))) or "no architecture"
-        raise UsageError(f"{folder}/config.json names {said}, which is not known here: {', '.join(known)} are")
+        ours = [name for name in known if name[0].isupper()]
+        raise UsageError(
+            f"{folder}/config.json names {said}, which is not known here: {', '.join(ours)} are, and of timm "
+            f"{', '.join(name for name in known if name not in ours)}"
+        )
     return known[found[0]]
 
 
@@ -73,3 +79,27 @@ def only(config: Config, name: str, *values: Any) -> Any:
             f"config.json says {name} = {value!r}, which is not known here: only {', '.join(map(repr, values))}"
         )
     return value
+
+
+def unit_from(config: Config, name: str, otherwise: str) -> str:
+    """Our name of the activation that config[name] names."""
+    return UNITS[only({name: otherwise} | config, name, *UNITS)]
+
+
+def unit_to(activation: Any) -> str:
+    """Their name of an activation of ours."""
+    for theirs, ours in UNITS.items():
+        if activation == ours:
+            return theirs
+    raise UsageError(f"activation {activation!r} has no name that others know: only {', '.join(UNITS.values())} have")
+
+
+def labels(config: Config) -> int:
+    """How many outputs a head for classes has."""
+    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+
+
+def labels_of(count: int) -> Config:
+    """The same as config.json says it."""
+    names = {n: f"LABEL_{n}" for n in range(count)}
+    return {"id2label": names, "label2id": {name: n for n, name in names.items()}}

@@ -4,10 +4,9 @@ import jax
 
 from bigjax import UsageError
 from bigjax.models.gpt import GPT
-from bigjax.pretrained.families import Config, Family, only
+from bigjax.pretrained.families import UNITS, Config, Family, only, unit_from, unit_to
 from bigjax.pretrained.names import Row
 
-TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 GPT2: list[Row] = [
     ("transformer.wte", "embedding", "embedding"),
     ("transformer.wpe", "positions", "embedding"),
@@ -33,14 +32,13 @@ LLAMA: list[Row] = [
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def read(c: Config) -> Config:
+def read(c: Config, names: set[str]) -> Config:
     """The fields of a GPT."""
     kind = FAMILY.architecture(c)
     return _gpt2(c) if kind == "GPT2LMHeadModel" else _llama(c, kind)
 
 
 def _gpt2(c: Config) -> Config:
-    only(c, "activation_function", *TANH)
     only(c, "scale_attn_weights", True)
     only(c, "scale_attn_by_inverse_layer_idx", False)
     only(c, "add_cross_attention", False)
@@ -51,6 +49,7 @@ def _gpt2(c: Config) -> Config:
         "heads": c.get("n_head", 12),
         "context": c.get("n_positions", 1024),
         "mlp": c.get("n_inner"),
+        "activation": unit_from(c, "activation_function", "gelu_new"),
         "epsilon": c.get("layer_norm_epsilon", 1e-5),
         "tied": c.get("tie_word_embeddings", True),
         "dropout": c.get("resid_pdrop", 0.1),
@@ -104,20 +103,25 @@ def write(model: GPT) -> Config:
     """config.json of the architecture that a GPT is one of."""
     form = (model.position, model.norm, model.activation)
     D, H = model.width, model.heads
-    if form == ("learned", "layer", "gelu") and model.bias and (model.kv_heads or H) == H:
+    if (
+        form[:2] == ("learned", "layer")
+        and model.activation in UNITS.values()
+        and model.bias
+        and (model.kv_heads or H) == H
+    ):
         if model.head in (None, D // H) and not (model.qk_norm or model.window or model.qkv_bias is False):
             return {
                 "architectures": ["GPT2LMHeadModel"],
                 "model_type": "gpt2",
                 **{"vocab_size": model.vocabulary, "n_layer": model.layers, "n_embd": D, "n_head": H},
                 **{"n_positions": model.context, "n_inner": model.mlp, "layer_norm_epsilon": model.epsilon or 1e-5},
-                **{"tie_word_embeddings": model.tied, "activation_function": "gelu_new"},
+                **{"tie_word_embeddings": model.tied, "activation_function": unit_to(model.activation)},
                 **{f"{k}_pdrop": model.dropout for k in ("resid", "embd", "attn")},
             }
     if form != ("rotary", "rms", "swiglu") or model.bias or model.dropout:
         raise UsageError(
-            "this GPT is neither GPT-2 (learned, layer, gelu, biases) nor Llama (rotary, rms, swiglu, no biases or "
-            "dropout), so others have no form for it: it can be kept by bigjax alone"
+            "this GPT is neither GPT-2 (learned, layer, gelu or relu, biases) nor Llama (rotary, rms, swiglu, neither "
+            "biases nor dropout), so others have no form for it: it can be kept by bigjax alone"
         )
     parts = {"qwen2": bool(model.qkv_bias), "qwen3": model.qk_norm, "mistral": bool(model.window)}
     if sum(parts.values()) > 1:
@@ -151,7 +155,7 @@ FAMILY = Family(
     kind=GPT,
     read=read,
     write=write,
-    table=lambda model: GPT2 if model.position == "learned" else LLAMA,
+    table=lambda model, names: GPT2 if model.position == "learned" else LLAMA,
     inputs=lambda model: (jax.ShapeDtypeStruct((1, 1), "int32"),),
     ours=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),  # as the first release of GPT-2's weights has them
     ignored=(r"\.attn\.(masked_)?bias$", r"\.rotary_emb\.inv_freq$"),

@@ -39,8 +39,8 @@ def load(
     folder = folder_of(source)
     config = config_of(folder)
     family = family_of(config, folder)
-    model = model_of(family, config, dtype=dtype, **fields)
     tensors = Tensors(folder)
+    model = model_of(family, config, tensors, dtype=dtype, **fields)
     shapes = shapes_of(model, family.inputs(model))
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, param_dtype), shapes)
     found, real = matched(family, model, tensors, shapes)
@@ -60,10 +60,10 @@ def load(
     return model, flax.traverse_util.unflatten_dict({where: one(where) for where in placed}, sep="/")
 
 
-def model_of(family: Family, config: Config, **fields: Any) -> nn.Module:
+def model_of(family: Family, config: Config, tensors: Tensors, **fields: Any) -> nn.Module:
     """The module that config.json describes."""
     try:
-        return family.kind(**(family.read(config) | fields))
+        return family.kind(**(family.read(config, set(tensors.places)) | fields))
     except (KeyError, TypeError, ValueError) as e:
         raise UsageError(f"config.json and these fields make no {family.kind.__name__} ({e}): correct them") from None
 
@@ -78,7 +78,7 @@ def matched(
         for pattern, ours in family.ours:
             given = re.sub(pattern, ours, given)
         real[given] = name
-    found = sources(family.table(model), shapes)
+    found = sources(family.table(model, set(real)), shapes)
     needed = {name: source.shape for source in found.values() for name in source.theirs}
     missing = sorted(needed.keys() - real.keys())
     extra = sorted(n for n in real.keys() - needed.keys() if not any(re.search(p, n) for p in family.ignored))
@@ -104,8 +104,8 @@ def described(source: Any) -> list[tuple[str, str]]:
     folder = folder_of(source)
     config = config_of(folder)
     family = family_of(config, folder)
-    model = model_of(family, config)
     tensors = Tensors(folder)
+    model = model_of(family, config, tensors)
     shapes = shapes_of(model, family.inputs(model))
     matched(family, model, tensors, shapes)
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))

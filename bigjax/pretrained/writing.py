@@ -28,7 +28,7 @@ def save(folder: Any, model: nn.Module, variables: Any) -> None:
     variables = {k: variables[k] for k in SAVED if k in variables}
     leaves = flat(variables)
     pieces: dict[str, list[tuple[str, Source, int]]] = {}  # name -> of our arrays: path, source, which layer
-    for where, source in sources(family.table(model), variables).items():
+    for where, source in sources(family.table(model, set()), variables).items():
         for n, name in enumerate(source.theirs):
             pieces.setdefault(name, []).append((where, source, n))
 
