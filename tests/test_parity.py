@@ -4,6 +4,7 @@ B batch, L positions, V vocabulary. Each case is one tiny model: odd sizes, ever
 """
 
 import copy
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ BERT = {"vocab_size": V, "hidden_size": 12, "num_hidden_layers": 2, "num_attenti
 BERT |= {"max_position_embeddings": 9, "num_labels": 3}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10, "patch_size": 4}
 VIT |= {"image_size": 12, "num_labels": 3}
+RESNET = {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 3}
 
 
 class Case(NamedTuple):
@@ -59,6 +61,8 @@ CASES = {
     "vit": Case("ViTForImageClassification", VIT | {"qkv_bias": False}),
     "deit": Case("DeiTForImageClassification", VIT),
     "deit_teacher": Case("DeiTForImageClassificationWithTeacher", VIT | {"hidden_act": "gelu_new"}),
+    "resnet": Case("ResNetForImageClassification", RESNET | {"layer_type": "basic"}),
+    "resnet_bottleneck": Case("ResNetForImageClassification", RESNET),
 }
 
 
@@ -71,16 +75,25 @@ class Pair(NamedTuple):
     run: Callable[..., Any]
 
 
+def attending(case: Case) -> dict[str, str]:
+    """Their attention, where there is one, in its plain form."""
+    return {} if case.kind.startswith("ResNet") else {"attn_implementation": "eager"}
+
+
 def built(case: Case) -> Any:
     """Their model, with every parameter and statistic of a size that counts."""
     kind = getattr(transformers, case.kind)
-    model = kind(kind.config_class(**case.config, attn_implementation="eager")).eval()
+    model = kind(kind.config_class(**case.config, **attending(case))).eval()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, x in sorted(model.state_dict().items()):
             if x.is_floating_point():
                 noise = torch.randn(x.shape, generator=random)
-                x.copy_(noise.abs() + 0.5 if name.endswith("running_var") else 0.15 * noise + float(x.mean() == 1))
+                x.copy_(
+                    noise.abs() + 0.5
+                    if name.endswith("running_var")
+                    else (0.3 if x.ndim == 4 else 0.15) * noise + float(x.mean() == 1)
+                )
     return model
 
 
@@ -131,7 +144,7 @@ def test_logits_agree(pair: Pair) -> None:
 def test_what_is_saved_gives_them_the_same_logits(pair: Pair, tmp_path: Path) -> None:
     pretrained.save(tmp_path, pair.model, pair.variables)
     kind = getattr(transformers, pair.case.kind)
-    again, said = kind.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    again, said = kind.from_pretrained(tmp_path, output_loading_info=True, **attending(pair.case))
     assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     inputs = batch(pair.case)
     with torch.no_grad():
@@ -233,3 +246,17 @@ def test_positions_are_interpolated_as_theirs(pair: Pair, size: tuple[int, int])
         expected = pair.theirs(torch.from_numpy(image), interpolate_pos_encoding=True).logits.numpy()
     got = jax.jit(pair.model.apply)(pair.variables, jnp.asarray(image.transpose(0, 2, 3, 1)))
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pair", ["resnet", "resnet_bottleneck"], indirect=True)
+def test_statistics_after_a_training_step_agree(pair: Pair, tmp_path: Path) -> None:
+    inputs, theirs = batch(pair.case), copy.deepcopy(pair.theirs).train()
+    expected = outputs(theirs, inputs).detach().numpy()
+    theirs.save_pretrained(tmp_path)
+    moved = pretrained.load(tmp_path)[1]["batch_stats"]
+    apply = jax.jit(functools.partial(pair.model.apply, train=True, mutable="batch_stats"))
+    logits, state = apply(pair.variables, *called(inputs))
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), state["batch_stats"], moved)
+    still = jax.tree.map(np.array_equal, moved, pair.variables["batch_stats"])
+    assert not any(jax.tree.leaves(still))

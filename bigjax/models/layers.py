@@ -67,6 +67,39 @@ def promoting(module: nn.Module) -> Callable[[Array], Array]:
     return call
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015), statistics in float32; `train` moves their averages.
+
+    The averaged variance is the population's, n / (n − 1) times the batch's, as those who publish weights keep it;
+    `flax.linen.BatchNorm` averages the batch's own.
+    """
+
+    train: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    scale_init: Callable[..., Array] = nn.initializers.ones
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape, axes = x.shape[-1:], tuple(range(x.ndim - 1))
+        scale, bias = self.param("scale", self.scale_init, shape), self.param("bias", nn.initializers.zeros, shape)
+        averages = [
+            self.variable("batch_stats", k, f, shape, jnp.float32) for k, f in (("mean", jnp.zeros), ("var", jnp.ones))
+        ]
+        mean, var = (v.value for v in averages)
+        x32 = x.astype(jnp.float32)
+        if self.train:
+            mean, var = x32.mean(axes), x32.var(axes)
+            if not self.is_initializing():
+                count = x.size // shape[0]
+                for average, value in zip(averages, (mean, var * (count / max(count - 1, 1)))):
+                    average.value = self.momentum * average.value + (1 - self.momentum) * value
+        gain = scale * jax.lax.rsqrt(var + self.epsilon)
+        gain, shift = (v.reshape((1,) * len(axes) + shape) for v in (gain, bias - mean * gain))
+        return (x32 * gain + shift).astype(self.dtype)
+
+
 def stack(kind: type[nn.Module], *, layers: int, scan: bool, remat: str, **fields: Any) -> Callable[..., Array]:
     """x -> x through so many blocks, whose call is (x, *others) -> (x, None); each is given the same others.
 

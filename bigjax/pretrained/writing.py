@@ -39,10 +39,12 @@ def save(folder: Any, model: nn.Module, variables: Any) -> None:
         return parts[0][1].row(np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0])
 
     rows = [(k, p[0][1].shape, leaves[p[0][0]].dtype, lambda name=k: tensor(name)) for k, p in pieces.items()]
+    counts = [k.removesuffix("running_var") + "num_batches_tracked" for k in pieces if k.endswith(".running_var")]
     config |= {"dtype": str(rows[0][2]), "bigjax_version": __version__}
     path = Path(place(folder))
     try:
         path.mkdir(parents=True, exist_ok=True)
+        rows += [(k, (), np.dtype(np.int64), lambda: np.zeros((), np.int64)) for k in counts]  # which PyTorch asks for
         write_tensors(path / WHOLE, rows, real=jax.process_index() == 0)
         if jax.process_index() == 0:
             (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
