@@ -37,6 +37,9 @@ BERT |= {"max_position_embeddings": 9, "num_labels": 3}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10, "patch_size": 4}
 VIT |= {"image_size": 12, "num_labels": 3}
 RESNET = {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 3}
+T5 = {"vocab_size": V, "d_model": 12, "d_kv": 5, "d_ff": 14, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 3}
+T5 |= {"relative_attention_num_buckets": 6, "relative_attention_max_distance": 5}
+T5_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 class Case(NamedTuple):
@@ -63,6 +66,8 @@ CASES = {
     "deit_teacher": Case("DeiTForImageClassificationWithTeacher", VIT | {"hidden_act": "gelu_new"}),
     "resnet": Case("ResNetForImageClassification", RESNET | {"layer_type": "basic"}),
     "resnet_bottleneck": Case("ResNetForImageClassification", RESNET),
+    "t5": Case("T5ForConditionalGeneration", T5),
+    "t5_gated": Case("T5ForConditionalGeneration", T5 | T5_GATED),
 }
 
 
@@ -84,6 +89,8 @@ def built(case: Case) -> Any:
     """Their model, with every parameter and statistic of a size that counts."""
     kind = getattr(transformers, case.kind)
     model = kind(kind.config_class(**case.config, **attending(case))).eval()
+    if case.config.get("tie_word_embeddings") is False and case.kind.startswith("T5"):
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, x in sorted(model.state_dict().items()):
@@ -114,6 +121,10 @@ def batch(case: Case) -> dict[str, np.ndarray]:
     if case.kind.endswith(("Classification", "WithTeacher")) and not case.kind.startswith("Bert"):
         side = case.config.get("image_size", 33)
         return {"pixel_values": picture(3, 3, side, side)}
+    if case.kind.startswith("T5"):
+        mask = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+        tokens = {k: random.integers(1, V, (3, n)) for k, n in (("input_ids", 7), ("decoder_input_ids", 5))}
+        return {**tokens, "attention_mask": mask}
     if case.kind.startswith("Bert"):
         mask = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
         segments = random.integers(0, 2, (3, 7)) * mask

@@ -46,6 +46,8 @@ def called(inputs: dict[str, Any]) -> tuple[jax.Array, ...]:
         return (jnp.asarray(inputs["pixel_values"].transpose(0, 2, 3, 1)),)
     given = {k: np.array(v) for k, v in inputs.items()}
     tokens, mask = jnp.asarray(given["input_ids"], "int32"), given["attention_mask"]
+    if "decoder_input_ids" in given:
+        return tokens, jnp.asarray(given["decoder_input_ids"], "int32"), jnp.asarray(mask)
     if "token_type_ids" in given:
         return tokens, jnp.asarray(mask), jnp.asarray(given["token_type_ids"], "int32")
     return tokens, jnp.asarray(mask.sum(1), "int32")

@@ -67,6 +67,8 @@ class Attention(nn.Module):
     returned is None. kernel: "plain", or "splash" (for TPU), which shapes that it does not suit leave to the plain one.
     qkv_bias: None for as `bias` says. qk_norm: an RMSNorm over each head of q and k (Henry et al. 2020). window: how
     many positions, itself among them, one looks at. rope_base, rope_scaling, epsilon: of `rotary` and of that norm.
+    memory: what is looked at in place of x. bias (of a call): (1, H, L, M), added to the scores. scaled: by 1 / √K.
+    q_init: None for kernel_init.
     """
 
     heads: int
@@ -82,8 +84,10 @@ class Attention(nn.Module):
     rope_base: float = 10_000.0
     rope_scaling: Scaling | None = None
     epsilon: float | None = None
+    scaled: bool = True
     kernel_init: Initializer = _normal(0.02)
     out_init: Initializer = _normal(0.02)
+    q_init: Initializer | None = None
     dtype: str = "float32"
 
     @nn.compact
@@ -94,16 +98,20 @@ class Attention(nn.Module):
         *,
         position: Array | int = 0,
         mask: Array | None = None,
+        memory: Array | None = None,
+        bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         B, L, D = x_BLD.shape
         H, G, K = self.heads, self.kv_heads, self.head or D // self.heads
 
-        def project(name: str, heads: int) -> Array:
-            bias = self.bias if self.qkv_bias is None else self.qkv_bias
-            dense = nn.Dense(heads * K, use_bias=bias, dtype=self.dtype, kernel_init=self.kernel_init, name=name)
-            return dense(x_BLD).reshape(B, L, heads, K)
+        def project(name: str, heads: int, x: Array, init: Initializer = self.kernel_init) -> Array:
+            biased = self.bias if self.qkv_bias is None else self.qkv_bias
+            dense = nn.Dense(heads * K, use_bias=biased, dtype=self.dtype, kernel_init=init, name=name)
+            return dense(x).reshape(B, x.shape[1], heads, K)
 
-        q, k, v = project("q", H), project("k", G), project("v", G)
+        seen = x_BLD if memory is None else memory
+        q, k, v = project("q", H, x_BLD, self.q_init or self.kernel_init), project("k", G, seen), project("v", G, seen)
+        q = q if self.scaled else q * K**0.5
         if self.qk_norm:
             norms = {"bias": False, "dtype": self.dtype, "epsilon": self.epsilon}
             q, k = norm("rms", **norms, name="q_norm")(q), norm("rms", **norms, name="k_norm")(k)
@@ -121,10 +129,10 @@ class Attention(nn.Module):
         elif causal and window and window < L:
             near = within(L, 0, L, window)
             mask = near if mask is None else mask & near
-        if self.kernel == "splash" and causal and mask is None and L % 128 == 0 and splits_rows_and_heads(B, G):
+        if self.kernel == "splash" and causal and mask is bias is None and L % 128 == 0 and splits_rows_and_heads(B, G):
             y_BLHK = splash_attention(q, k, v)
         else:
-            y_BLHK = attention(q, k, v, mask=mask, causal=causal)
+            y_BLHK = attention(q, k, v, mask=mask, causal=causal, bias=bias)
         out = nn.Dense(D, use_bias=self.bias, dtype=self.dtype, kernel_init=self.out_init, name="o")
         return out(y_BLHK.reshape(B, L, H * K)), cache
 
