@@ -41,7 +41,7 @@ class Spec(nn.Module):
 
 
 class Block(Spec):
-    """Pre-norm: attention, with a memory attention to that too, and the mlp; returns (x_BLD, None) as `nn.scan` wants."""
+    """Pre-norm: attention, with a memory to that too, then the mlp; returns (x_BLD, None) as `nn.scan` wants it."""
 
     deterministic: bool = True
     causal: bool = False
