@@ -50,10 +50,10 @@ def load(
         leaf, source = placed[where], found[where]
 
         def part(index: Index) -> np.ndarray:
-            return source.read(index, lambda name, at: tensors.read(real[name], at)).astype(leaf.dtype)
+            return source.read(index, lambda name, at: tensors.read(real[name], at)).astype(leaf.dtype, copy=False)
 
         if mesh is None:
-            return jax.device_put(part((slice(None),) * len(leaf.shape)))
+            return jax.device_put(part((slice(None),) * len(leaf.shape)), may_alias=False)  # the file may change
         with jax.transfer_guard("allow"):  # JAX itself does not say that it means to
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
