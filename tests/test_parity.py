@@ -18,6 +18,7 @@ import pytest
 from test_pretrained import called, counted, picture
 
 from bigjax import pretrained
+from bigjax.models import Inception
 from bigjax.pretrained import store
 
 torch = pytest.importorskip("torch", reason='the agreement needs the extra: pip install -e ".[parity]"')
@@ -86,11 +87,16 @@ def attending(case: Case) -> dict[str, str]:
 
 
 def built(case: Case) -> Any:
-    """Their model, with every parameter and statistic of a size that counts."""
+    """Their model."""
     kind = getattr(transformers, case.kind)
     model = kind(kind.config_class(**case.config, **attending(case))).eval()
     if case.config.get("tie_word_embeddings") is False and case.kind.startswith("T5"):
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return disturbed(model)
+
+
+def disturbed(model: Any) -> Any:
+    """With every parameter and statistic of a size that counts."""
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, x in sorted(model.state_dict().items()):
@@ -271,3 +277,41 @@ def test_statistics_after_a_training_step_agree(pair: Pair, tmp_path: Path) -> N
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), state["batch_stats"], moved)
     still = jax.tree.map(np.array_equal, moved, pair.variables["batch_stats"])
     assert not any(jax.tree.leaves(still))
+
+
+def test_inception_agrees_in_both_heads_and_in_training(tmp_path: Path) -> None:
+    """With a sixteenth of its widths, which changes no path through it; and what is saved in full is in their names."""
+    from inception_torch import Inception3
+
+    theirs = disturbed(Inception3(3, 16)).eval()
+    image = picture(2, 3, 299, 299)
+    rows = [(k, tuple(v.shape), v.numpy().dtype, v.numpy) for k, v in theirs.state_dict().items()]
+    store.write_tensors(tmp_path / store.WHOLE, rows)
+    (tmp_path / store.CONFIG).write_text(json.dumps({"architecture": "inception_v3", "num_classes": 3}))
+    model, variables = pretrained.load(tmp_path, shrink=16, dropout=0.0)
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def run(image_BHWC: jax.Array, train: bool) -> Any:
+        mutable = ["intermediates", "batch_stats"]
+        logits, state = model.apply(variables, image_BHWC, train=train, mutable=mutable)
+        return (logits, state["intermediates"]["aux_logits"][0]), state["batch_stats"]
+
+    for train in (False, True):
+        got, moved = run(*called({"pixel_values": image}), train=train)
+        with torch.no_grad():
+            expected = theirs.train(train)(torch.from_numpy(image))
+        for a, b in zip(got, expected, strict=True):
+            assert b.abs().max() > 0.1
+            np.testing.assert_allclose(a, b.numpy(), atol=1e-4 * max(1, float(b.abs().max())), rtol=0)
+    kept = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    np.testing.assert_allclose(
+        moved["mixed_7c"]["branch_pool"]["norm"]["var"], kept["Mixed_7c.branch_pool.bn.running_var"], rtol=1e-4
+    )
+    full = Inception(outputs=3, aux=True)
+    shapes = jax.eval_shape(lambda: full.init(jax.random.key(0), jnp.zeros((1, 299, 299, 3))))
+    zeros = {k: jax.tree.map(lambda s: jnp.zeros(s.shape), shapes[k]) for k in ("params", "batch_stats")}
+    pretrained.save(tmp_path / "full", full, zeros)
+    saved = store.Tensors(tmp_path / "full")
+    assert {k: saved.shape(k) for k in saved.places} == {
+        k: tuple(v.shape) for k, v in Inception3(3).state_dict().items()
+    }
