@@ -55,8 +55,11 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
         ),
         ALL,
     ),
-    "bert": (BERT(vocabulary=16, layers=2, width=16, heads=4, context=8, head="sequence", scan=True), ALL),
-    "vit": (ViT(image=4, patch=2, layers=1, width=16, heads=4, outputs=3, dropout=0.1), ALL),
+    "bert": (
+        BERT(vocabulary=16, layers=2, width=16, heads=4, context=8, head="sequence", scan=True),
+        ("one", "fsdp_tensor"),
+    ),
+    "vit": (ViT(image=4, patch=2, layers=1, width=16, heads=4, outputs=3, dropout=0.1), ("one", "tensor")),
     "resnet": (ResNet(stages=(1, 1), block="basic", width=8, stem="cifar", outputs=3), NO_TENSOR),
     "gan": (
         {

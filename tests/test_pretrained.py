@@ -5,6 +5,7 @@ The fixtures (tests/golden/pretrained) are made by tests/test_parity.py, which n
 
 import functools
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from conftest import REPOSITORY, no_silent_transfer, run_with_devices
 import bigjax
 from bigjax import UsageError, pretrained
 from bigjax.models import GPT, MLP
+from bigjax.models.layers import BatchNorm
 from bigjax.pretrained import reading, store
 from bigjax.tools import commands
 
@@ -304,6 +306,47 @@ def test_timms_names_are_known_too(tmp_path: Path) -> None:
     model, same = pretrained.load(tmp_path, **fields)
     jax.tree.map(np.testing.assert_array_equal, same, variables)
     assert model.epsilon == 1e-6 and len(told["logits"][0]) == 3
+
+
+def test_torchvisions_names_are_known_too(tmp_path: Path) -> None:
+    unpacked("resnet_bottleneck", tmp_path)
+    model, variables = pretrained.load(tmp_path)
+    tensors = store.Tensors(tmp_path)
+    names = [
+        (r"resnet\.embedder\.embedder\.convolution", "conv1"),
+        (r"resnet\.embedder\.embedder\.normalization", "bn1"),
+        (r"resnet\.encoder\.stages\.0\.layers\.", "layer1."),
+        (r"resnet\.encoder\.stages\.1\.layers\.", "layer2."),
+        *((rf"layer\.{n}\.convolution", f"conv{n + 1}") for n in range(3)),
+        *((rf"layer\.{n}\.normalization", f"bn{n + 1}") for n in range(3)),
+        (r"shortcut\.convolution", "downsample.0"),
+        (r"shortcut\.normalization", "downsample.1"),
+        (r"classifier\.1", "fc"),
+    ]
+    arrays = {}
+    for name in tensors.places:
+        given = name
+        for old, new in names:
+            given = re.sub(old, new, given)
+        arrays[given] = np.array(tensors.read(name))
+    assert {"conv1.weight", "layer2.1.bn3.running_var", "layer1.0.downsample.0.weight", "fc.bias"} <= arrays.keys()
+    store.write_tensors(tmp_path / store.WHOLE, [(k, v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()])
+    (tmp_path / store.CONFIG).write_text(json.dumps({"architecture": "resnet50", "num_classes": 3}))
+    again, same = pretrained.load(tmp_path, stages=model.stages, width=model.width, widths=model.widths)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+
+
+def test_batch_norm_averages_the_variance_of_the_population() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 2, 1, 4)).astype(np.float32)
+    norm = BatchNorm(train=True)
+    variables = norm.init(jax.random.key(0), x)
+    y, state = jax.jit(functools.partial(norm.apply, mutable="batch_stats"))(variables, x)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(state["batch_stats"]["mean"], 0.1 * mean, atol=1e-6)
+    np.testing.assert_allclose(state["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), atol=1e-6)
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
 
 
 def test_the_command_says_what_a_folder_holds(
