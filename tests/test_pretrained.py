@@ -122,6 +122,7 @@ WRONG = {
         lambda f: configured(f, architectures=["FooModel"]),
         "names FooModel, which is not known here: .*Llama",
     ),
+    "text": (lambda f: configured(f, architectures="GPT"), "names GPT, which is not known here"),
     "none": (lambda f: configured(f, architectures=None), "names no architecture, which is not known here"),
     "no_config": (
         lambda f: (f / store.CONFIG).unlink(),
@@ -161,12 +162,19 @@ def test_what_is_wrong_is_one_line(wrong: str, folder: Path, capsys: pytest.Capt
         ("nowhere", "nowhere is no folder here and no hub id: give a folder, or owner/name"),
         ("config.json", "is a file: give the folder that holds config.json"),
         ("", "cannot be read or written here"),
+        ("gs://bucket/folder", "is in a bucket, and tensors are read from files: copy the folder here, and give that"),
     ],
 )
 def test_what_is_no_folder(source: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match=said):
         pretrained.load(source)
+
+
+def test_a_dtype_that_is_none(folder: Path) -> None:
+    for name in ("dtype", "param_dtype"):
+        with pytest.raises(UsageError, match="dtype 'float31' is none .*: use one of float32, bfloat16, float16"):
+            pretrained.load(folder, **{name: "float31"})
 
 
 def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -261,6 +269,28 @@ def test_only_models_that_others_have_are_saved(tmp_path: Path) -> None:
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), "int32"))
     with pytest.raises(UsageError, match="file cannot be written .*: make room there, or choose another folder"):
         pretrained.save(tmp_path / "file", model, variables)
+    del variables["params"]["norm"]["bias"]
+    variables["params"]["positions"]["embedding"] = jnp.zeros((3, 4))
+    with pytest.raises(
+        UsageError, match=r"\(params/norm/bias, params/positions/embedding differ\): give the model that"
+    ):
+        pretrained.save(tmp_path / "file", model, variables)
+
+
+def test_older_configs_say_the_same(tmp_path: Path) -> None:
+    """Of rotary positions, as transformers 4 wrote them; and with what nobody has to say left out."""
+    unpacked("llama3", tmp_path)
+    model, _ = pretrained.load(tmp_path)
+    assert model.rope_base == 500.0 and model.rope_scaling == (8.0, 1.0, 4.0, 9)
+    config = json.loads((tmp_path / store.CONFIG).read_text())
+    rope = config.pop("rope_parameters")
+    old = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    (tmp_path / store.CONFIG).write_text(json.dumps(config | old))
+    assert pretrained.load(tmp_path)[0] == model
+    unpacked("llama", tmp_path)
+    for key in ("rope_scaling", "rope_parameters"):
+        configured(tmp_path, **{key: None})
+    assert pretrained.load(tmp_path)[0].rope_base == 10_000.0
 
 
 def test_older_names_and_what_stands_beside(tmp_path: Path) -> None:

@@ -39,18 +39,23 @@ class Family:
 
     def architecture(self, config: Config) -> str:
         """That of config.json's which is known here."""
-        names = config.get("architectures") or [config.get("architecture")]
-        return next(name for name in names if name in self.architectures)
+        return next(name for name in _named(config) if name in self.architectures)
 
 
 def families() -> list[Family]:
     return [importlib.import_module(f"bigjax.pretrained.{file}").FAMILY for file in FILES]
 
 
+def _named(config: Config) -> list[Any]:
+    """As transformers says it, or timm."""
+    names = config.get("architectures") or [config.get("architecture")]
+    return names if isinstance(names, list) else [names]
+
+
 def family_of(config: Config, folder: Path) -> Family:
     """By config.json, which names one architecture."""
     known = {name: family for family in families() for name in family.architectures}
-    names = config.get("architectures") or [config.get("architecture")]
+    names = _named(config)
     found = [name for name in names if name in known]
     if not found:
         said = ", ".join(map(str, filter(None, names))) or "no architecture"
@@ -91,7 +96,9 @@ def unit_to(activation: Any) -> str:
     for theirs, ours in UNITS.items():
         if activation == ours:
             return theirs
-    raise UsageError(f"activation {activation!r} has no name that others know: only {', '.join(UNITS.values())} have")
+    raise UsageError(
+        f"activation {activation!r} has no name that others know: only {', '.join(dict.fromkeys(UNITS.values()))} have"
+    )
 
 
 def labels(config: Config) -> int:

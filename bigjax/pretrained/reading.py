@@ -14,6 +14,8 @@ from bigjax.pretrained.families import Config, Family, family_of
 from bigjax.pretrained.names import Index, Source, flat, shapes_of, sources
 from bigjax.pretrained.store import Tensors, config_of, folder_of
 
+KINDS = ("float32", "bfloat16", "float16")
+
 
 def load(
     source: Any,
@@ -36,6 +38,11 @@ def load(
     UsageError where config.json or the tensors are not those of a model that is known here; all that don't fit are
     listed.
     """
+    for name in (dtype, param_dtype):
+        if name not in KINDS:
+            raise UsageError(
+                f"dtype {name!r} is none that models are computed or kept in: use one of {', '.join(KINDS)}"
+            )
     folder = folder_of(source)
     config = config_of(folder)
     family = family_of(config, folder)

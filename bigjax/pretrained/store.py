@@ -28,6 +28,8 @@ def folder_of(source: Any) -> Path:
     text = str(source)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists():
         return _fetched(text)
+    if text.startswith("gs://"):
+        raise UsageError(f"{text} is in a bucket, and tensors are read from files: copy the folder here, and give that")
     path = Path(place(text))
     if not path.is_dir():
         if path.is_file():

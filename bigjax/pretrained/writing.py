@@ -10,7 +10,7 @@ import numpy as np
 
 from bigjax import UsageError, __version__, place
 from bigjax.pretrained.families import family_for
-from bigjax.pretrained.names import Source, flat, sources
+from bigjax.pretrained.names import Source, flat, shapes_of, sources
 from bigjax.pretrained.store import CONFIG, WHOLE, write_tensors
 from bigjax.sharding import to_host
 
@@ -26,7 +26,14 @@ def save(folder: Any, model: nn.Module, variables: Any) -> None:
     family = family_for(model)
     config = family.write(model)
     variables = {k: variables[k] for k in SAVED if k in variables}
-    leaves = flat(variables)
+    leaves, needed = flat(variables), flat(shapes_of(model, family.inputs(model)))
+    wrong = leaves.keys() ^ needed.keys()
+    wrong |= {k for k in leaves.keys() & needed.keys() if leaves[k].shape != needed[k].shape}
+    if wrong:
+        raise UsageError(
+            f"these variables are not those of the {type(model).__name__} ({', '.join(sorted(wrong))} differ): give "
+            "the model that they were made with"
+        )
     pieces: dict[str, list[tuple[str, Source, int]]] = {}  # name -> of our arrays: path, source, which layer
     for where, source in sources(family.table(model, set()), variables).items():
         for n, name in enumerate(source.theirs):
