@@ -204,20 +204,22 @@ def test_shards_with_an_index_are_one_file(folder: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(folder)[1], variables)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "bert_masked", "vit", "t5"])
 def test_scanned_layers_are_the_same_stacked_and_saved_the_same(name: str, tmp_path: Path) -> None:
-    unpacked(name, tmp_path)
+    told = unpacked(name, tmp_path)
     model, variables = pretrained.load(tmp_path)
-    scanned, stacked = pretrained.load(tmp_path, scan=True, param_dtype="bfloat16")
-    assert scanned == model.clone(scan=True)
-    for n in range(2):
-        layer = jax.tree.map(lambda x: x[n], stacked["params"]["layers"])  # noqa: B023
-        jax.tree.map(np.testing.assert_array_equal, layer, variables["params"][f"layer_{n}"])
+    scanned, stacked = pretrained.load(tmp_path, scan=True, remat="full", param_dtype="bfloat16")
+    assert scanned == model.clone(scan=True, remat="full")
+    assert {x.dtype for x in jax.tree.leaves(stacked)} == {jnp.dtype("bfloat16")}
     pretrained.save(tmp_path / "again", scanned, stacked)
     assert (tmp_path / "again" / store.WHOLE).stat().st_size < 0.6 * sum(
         x.nbytes for x in jax.tree.leaves(variables)
-    ) + 4000
+    ) + 6000
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path / "again")[1], variables)
+    stacked = jax.tree.map(lambda x: x.astype(jnp.float32), stacked)
+    logits = np.asarray(jax.jit(scanned.apply)(stacked, *called(told["inputs"])))
+    expected = np.array(told["logits"], np.float32)
+    np.testing.assert_allclose(logits[counted(told["inputs"], logits)], expected, atol=1e-4)
 
 
 def split_over_eight(folder: str) -> None:
@@ -409,6 +411,8 @@ CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 def test_a_tokenizer_with_its_special_tokens_and_chat_template(tmp_path: Path) -> None:
+    import tokenizers
+
     from bigjax.data.text import train_tokenizer
 
     with pytest.raises(UsageError, match="has no tokenizer.json: let transformers write it"):
@@ -427,7 +431,11 @@ def test_a_tokenizer_with_its_special_tokens_and_chat_template(tmp_path: Path) -
     tokens_BL, length_B = tokenizer.batch(["hello world", "a"])
     assert tokens_BL.shape == (2, length_B.max()) and (tokens_BL[1, length_B[1] :] == 0).all()
     assert tokenizer.decode(tokens_BL[0]) == "hello world"
-    assert tokenizer.batch(["hello world"], length=1)[0].shape == (1, 1)
+    ends = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", tokenizer.id("eos_token"))])
+    tokenizer.library.post_processor = ends
+    assert tokenizer.batch(["hello world"], length=2)[0].tolist()[0][1:] == [tokenizer.id("eos_token")]
+    assert len(tokenizer.encode("hello world a b c")) > 3
+    tokenizer.library.post_processor = None
     pytest.importorskip("jinja2", reason='chat templates need the extra: pip install -e ".[hub]"')
     assert tokenizer.chat([{"role": "user", "content": "hi"}]) == "<user>hi</s><assistant>"
     evil = said | {"chat_template": "{{ ''.__class__.__mro__ }}{{ raise_exception('no') }}"}

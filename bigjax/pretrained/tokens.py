@@ -34,8 +34,11 @@ class Tokenizer:
         return self.library.encode(text, add_special_tokens=special).ids
 
     def batch(self, texts: Sequence[str], *, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens_BL int32, length_B int32), padded after the tokens; `length` cuts the longer ones."""
-        rows = [self.encode(text)[:length] for text in texts]
+        """(tokens_BL int32, length_B int32), padded after the tokens; `length` cuts longer ones, not special tokens."""
+        if length is not None:
+            self.library.enable_truncation(length)
+        rows = [self.encode(text) for text in texts]
+        self.library.no_truncation()
         length_B = np.array([len(row) for row in rows], np.int32)
         pad = self.id("pad_token") or 0
         tokens_BL = np.full((len(rows), max(length_B, default=0)), pad, np.int32)
