@@ -101,7 +101,7 @@ FAMILIES = {
         tx=lambda steps: {"model": optax.adam(optim.schedule("cosine", 0.03, steps=steps))},
     ),
     "bert": Family(
-        BERT(vocabulary=11, layers=2, width=8, heads=2, context=6, head="sequence", scan=True),
+        BERT(vocabulary=11, layers=1, width=8, heads=2, context=6, head="sequence"),
         partial(classify, classes=2, inputs=fields("tokens")),
         data=texts,
         tx=lambda steps: {"model": optax.adam(0.01)},
@@ -110,7 +110,7 @@ FAMILIES = {
         ViT(image=4, patch=2, layers=1, width=8, heads=2, outputs=3, dropout=0.1), partial(classify, classes=3)
     ),
     "resnet": Family(
-        ResNet(stages=(1, 1), block="basic", width=4, stem="cifar", outputs=3),
+        ResNet(stages=(1,), block="basic", width=4, stem="cifar", outputs=3),
         partial(classify, classes=3),
         ema=0.8,
         by_row=False,

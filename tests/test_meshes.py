@@ -56,11 +56,11 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
         ALL,
     ),
     "bert": (
-        BERT(vocabulary=16, layers=2, width=16, heads=4, context=8, head="sequence", scan=True),
+        BERT(vocabulary=16, layers=1, width=16, heads=4, context=8, head="sequence"),
         ("one", "fsdp_tensor"),
     ),
     "vit": (ViT(image=4, patch=2, layers=1, width=16, heads=4, outputs=3, dropout=0.1), ("one", "tensor")),
-    "resnet": (ResNet(stages=(1, 1), block="basic", width=8, stem="cifar", outputs=3), NO_TENSOR),
+    "resnet": (ResNet(stages=(1,), block="basic", width=8, stem="cifar", outputs=3), NO_TENSOR),
     "gan": (
         {
             "generator": Generator((4, 4, 1), latent=3, features=(8,), batch_norm=True, classes=3),
