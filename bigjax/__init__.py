@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-__all__ = ["Interrupted", "SaveError", "UsageError", "load"]
+__all__ = ["Interrupted", "SaveError", "UsageError", "load", "pretrained"]
 __version__ = "0.1.0"
 
 
@@ -78,8 +78,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:  # lazily, so that importing bigjax.models stays as cheap as importing flax
-    if name == "load":
-        from bigjax.run.restore import load
-
-        return load
+    if name in ("load", "pretrained"):
+        module = importlib.import_module("bigjax.run.restore" if name == "load" else "bigjax.pretrained")
+        return module.load if name == "load" else module
     raise AttributeError(f"module 'bigjax' has no attribute {name!r}")

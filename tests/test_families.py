@@ -27,7 +27,7 @@ from bigjax import metrics, optim, sharding, step, train
 from bigjax.data import pipeline
 from bigjax.evaluation import evaluator
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator
+from bigjax.models import BERT, CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator, ResNet, ViT
 from bigjax.program import Program
 from bigjax.task import Task, fields
 from bigjax.tasks import classify, next_token
@@ -99,6 +99,21 @@ FAMILIES = {
         data=windows,
         counts=lambda split: int((split["length"] - split["start"]).sum()),
         tx=lambda steps: {"model": optax.adam(optim.schedule("cosine", 0.03, steps=steps))},
+    ),
+    "bert": Family(
+        BERT(vocabulary=11, layers=1, width=8, heads=2, context=6, head="sequence"),
+        partial(classify, classes=2, inputs=fields("tokens")),
+        data=texts,
+        tx=lambda steps: {"model": optax.adam(0.01)},
+    ),
+    "vit": Family(
+        ViT(image=4, patch=2, layers=1, width=8, heads=2, outputs=3, dropout=0.1), partial(classify, classes=3)
+    ),
+    "resnet": Family(
+        ResNet(stages=(1,), block="basic", width=4, stem="cifar", outputs=3),
+        partial(classify, classes=3),
+        ema=0.8,
+        by_row=False,
     ),
     "gan": Family(
         {

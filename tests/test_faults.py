@@ -30,6 +30,7 @@ from bigjax.run.log import read_log
 
 SCRIPT = REPOSITORY / "tests" / "fault_script.py"
 Folder = Path | epath.Path
+NO_MORE = {"bert", "vit", "resnet"}  # of kinds that others stand for: a kill has nothing new to break in them
 SLOW = "0.004"  # seconds an example: 30 ms an update, so that most moments are in training
 
 
@@ -180,7 +181,8 @@ def newest(run: Path) -> int:
 
 @pytest.mark.parametrize(
     "family, kills",
-    [("cnn", {"saving": 1, "between": 1})] + [pytest.param(f, KILLS, marks=pytest.mark.slow) for f in FAMILIES],
+    [("cnn", {"saving": 1, "between": 1})]
+    + [pytest.param(f, KILLS, marks=pytest.mark.slow) for f in FAMILIES if f not in NO_MORE],
 )
 def test_killed_at_random_moments_it_gives_the_same_bits(
     family: str, kills: dict[str, int], tmp_path: Path, peaceful: Callable[..., Path]

@@ -18,7 +18,7 @@ from test_families import FAMILIES, Family
 from bigjax import optim, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import CNN, GPT, LSTM, MLP, VAE, Autoencoder, Discriminator, Generator
+from bigjax.models import BERT, CNN, GPT, LSTM, MLP, VAE, Autoencoder, Discriminator, Generator, ResNet, ViT
 from bigjax.ops import optimizers
 from bigjax.program import Program
 from bigjax.sharding import MeshConfig
@@ -55,6 +55,12 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
         ),
         ALL,
     ),
+    "bert": (
+        BERT(vocabulary=16, layers=1, width=16, heads=4, context=8, head="sequence"),
+        ("one", "fsdp_tensor"),
+    ),
+    "vit": (ViT(image=4, patch=2, layers=1, width=16, heads=4, outputs=3, dropout=0.1), ("one", "tensor")),
+    "resnet": (ResNet(stages=(1,), block="basic", width=8, stem="cifar", outputs=3), NO_TENSOR),
     "gan": (
         {
             "generator": Generator((4, 4, 1), latent=3, features=(8,), batch_norm=True, classes=3),

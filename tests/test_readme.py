@@ -16,9 +16,11 @@ import pytest
 from conftest import REPOSITORY, tiny_experiment
 from PIL import Image
 from test_docs import PAGES, blocks, commands
+from test_pretrained import unpacked
 from tfds_fixture import build_mnist
 
 from bigjax import train
+from bigjax.data.text import train_tokenizer
 from bigjax.experiment import RunConfig
 
 LONG = {"README.md", "data.md"}
@@ -42,12 +44,20 @@ def written(page: Path, folder: Path) -> list[str]:
     return rest
 
 
+def hub_folder(folder: Path) -> None:
+    """As from the hub: weights, and a tokenizer."""
+    folder.mkdir()
+    unpacked("gpt2", folder)
+    train_tokenizer(["hello world"], kind="words", vocabulary=9).save(str(folder / "tokenizer.json"))
+
+
 @having("python")
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, one after the other, with what a finished run left."""
     monkeypatch.chdir(tmp_path)
     config = RunConfig(workdir="runs/mnist_cnn", steps=2, batch_size=8, compilation_cache=False)
     train.fit(tiny_experiment(), config, quiet=True)
+    hub_folder(tmp_path / "folder")
     names = {"__name__": page.stem}
     for text in written(page, tmp_path):
         exec(compile(text.replace("steps=200", "steps=4"), str(page), "exec"), names)
@@ -71,6 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (f"{i},{i * i % 17},{i % 5}\n" for i in range(400))
     (root / "flats.csv").write_text("rooms,age,target\n" + "".join(rows))
     build_mnist(root / "tfds", image, label, test=50)
+    hub_folder(root / "folder")
     return root
 
 

@@ -85,10 +85,10 @@ def test_rotary_turns_each_pair_by_its_angle():
     np.testing.assert_allclose(rotary(x, jnp.array([position]))[0, 0, 0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("turn", [False, True])
-def test_attention_with_a_cache_in_pieces_is_attention_at_once(turn):
+@pytest.mark.parametrize("fields", [{}, {"rotary": True}, {"window": 2, "qk_norm": True}])
+def test_attention_with_a_cache_in_pieces_is_attention_at_once(fields):
     x_BLD = normal(0, B, M, H * K)
-    module = Attention(H, G, rotary=turn)
+    module = Attention(H, G, **fields)
     variables = module.init(jax.random.key(1), x_BLD)
     chex.assert_shape(variables["params"]["k"]["kernel"], (H * K, G * K))
     at_once, none = module.apply(variables, x_BLD)
@@ -98,6 +98,15 @@ def test_attention_with_a_cache_in_pieces_is_attention_at_once(turn):
         piece, cache = module.apply(variables, x_BLD[:, start:stop], cache, position=start)
         pieces.append(piece)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), at_once, atol=1e-6)
+
+
+def test_a_window_hides_what_is_further_back():
+    x_BLD = normal(0, 1, M, H * K)
+    module = Attention(H, G, window=2)
+    variables = module.init(jax.random.key(1), x_BLD)
+    influence_LMD = jax.jacobian(lambda x: module.apply(variables, x[None])[0][0].sum(-1))(x_BLD[0])
+    seen_LM = np.abs(influence_LMD).max(-1) > 0
+    np.testing.assert_array_equal(seen_LM, np.tril(np.ones((M, M), bool)) & ~np.tril(np.ones((M, M), bool), -2))
 
 
 def test_encoder_attention_sees_everything_that_the_mask_allows():
@@ -134,5 +143,5 @@ def test_feed_forward_is_its_formula(activation):
 
 
 def test_an_unknown_activation_is_named():
-    with pytest.raises(UsageError, match="activation 'relu6' is unknown: use gelu, swiglu or a function"):
+    with pytest.raises(UsageError, match="activation 'relu6' is unknown: use one of gelu, .*, geglu, or a function"):
         FeedForward(8, "relu6").init(jax.random.key(0), jnp.zeros((1, 1, 4)))

@@ -4,7 +4,6 @@ B batch, L positions, D width, V vocabulary. Sources: Radford et al. 2019 (GPT-2
 et al. 2023 (Llama: rotary positions, RMSNorm, SwiGLU, no biases).
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,10 +12,9 @@ from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.transformer import Attention, Cache, FeedForward, dot_float32, empty_cache, norm
+from bigjax.models.layers import REMAT, fields_of
+from bigjax.models.transformer import Attention, Cache, FeedForward, Scaling, dot_float32, empty_cache, norm
 from bigjax.sharding import constrain
-
-_REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Spec(nn.Module):
@@ -35,6 +33,12 @@ class Spec(nn.Module):
     activation: str | Callable[[Array], Array] = "gelu"
     tied: bool = True
     bias: bool = True
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    window: int | None = None
+    rope_base: float = 10_000.0
+    rope_scaling: Scaling | None = None
+    epsilon: float | None = None
     dropout: float = 0.0
     attention: str = "plain"
     split_residual: bool = False
@@ -53,8 +57,10 @@ class Block(Spec):
         init = nn.initializers.normal(0.02)
         residual = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)  # the sum keeps one layer's size
         shared = {"bias": self.bias, "kernel_init": init, "out_init": residual, "dtype": self.dtype}
+        names = ("qkv_bias", "qk_norm", "window", "rope_base", "rope_scaling", "epsilon")
         attention = {"rotary": self.position == "rotary", "kernel": self.attention, **shared}
-        norms = {"bias": self.bias, "dtype": self.dtype}
+        attention |= {name: getattr(self, name) for name in names}
+        norms = {"bias": self.bias, "dtype": self.dtype, "epsilon": self.epsilon}
         hidden = self.mlp or (-(-self.width // 3) * 8 if self.activation == "swiglu" else 4 * self.width)
         if self.split_residual:
             x_BLD = constrain(x_BLD, "residual")
@@ -78,6 +84,10 @@ class GPT(Spec):
     attention: "plain", or "splash": a Pallas kernel for TPU (`ops.attention.splash_attention`).
     split_residual: splits the stream between blocks over the mesh's tensor axis too: less memory, more traffic.
     tied: the output kernel is the embedding. bias: in all kernels and LayerNorms, but never in the output.
+    qkv_bias: in q, k and v; None for as `bias` says. qk_norm: an RMSNorm over each head of q and k (Qwen3).
+    window: how many positions, itself among them, one looks at (Mistral, Jiang et al. 2023); None for all before it.
+    rope_base, rope_scaling: how fast rotary positions turn; (factor, low, high, context) as `transformer.rotary` says.
+    epsilon: of the norms; None for 1e-5 (layer) or 1e-6 (rms).
     dropout: on the embedding and before each addition to the residual stream.
     scan: layers by `nn.scan`, their parameters stacked on a leading axis under "layers", so that compile time doesn't
         grow with depth; else unrolled, under "layer_0", …, which is faster on CPU.
@@ -116,7 +126,7 @@ class GPT(Spec):
             x_BLD = x_BLD + positions(positions_L)[None]
         x_BLD = nn.Dropout(self.dropout)(x_BLD, deterministic=not train)
         x_BLD, cache = self._stack(x_BLD, cache, position, deterministic=not train)
-        x_BLD = norm(self.norm, bias=self.bias, dtype=self.dtype, name="norm")(x_BLD)
+        x_BLD = norm(self.norm, bias=self.bias, dtype=self.dtype, epsilon=self.epsilon, name="norm")(x_BLD)
         self.sow("intermediates", "features", x_BLD)
         if self.tied:
             return dot_float32(x_BLD, embed.embedding.astype(self.dtype), (((2,), (1,)), ((), ()))), cache
@@ -124,11 +134,10 @@ class GPT(Spec):
         return nn.Dense(self.vocabulary, **fields, name="unembedding")(x_BLD), cache
 
     def _stack(self, x_BLD: Array, cache: Cache | None, position: Array, *, deterministic: bool) -> tuple:
-        spec = {f.name: getattr(self, f.name) for f in dataclasses.fields(Spec) if f.name not in ("parent", "name")}
-        spec["deterministic"] = deterministic
+        spec = fields_of(self, Spec) | {"deterministic": deterministic}
         block = Block
         if self.remat != "none":
-            block = nn.remat(Block, policy=_REMAT[self.remat], prevent_cse=not self.scan)
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
         if self.scan:
             stack = nn.scan(
                 block,
@@ -158,8 +167,10 @@ class GPT(Spec):
             raise UsageError(f"attention {self.attention!r} is unknown: use plain or splash")
         if self.position == "rotary" and (size := self.head or D // H) % 2:
             raise UsageError(f"rotary positions need heads of even size, not {size}")
-        if self.remat not in _REMAT:
-            raise UsageError(f"remat {self.remat!r} is unknown: use one of {', '.join(_REMAT)}")
+        if self.window is not None and self.window < 1:
+            raise UsageError(f"window {self.window}: a position looks at least at itself, so give at least 1")
+        if self.remat not in REMAT:
+            raise UsageError(f"remat {self.remat!r} is unknown: use one of {', '.join(REMAT)}")
         if tokens_BL.shape[1] > self.context:
             got = tokens_BL.shape[1]
             raise UsageError(f"{got} tokens are more than the context ({self.context}): cut them or raise context")

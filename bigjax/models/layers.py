@@ -1,5 +1,6 @@
 """Small pieces that the models of this folder share."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from bigjax.ops.convolution import conv_general_dilated
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu,
 }  # fmt: skip
+REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 MONOTONE = (nn.relu, nn.sigmoid, jnp.tanh)  # max(f(a), f(b)) = f(max(a, b)): pooling may come first (not gelu)
 INITS = (
     "lecun_normal", "lecun_uniform", "he_normal", "he_uniform", "glorot_normal", "glorot_uniform", "orthogonal",
@@ -63,6 +65,67 @@ def promoting(module: nn.Module) -> Callable[[Array], Array]:
             return module(x)
 
     return call
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015), statistics in float32; `train` moves their averages.
+
+    The averaged variance is the population's, n / (n − 1) times the batch's, as those who publish weights keep it;
+    `flax.linen.BatchNorm` averages the batch's own.
+    """
+
+    train: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    scale_init: Callable[..., Array] = nn.initializers.ones
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape, axes = x.shape[-1:], tuple(range(x.ndim - 1))
+        scale, bias = self.param("scale", self.scale_init, shape), self.param("bias", nn.initializers.zeros, shape)
+        averages = [
+            self.variable("batch_stats", k, f, shape, jnp.float32) for k, f in (("mean", jnp.zeros), ("var", jnp.ones))
+        ]
+        mean, var = (v.value for v in averages)
+        x32 = x.astype(jnp.float32)
+        if self.train:
+            mean, var = x32.mean(axes), x32.var(axes)
+            if not self.is_initializing():
+                count = x.size // shape[0]
+                for average, value in zip(averages, (mean, var * (count / max(count - 1, 1)))):
+                    average.value = self.momentum * average.value + (1 - self.momentum) * value
+        gain = scale * jax.lax.rsqrt(var + self.epsilon)
+        gain, shift = (v.reshape((1,) * len(axes) + shape) for v in (gain, bias - mean * gain))
+        return (x32 * gain + shift).astype(self.dtype)
+
+
+def stack(kind: type[nn.Module], *, layers: int, scan: bool, remat: str, **fields: Any) -> Callable[..., Array]:
+    """x -> x through so many blocks, whose call is (x, *others) -> (x, None); each is given the same others.
+
+    scan: by `nn.scan`, with parameters stacked on a leading axis under "layers"; else under "layer_0", … remat: of
+    REMAT, what the backward pass computes again.
+    """
+    if remat not in REMAT:
+        raise UsageError(f"remat {remat!r} is unknown: use one of {', '.join(REMAT)}")
+    fields |= {"layers": layers, "scan": scan, "remat": remat}
+    block = kind if remat == "none" else nn.remat(kind, policy=REMAT[remat], prevent_cse=not scan)
+
+    def call(x: Array, *others: Any) -> Array:
+        if not scan:
+            for n in range(layers):
+                x = block(**fields, name=f"layer_{n}")(x, *others)[0]
+            return x
+        axes = {"variable_axes": {"params": 0, "intermediates": 0}, "split_rngs": {"params": True, "dropout": True}}
+        scanned = nn.scan(block, in_axes=(nn.broadcast,) * len(others), length=layers, **axes)
+        return scanned(**fields, name="layers")(x, *others)[0]
+
+    return call
+
+
+def fields_of(model: nn.Module, spec: type[nn.Module]) -> dict[str, Any]:
+    """The values that a model has for the fields of a class that it inherits from."""
+    return {f.name: getattr(model, f.name) for f in dataclasses.fields(spec) if f.name not in ("parent", "name")}
 
 
 def conv(features: int, size: int, **fields: Any) -> nn.Conv:

@@ -5,6 +5,7 @@ Kernels are 2-D, (inputs, outputs) with heads side by side, so that layers stack
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,29 +19,43 @@ from bigjax.models.layers import promoting
 from bigjax.ops.attention import attention, splash_attention
 from bigjax.sharding import splits_rows_and_heads
 
+Scaling = tuple[float, float, float, int]  # factor, low, high, context
 Cache = dict[str, Array]  # k and v, each (B, M, G, K): what Attention has seen so far
 
+UNITS = {"gelu": nn.gelu, "gelu_erf": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
+GATED = {"swiglu": nn.silu, "geglu": nn.gelu}
 _normal = nn.initializers.normal
 
 
-def rotary(x_BLHK: Array, positions_L: Array, *, base: float = 10_000.0) -> Array:
+def rotary(x_BLHK: Array, positions_L: Array, *, base: float = 10_000.0, scaling: Scaling | None = None) -> Array:
     """Turns each pair (i, i + K/2) of a head by position × base^(−2i/K) (RoFormer, Su et al. 2021).
 
     Dot products of turned queries and keys depend on positions by their difference only. Angles are in float32.
+    scaling: for contexts longer than in pretraining (Llama 3.1, Grattafiori et al. 2024): what turns less than `low`
+    times in `context` positions turns `factor` times slower, what turns more than `high` times as before.
     """
     half = x_BLHK.shape[-1] // 2
-    angle_LK = positions_L.astype(jnp.float32)[:, None] * (base ** (-jnp.arange(half) / half))[None]
+    positions_L1 = positions_L.astype(jnp.float32)[:, None]
+    frequency_K = base ** (-jnp.arange(half) / half)
+    if scaling is not None:
+        factor, low, high, context = scaling
+        kept_K = jnp.clip((frequency_K * context / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
+        frequency_K = frequency_K * (kept_K + (1.0 - kept_K) / factor)
+    angle_LK = positions_L1 * frequency_K[None]
     cos, sin = jnp.cos(angle_LK)[None, :, None], jnp.sin(angle_LK)[None, :, None]
     a, b = x_BLHK[..., :half].astype(jnp.float32), x_BLHK[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
 
-def norm(kind: str, *, bias: bool, dtype: str, name: str) -> Callable[[Array], Array]:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), statistics in float32."""
+def norm(kind: str, *, bias: bool, dtype: str, name: str, epsilon: float | None = None) -> Callable[[Array], Array]:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), statistics in float32.
+
+    epsilon: None for 1e-5 and 1e-6.
+    """
     if kind == "layer":
-        return promoting(nn.LayerNorm(epsilon=1e-5, use_bias=bias, dtype=dtype, name=name))
+        return promoting(nn.LayerNorm(epsilon=epsilon or 1e-5, use_bias=bias, dtype=dtype, name=name))
     if kind == "rms":
-        return promoting(nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name))
+        return promoting(nn.RMSNorm(epsilon=epsilon or 1e-6, dtype=dtype, name=name))
     raise UsageError(f"norm {kind!r} is unknown: use layer or rms")
 
 
@@ -50,6 +65,10 @@ class Attention(nn.Module):
     With a cache (from `empty_cache`), x are the tokens at `position`, `position` + 1, …: their keys and values are
     written there, and each looks at everything up to itself. Without, x are all tokens from position 0, and the cache
     returned is None. kernel: "plain", or "splash" (for TPU), which shapes that it does not suit leave to the plain one.
+    qkv_bias: None for as `bias` says. qk_norm: an RMSNorm over each head of q and k (Henry et al. 2020). window: how
+    many positions, itself among them, one looks at. rope_base, rope_scaling, epsilon: of `rotary` and of that norm.
+    memory: what is looked at in place of x. bias (of a call): (1, H, L, M), added to the scores. scaled: by 1 / √K.
+    q_init: None for kernel_init.
     """
 
     heads: int
@@ -59,8 +78,16 @@ class Attention(nn.Module):
     rotary: bool = False
     kernel: str = "plain"
     bias: bool = True
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    window: int | None = None
+    rope_base: float = 10_000.0
+    rope_scaling: Scaling | None = None
+    epsilon: float | None = None
+    scaled: bool = True
     kernel_init: Initializer = _normal(0.02)
     out_init: Initializer = _normal(0.02)
+    q_init: Initializer | None = None
     dtype: str = "float32"
 
     @nn.compact
@@ -71,43 +98,70 @@ class Attention(nn.Module):
         *,
         position: Array | int = 0,
         mask: Array | None = None,
+        memory: Array | None = None,
+        bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         B, L, D = x_BLD.shape
         H, G, K = self.heads, self.kv_heads, self.head or D // self.heads
 
-        def project(name: str, heads: int) -> Array:
-            dense = nn.Dense(heads * K, use_bias=self.bias, dtype=self.dtype, kernel_init=self.kernel_init, name=name)
-            return dense(x_BLD).reshape(B, L, heads, K)
+        def project(name: str, heads: int, x: Array, init: Initializer = self.kernel_init) -> Array:
+            biased = self.bias if self.qkv_bias is None else self.qkv_bias
+            dense = nn.Dense(heads * K, use_bias=biased, dtype=self.dtype, kernel_init=init, name=name)
+            return dense(x).reshape(B, x.shape[1], heads, K)
 
-        q, k, v = project("q", H), project("k", G), project("v", G)
+        seen = x_BLD if memory is None else memory
+        q, k, v = project("q", H, x_BLD, self.q_init or self.kernel_init), project("k", G, seen), project("v", G, seen)
+        q = q if self.scaled else q * K**0.5
+        if self.qk_norm:
+            norms = {"bias": False, "dtype": self.dtype, "epsilon": self.epsilon}
+            q, k = norm("rms", **norms, name="q_norm")(q), norm("rms", **norms, name="k_norm")(k)
         if self.rotary:
-            positions_L = position + jnp.arange(L)
-            q, k = rotary(q, positions_L), rotary(k, positions_L)
-        causal = self.causal
+            positions_L, turning = position + jnp.arange(L), {"base": self.rope_base, "scaling": self.rope_scaling}
+            q, k = rotary(q, positions_L, **turning), rotary(k, positions_L, **turning)
+        causal, window = self.causal, self.window
         if cache is not None:
             k, v = (
                 lax.dynamic_update_slice(cache[n], x.astype(cache[n].dtype), (0, position, 0, 0))
                 for n, x in (("k", k), ("v", v))
             )
             cache = {"k": k, "v": v}
-            seen_LM = jnp.arange(k.shape[1])[None] <= position + jnp.arange(L)[:, None]
-            mask, causal = seen_LM[None, None], False
-        if self.kernel == "splash" and causal and mask is None and L % 128 == 0 and splits_rows_and_heads(B, G):
+            mask, causal = within(k.shape[1], position, L, window), False
+        elif causal and window and window < L:
+            near = within(L, 0, L, window)
+            mask = near if mask is None else mask & near
+        if self.kernel == "splash" and causal and mask is bias is None and L % 128 == 0 and splits_rows_and_heads(B, G):
             y_BLHK = splash_attention(q, k, v)
         else:
-            y_BLHK = attention(q, k, v, mask=mask, causal=causal)
+            y_BLHK = attention(q, k, v, mask=mask, causal=causal, bias=bias)
         out = nn.Dense(D, use_bias=self.bias, dtype=self.dtype, kernel_init=self.out_init, name="o")
         return out(y_BLHK.reshape(B, L, H * K)), cache
+
+
+def within(M: int, position: Array | int, L: int, window: int | None = None) -> Array:
+    """(1, 1, L, M): of M positions those not later than `position` + l, and fewer than `window` before it."""
+    seen_LM = jnp.arange(M)[None] <= position + jnp.arange(L)[:, None]
+    if window:
+        seen_LM &= jnp.arange(M)[None] > position + jnp.arange(L)[:, None] - window
+    return seen_LM[None, None]
 
 
 def empty_cache(batch: int, size: int, kv_heads: int, head: int, dtype: str) -> Cache:
     return {n: jnp.zeros((batch, size, kv_heads, head), dtype) for n in ("k", "v")}
 
 
+def unit(activation: str | Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The element-wise function that is called so, or the function itself."""
+    if not callable(activation) and activation not in UNITS:
+        names = ", ".join([*UNITS, *GATED])
+        raise UsageError(f"activation {activation!r} is unknown: use one of {names}, or a function")
+    return activation if callable(activation) else UNITS[activation]
+
+
 class FeedForward(nn.Module):
     """x_BLD -> (B, L, D) through `width` units (Vaswani et al. 2017, section 3.3).
 
-    activation: "gelu" (tanh form, as GPT-2), "swiglu" (Shazeer 2020; kernel `gate`), or a function.
+    activation: of UNITS, "gelu" (tanh form, as GPT-2), "gelu_erf", "relu"; of GATED, "swiglu", "geglu" (Shazeer 2020;
+    kernel `gate`); or a function.
     """
 
     width: int
@@ -123,12 +177,10 @@ class FeedForward(nn.Module):
             return nn.Dense(width, use_bias=self.bias, dtype=self.dtype, kernel_init=init, name=name)
 
         up = dense("up", self.width, self.kernel_init)(x_BLD)
-        if self.activation == "swiglu":
-            h = nn.silu(dense("gate", self.width, self.kernel_init)(x_BLD)) * up
-        elif self.activation == "gelu" or callable(self.activation):
-            h = nn.gelu(up) if self.activation == "gelu" else self.activation(up)
+        if self.activation in GATED:
+            h = GATED[self.activation](dense("gate", self.width, self.kernel_init)(x_BLD)) * up
         else:
-            raise UsageError(f"activation {self.activation!r} is unknown: use gelu, swiglu or a function")
+            h = unit(self.activation)(up)
         return dense("down", x_BLD.shape[-1], self.out_init)(h)
 
 

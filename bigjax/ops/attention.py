@@ -10,13 +10,22 @@ from jax import Array
 from bigjax.sharding import by_rows_and_heads
 
 
-def attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+def attention(
+    q_BLHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    *,
+    mask: Array | None = None,
+    causal: bool = False,
+    bias: Array | None = None,
+) -> Array:
     """softmax(Q Kᵀ / √K) V for each head (Vaswani et al. 2017, section 3.2) -> (B, L, H, K).
 
     Grouped queries (Ainslie et al. 2023): with G < H each key/value head serves H / G query heads, in order. `mask`,
-    (B or 1, H or 1, L, M), is True where a position may be looked at; `causal` masks what comes later. The softmax is
-    in float32. Causal attention over many positions goes in quarters of the queries, each against only the keys up to
-    its end: 5/8 of the work. Values equal those of `jax.nn.dot_product_attention`, which is slower on CPU.
+    (B or 1, H or 1, L, M), is True where a position may be looked at; `causal` masks what comes later; `bias`,
+    (B or 1, H, L, M), is added to the scores. The softmax is in float32. Causal attention over many positions goes in
+    quarters of the queries, each against only the keys up to its end: 5/8 of the work. Values equal those of
+    `jax.nn.dot_product_attention`, which is slower on CPU.
     """
     B, L, H, K = q_BLHK.shape
     M, G = k_BMGK.shape[1:3]
@@ -24,24 +33,31 @@ def attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, mask: Array | None
     k_BGMK, v_BGMK = jnp.swapaxes(k_BMGK, 1, 2), jnp.swapaxes(v_BMGK, 1, 2)
     if mask is not None:  # (B, H, L, M) -> (B, G, R, L, M), where 1 stays 1
         mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], G, H // G, L, M)
+    if bias is not None:
+        bias = bias.reshape(bias.shape[0], G, H // G, L, M)
     if causal:
         seen = (jnp.arange(M)[None] <= jnp.arange(L)[:, None])[None, None, None]
         mask = seen if mask is None else mask & seen
     if not causal or L != M or L % 4 or L < 128:
-        y_BGRLK = _attend(q_BGRLK, k_BGMK, v_BGMK, mask)
+        y_BGRLK = _attend(q_BGRLK, k_BGMK, v_BGMK, mask, bias)
     else:
         ends = [(end - L // 4, end) for end in range(L // 4, L + 1, L // 4)]
-        parts = [_attend(q_BGRLK[..., a:b, :], k_BGMK[:, :, :b], v_BGMK[:, :, :b], mask[..., a:b, :b]) for a, b in ends]
+        parts = []
+        for a, b in ends:
+            rest = (mask[..., a:b, :b], None if bias is None else bias[..., a:b, :b])
+            parts.append(_attend(q_BGRLK[..., a:b, :], k_BGMK[:, :, :b], v_BGMK[:, :, :b], *rest))
         y_BGRLK = jnp.concatenate(parts, axis=3)
     return jnp.swapaxes(y_BGRLK.reshape(B, H, L, K), 1, 2)
 
 
-def _attend(q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask: Array | None) -> Array:
+def _attend(q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask: Array | None, bias: Array | None) -> Array:
     B, G, R, L, K = q_BGRLK.shape
     M = k_BGMK.shape[2]
     q_BGQK = q_BGRLK.reshape(B, G, R * L, K)  # one matrix product serves all R
     score = jnp.matmul(q_BGQK, jnp.swapaxes(k_BGMK, 2, 3), preferred_element_type=jnp.float32)
     score_BGRLM = score.reshape(B, G, R, L, M)
+    if bias is not None:
+        score_BGRLM = score_BGRLM + bias.astype(jnp.float32)
     if mask is not None:
         score_BGRLM = jnp.where(mask, score_BGRLM, jnp.finfo(jnp.float32).min)
     weight_BGRLM = jax.nn.softmax(score_BGRLM, axis=-1).astype(v_BGMK.dtype)

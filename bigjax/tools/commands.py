@@ -51,6 +51,13 @@ class Prepare:
     separator: str = "\n"  # what ends each text of a .jsonl
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """Show what a folder of the hub holds, and whether it loads as a model of bigjax."""
+
+    folder: tyro.conf.Positional[str]  # with config.json and safetensors files; or a hub id, owner/name
+
+
 def main() -> None:
     command = tyro.cli(
         tyro.conf.OmitSubcommandPrefixes[
@@ -58,6 +65,7 @@ def main() -> None:
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
             | Annotated[Checkpoints, tyro.conf.subcommand("checkpoints")]
             | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+            | Annotated[Pretrained, tyro.conf.subcommand("pretrained")]
         ]
         | Annotated[None, tyro.conf.subcommand("version")],
         prog="python -m bigjax",
@@ -83,6 +91,10 @@ def main() -> None:
             lines, whole = checkpoint.listing(command.workdir, verify=command.verify)
             print("\n".join(lines))
             raise SystemExit(0 if whole else 1)
+        elif isinstance(command, Pretrained):
+            from bigjax.pretrained import reading
+
+            print("\n".join(f"{what:<14}{value}" for what, value in reading.described(command.folder)))
         else:
             from bigjax.tools import prepare
 

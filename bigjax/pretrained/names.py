@@ -1,0 +1,120 @@
+"""Which of their tensors is which of our arrays: tables of names, and the layouts between them.
+
+A row of a table is (their module, ours, kind). `{n}` stands for the number of a layer; a tuple of ours are those that
+they keep side by side in one tensor.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import numpy as np
+
+from bigjax import UsageError
+
+Row = tuple[str, str | tuple[str, ...], str]
+Index = tuple[slice, ...]
+
+# kind -> of their tensors: (collection, our name, axes of theirs in our order; None for as they are)
+SAME: tuple[int, ...] | None = None
+KINDS: dict[str, dict[str, tuple[str, str, tuple[int, ...] | None]]] = {
+    "linear": {"weight": ("params", "kernel", (1, 0)), "bias": ("params", "bias", SAME)},
+    "conv1d": {"weight": ("params", "kernel", SAME), "bias": ("params", "bias", SAME)},  # GPT-2's linear
+    "conv": {"weight": ("params", "kernel", (2, 3, 1, 0)), "bias": ("params", "bias", SAME)},
+    "norm": {"weight": ("params", "scale", SAME), "bias": ("params", "bias", SAME)},
+    "embedding": {"weight": ("params", "embedding", SAME)},
+    "batch_norm": {
+        "weight": ("params", "scale", SAME),
+        "bias": ("params", "bias", SAME),
+        "running_mean": ("batch_stats", "mean", SAME),
+        "running_var": ("batch_stats", "var", SAME),
+    },
+    "array": {"": ("params", "", SAME)},  # one tensor, of no module
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where one of our arrays is: in one tensor of theirs, or (`stacked`) each of its rows in one, layer by layer."""
+
+    theirs: tuple[str, ...]
+    shape: tuple[int, ...]  # of theirs
+    axes: tuple[int, ...] | None
+    part: int = 0  # which, of so many side by side along our last axis
+    parts: int = 1
+    stacked: bool = False
+
+    def read(self, index: Index, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
+        """The part of our array at `index`; `read` gives that of a tensor of theirs."""
+        if not self.stacked:
+            return self._one(self.theirs[0], index, read)
+        return np.stack([self._one(name, index[1:], read) for name in self.theirs[index[0]]])
+
+    def _one(self, name: str, index: Index, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
+        axes = self.axes or tuple(range(len(index)))
+        if self.parts > 1:
+            size = self.shape[axes[-1]] // self.parts
+            start, stop, _ = index[-1].indices(size)
+            index = (*index[:-1], slice(self.part * size + start, self.part * size + stop))
+        there = [slice(None)] * len(index)
+        for ours, theirs in enumerate(axes):
+            there[theirs] = index[ours]
+        array = read(name, tuple(there))
+        return array if self.axes is None else array.transpose(self.axes)
+
+    def row(self, array: np.ndarray) -> np.ndarray:
+        """Our array, or a layer of it, in the layout of theirs."""
+        return array if self.axes is None else array.transpose(np.argsort(self.axes))
+
+
+def shapes_of(model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    """The shapes of a model's variables, for which nothing is computed."""
+
+    def init() -> Any:
+        zeros = (jax.numpy.zeros(s.shape, s.dtype) for s in inputs)
+        return model.init(jax.random.key(0), *zeros)
+
+    return jax.eval_shape(init)
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """params/layer_0/attention/q/kernel -> leaf."""
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def sources(table: list[Row], shapes: Any) -> dict[str, Source]:
+    """The source of every leaf of our tree of shapes."""
+    leaves, found = flat(shapes), {}
+    for theirs, ours, kind in table:
+        group = (ours,) if isinstance(ours, str) else ours
+        for part, module in enumerate(group):
+            for tensor, (collection, leaf, axes) in KINDS[kind].items():
+                name, path = (
+                    ".".join(filter(None, (theirs, tensor))),
+                    "/".join(filter(None, (collection, module, leaf))),
+                )
+                for where, names, stacked in _layers(name, path, leaves):
+                    shape = leaves[where].shape[1:] if stacked else leaves[where].shape
+                    shape = (*shape[:-1], shape[-1] * len(group)) if shape else shape
+                    shape = shape if axes is None else tuple(np.array(shape)[np.argsort(axes)].tolist())
+                    found[where] = Source(names, shape, axes, part, len(group), stacked)
+    if without := leaves.keys() - found.keys():
+        raise UsageError(f"{', '.join(sorted(without))}: the table of names does not know them, add them there")
+    return found
+
+
+def _layers(name: str, path: str, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """(our path, names of theirs, whether layers are stacked in it) of those leaves that there are."""
+    stacked = path.replace("layer_{n}", "layers")
+    if "{n}" in path and stacked in leaves:
+        yield stacked, tuple(name.format(n=n) for n in range(leaves[stacked].shape[0])), True
+        return
+    n = 0
+    while (where := path.format(n=n)) in leaves:
+        yield where, (name.format(n=n),), False
+        n += 1
+        if "{n}" not in path:
+            return

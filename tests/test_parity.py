@@ -1,0 +1,317 @@
+"""Agreement with transformers, by models of random weights: logits, both directions, gradients.
+
+B batch, L positions, V vocabulary. Each case is one tiny model: odd sizes, every parameter far from where it begins.
+"""
+
+import copy
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_pretrained import called, counted, picture
+
+from bigjax import pretrained
+from bigjax.models import Inception
+from bigjax.pretrained import store
+
+torch = pytest.importorskip("torch", reason='the agreement needs the extra: pip install -e ".[parity]"')
+transformers = pytest.importorskip("transformers", reason='the agreement needs the extra: pip install -e ".[parity]"')
+pytestmark = pytest.mark.slow
+
+GOLD = Path(__file__).parent / "golden" / "pretrained"
+V = 23
+GPT2 = {"vocab_size": V, "n_embd": 12, "n_layer": 2, "n_head": 4, "n_positions": 13}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 1}
+LLAMA = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 17}
+LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 19, "tie_word_embeddings": False}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 9, "rope_theta": 500.0}
+BERT = {"vocab_size": V, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10}
+BERT |= {"max_position_embeddings": 9, "num_labels": 3}
+VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10, "patch_size": 4}
+VIT |= {"image_size": 12, "num_labels": 3}
+RESNET = {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 3}
+T5 = {"vocab_size": V, "d_model": 12, "d_kv": 5, "d_ff": 14, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 3}
+T5 |= {"relative_attention_num_buckets": 6, "relative_attention_max_distance": 5}
+T5_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+class Case(NamedTuple):
+    kind: str
+    config: dict[str, Any]
+
+
+CASES = {
+    "gpt2": Case("GPT2LMHeadModel", GPT2),
+    "gpt2_untied": Case("GPT2LMHeadModel", GPT2 | {"tie_word_embeddings": False, "n_inner": 11}),
+    "llama": Case("LlamaForCausalLM", LLAMA),
+    "llama3": Case("LlamaForCausalLM", LLAMA | {"rope_parameters": LLAMA3, "head_dim": 6}),
+    "smollm2": Case("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "mistral": Case("MistralForCausalLM", LLAMA | {"sliding_window": 3, "head_dim": 6}),
+    "qwen2": Case("Qwen2ForCausalLM", LLAMA),
+    "qwen3": Case("Qwen3ForCausalLM", LLAMA | {"head_dim": 8}),
+    "bert": Case("BertModel", BERT | {"type_vocab_size": 3}),
+    "bert_masked": Case("BertForMaskedLM", BERT | {"hidden_act": "gelu_new"}),
+    "bert_sequence": Case("BertForSequenceClassification", BERT),
+    "bert_token": Case("BertForTokenClassification", BERT),
+    "bert_question": Case("BertForQuestionAnswering", BERT | {"num_labels": 2}),
+    "vit": Case("ViTForImageClassification", VIT | {"qkv_bias": False}),
+    "deit": Case("DeiTForImageClassification", VIT),
+    "deit_teacher": Case("DeiTForImageClassificationWithTeacher", VIT | {"hidden_act": "gelu_new"}),
+    "resnet": Case("ResNetForImageClassification", RESNET | {"layer_type": "basic"}),
+    "resnet_bottleneck": Case("ResNetForImageClassification", RESNET),
+    "t5": Case("T5ForConditionalGeneration", T5),
+    "t5_gated": Case("T5ForConditionalGeneration", T5 | T5_GATED),
+}
+
+
+class Pair(NamedTuple):
+    case: Case
+    folder: Path
+    theirs: Any
+    model: Any
+    variables: Any
+    run: Callable[..., Any]
+
+
+def attending(case: Case) -> dict[str, str]:
+    """Their attention, where there is one, in its plain form."""
+    return {} if case.kind.startswith("ResNet") else {"attn_implementation": "eager"}
+
+
+def built(case: Case) -> Any:
+    """Their model."""
+    kind = getattr(transformers, case.kind)
+    model = kind(kind.config_class(**case.config, **attending(case))).eval()
+    if case.config.get("tie_word_embeddings") is False and case.kind.startswith("T5"):
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return disturbed(model)
+
+
+def disturbed(model: Any) -> Any:
+    """With every parameter and statistic of a size that counts."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, x in sorted(model.state_dict().items()):
+            if x.is_floating_point():
+                noise = torch.randn(x.shape, generator=random)
+                x.copy_(
+                    noise.abs() + 0.5
+                    if name.endswith("running_var")
+                    else (0.3 if x.ndim == 4 else 0.15) * noise + float(x.mean() == 1)
+                )
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
+    theirs = built(case)
+    theirs.save_pretrained(folder)
+    model, variables = pretrained.load(folder)
+    yield Pair(case, folder, theirs, model, variables, jax.jit(model.apply))
+
+
+def batch(case: Case) -> dict[str, np.ndarray]:
+    """Inputs by their names in transformers. Rows of 7, 4 and 1 tokens: the padding comes after them, where both sides
+    are seen before them too."""
+    random = np.random.default_rng(3)
+    mask = (np.arange(7) < np.array([[7], [4], [1]])).astype(np.int64)
+    if case.kind.endswith(("Classification", "WithTeacher")) and not case.kind.startswith("Bert"):
+        side = case.config.get("image_size", 33)
+        return {"pixel_values": picture(3, 3, side, side)}
+    if case.kind.startswith("T5"):
+        mask = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+        tokens = {k: random.integers(1, V, (3, n)) for k, n in (("input_ids", 7), ("decoder_input_ids", 5))}
+        return {**tokens, "attention_mask": mask}
+    if case.kind.startswith("Bert"):
+        mask = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+        segments = random.integers(0, 2, (3, 7)) * mask
+        return {"input_ids": random.integers(1, V, (3, 7)), "attention_mask": mask, "token_type_ids": segments}
+    return {"input_ids": random.integers(1, V, (3, 7)) * mask, "attention_mask": mask}
+
+
+def outputs(theirs: Any, inputs: dict[str, np.ndarray]) -> Any:
+    """Logits, or hidden states."""
+    out = theirs(**{k: torch.from_numpy(v) for k, v in inputs.items()})
+    if hasattr(out, "start_logits"):
+        return torch.stack([out.start_logits, out.end_logits], -1)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def test_logits_agree(pair: Pair) -> None:
+    inputs = batch(pair.case)
+    with torch.no_grad():
+        expected = outputs(pair.theirs, inputs).numpy()
+    got, counts = np.asarray(pair.run(pair.variables, *called(inputs))), counted(inputs, expected)
+    assert np.abs(expected).max() > 0.3 and expected.std(-1).min() > 0.01
+    np.testing.assert_allclose(got[counts], expected[counts], atol=1e-4, rtol=0)
+    low = pair.model.clone(dtype="bfloat16")
+    near = np.asarray(jax.jit(low.apply)(pair.variables, *called(inputs)))
+    assert 0 < np.abs(near - expected)[counts].max() <= 2e-2 * np.abs(expected).max()
+
+
+def test_what_is_saved_gives_them_the_same_logits(pair: Pair, tmp_path: Path) -> None:
+    pretrained.save(tmp_path, pair.model, pair.variables)
+    kind = getattr(transformers, pair.case.kind)
+    again, said = kind.from_pretrained(tmp_path, output_loading_info=True, **attending(pair.case))
+    assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    inputs = batch(pair.case)
+    with torch.no_grad():
+        a, b = (outputs(m, inputs).numpy() for m in (pair.theirs, again.eval()))
+    np.testing.assert_allclose(b, a, atol=1e-6)
+
+
+def test_gradients_agree(pair: Pair, tmp_path: Path) -> None:
+    """Theirs are written as if they were weights, and loaded: so they come in our names and layout."""
+    inputs = batch(pair.case)
+    out = outputs(pair.theirs, inputs)
+    counts = counted(inputs, out)
+    weight = np.random.default_rng(4).normal(size=out.shape).astype(np.float32) * counts.reshape(
+        *counts.shape, *(1,) * (out.ndim - counts.ndim)
+    )
+    pair.theirs.zero_grad()
+    (torch.tanh(out) * torch.from_numpy(weight)).sum().backward()
+    gradients = copy.deepcopy(pair.theirs)
+    with torch.no_grad():
+        for x, p in zip(gradients.parameters(), pair.theirs.parameters(), strict=True):
+            x.copy_(torch.zeros(()) if p.grad is None else p.grad)
+    gradients.save_pretrained(tmp_path)
+    expected = pretrained.load(tmp_path)[1]["params"]
+
+    def loss(params: Any) -> jax.Array:
+        state = {k: v for k, v in pair.variables.items() if k != "params"}
+        return (jnp.tanh(pair.model.apply({"params": params, **state}, *called(inputs))) * weight).sum()
+
+    got = jax.jit(jax.grad(loss))(pair.variables["params"])
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for path, x in jax.tree_util.tree_leaves_with_path(expected):
+        y = got
+        for key in path:
+            y = y[key.key]
+        limit = 1e-3 * max(float(jnp.abs(x).max()), 1e-3 * scale)
+        assert float(jnp.abs(x - y).max()) <= limit, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("pair", ["gpt2", "llama3", "mistral", "qwen3"], indirect=True)
+def test_rows_padded_on_the_left_are_those_moved_to_the_left(pair: Pair) -> None:
+    """They have padding before the tokens when they generate; ours comes after them."""
+    inputs = batch(pair.case)
+    shift = 7 - inputs["attention_mask"].sum(1)
+    left = {k: np.stack([np.roll(row, n) for row, n in zip(v, shift)]) for k, v in inputs.items()}
+    left["position_ids"] = np.maximum(left["attention_mask"].cumsum(1) - 1, 0)
+    with torch.no_grad():
+        expected = outputs(pair.theirs, left).numpy()
+    got = np.asarray(pair.run(pair.variables, *called(inputs)))
+    counts = counted(inputs, expected)
+    expected = np.stack([np.roll(row, -n, axis=0) for row, n in zip(expected, shift)])
+    np.testing.assert_allclose(got[counts], expected[counts], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pair", ["gpt2", "mistral", "qwen2"], indirect=True)
+def test_greedy_continuations_are_the_same(pair: Pair) -> None:
+    from bigjax.use.generate import generate
+
+    prompt = batch(pair.case)["input_ids"][:1, :5]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = pair.theirs.generate(torch.from_numpy(prompt), **options).numpy()
+    tokens = jnp.asarray(prompt, "int32")
+    got = generate(pair.model, pair.variables, tokens, length=6, key=jax.random.key(0), temperature=0)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureRequest) -> None:
+    """What tests/test_pretrained.py checks without torch: weights in bfloat16, and the logits that they give."""
+    name, theirs = request.node.callspec.params["pair"], copy.deepcopy(pair.theirs)
+    inputs = batch(pair.case)
+    with torch.no_grad():
+        for x in theirs.state_dict().values():
+            x.copy_(x.to(torch.bfloat16) if x.is_floating_point() else x)
+        logits = outputs(theirs, inputs).numpy()
+        logits = logits[counted(inputs, logits)]
+    if os.environ.get("BIGJAX_UPDATE_GOLDEN"):
+        half = [t for t in store.Tensors(pair.folder).places]
+        tensors = store.Tensors(pair.folder)
+        kept = [(k, tensors.shape(k), np.dtype(store.DTYPES["BF16"]), lambda k=k: tensors.read(k)) for k in half]
+        GOLD.mkdir(exist_ok=True)
+        store.write_tensors(GOLD / f"{name}.safetensors", kept)
+        config = json.loads((pair.folder / store.CONFIG).read_text())
+        known = {"architectures": config["architectures"], "model_type": config["model_type"], **pair.case.config}
+        known |= {k: config[k] for k in ("rope_parameters", "id2label") if k in config}
+        told = {
+            "config": known,
+            "inputs": {k: list(v.shape if k == "pixel_values" else v.tolist()) for k, v in inputs.items()},
+        }
+        told["logits"] = np.round(logits, 5).astype(float).tolist()
+        (GOLD / f"{name}.json").write_text(json.dumps(told) + "\n")
+    expected = json.loads((GOLD / f"{name}.json").read_text())["logits"]
+    np.testing.assert_allclose(logits, np.array(expected, np.float32), atol=2e-5)
+
+
+@pytest.mark.parametrize("pair", ["vit", "deit_teacher"], indirect=True)
+@pytest.mark.parametrize("size", [(20, 8), (12, 16)])
+def test_positions_are_interpolated_as_theirs(pair: Pair, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(5).normal(size=(2, 3, *size)).astype(np.float32)
+    with torch.no_grad():
+        expected = pair.theirs(torch.from_numpy(image), interpolate_pos_encoding=True).logits.numpy()
+    got = jax.jit(pair.model.apply)(pair.variables, jnp.asarray(image.transpose(0, 2, 3, 1)))
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pair", ["resnet", "resnet_bottleneck"], indirect=True)
+def test_statistics_after_a_training_step_agree(pair: Pair, tmp_path: Path) -> None:
+    inputs, theirs = batch(pair.case), copy.deepcopy(pair.theirs).train()
+    expected = outputs(theirs, inputs).detach().numpy()
+    theirs.save_pretrained(tmp_path)
+    moved = pretrained.load(tmp_path)[1]["batch_stats"]
+    apply = jax.jit(functools.partial(pair.model.apply, train=True, mutable="batch_stats"))
+    logits, state = apply(pair.variables, *called(inputs))
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), state["batch_stats"], moved)
+    still = jax.tree.map(np.array_equal, moved, pair.variables["batch_stats"])
+    assert not any(jax.tree.leaves(still))
+
+
+def test_inception_agrees_in_both_heads_and_in_training(tmp_path: Path) -> None:
+    """With a sixteenth of its widths, which changes no path through it; and what is saved in full is in their names."""
+    from inception_torch import Inception3
+
+    theirs = disturbed(Inception3(3, 16)).eval()
+    image = picture(2, 3, 299, 299)
+    rows = [(k, tuple(v.shape), v.numpy().dtype, v.numpy) for k, v in theirs.state_dict().items()]
+    store.write_tensors(tmp_path / store.WHOLE, rows)
+    (tmp_path / store.CONFIG).write_text(json.dumps({"architecture": "inception_v3", "num_classes": 3}))
+    model, variables = pretrained.load(tmp_path, shrink=16, dropout=0.0)
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def run(image_BHWC: jax.Array, train: bool) -> Any:
+        mutable = ["intermediates", "batch_stats"]
+        logits, state = model.apply(variables, image_BHWC, train=train, mutable=mutable)
+        return (logits, state["intermediates"]["aux_logits"][0]), state["batch_stats"]
+
+    for train in (False, True):
+        got, moved = run(*called({"pixel_values": image}), train=train)
+        with torch.no_grad():
+            expected = theirs.train(train)(torch.from_numpy(image))
+        for a, b in zip(got, expected, strict=True):
+            assert b.abs().max() > 0.1
+            np.testing.assert_allclose(a, b.numpy(), atol=1e-4 * max(1, float(b.abs().max())), rtol=0)
+    kept = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    np.testing.assert_allclose(
+        moved["mixed_7c"]["branch_pool"]["norm"]["var"], kept["Mixed_7c.branch_pool.bn.running_var"], rtol=1e-4
+    )
+    full = Inception(outputs=3, aux=True)
+    shapes = jax.eval_shape(lambda: full.init(jax.random.key(0), jnp.zeros((1, 299, 299, 3))))
+    zeros = {k: jax.tree.map(lambda s: jnp.zeros(s.shape), shapes[k]) for k in ("params", "batch_stats")}
+    pretrained.save(tmp_path / "full", full, zeros)
+    saved = store.Tensors(tmp_path / "full")
+    assert {k: saved.shape(k) for k in saved.places} == {
+        k: tuple(v.shape) for k, v in Inception3(3).state_dict().items()
+    }
