@@ -177,7 +177,9 @@ def gs(*, seconds: float = 30, first: str = "") -> str:
     """The doctor's line of gs://bucket/runs."""
     pytest.importorskip("gcsfs")
     script = f"""{first}
+from bigjax.run import words
 from bigjax.tools import doctor
+words.flags = True  # as python -m bigjax is
 doctor.STORAGE_SECONDS = {seconds}
 doctor.libraries = doctor.data = doctor.devices = lambda: []
 doctor.compilation_cache = lambda remedy: []

@@ -97,10 +97,12 @@ def table(folder: Path) -> str:
         "",
         "Made by `python -m bigjax reproduce --record` from `results/*.json`; run a row again with "
         "`python -m bigjax reproduce ROW`. Values are of the test split at the last step, mean ± standard deviation "
-        f"over seeds {FRESH}, {FRESH + 1}, … (of seed 0 where there is one); seconds are the whole run's, compilation "
-        "included, the median of the seeds. Recipes are chosen on parts of the training split that are held out in "
-        "turn, by `bench/choose.py`: neither the test split nor these seeds have a say in them. `results/choices.json` "
-        "holds what was compared.",
+        "over the seeds that the row's JSON names; seconds are the whole run's, compilation included.",
+        "",
+        f"Rows are recorded over fresh seeds, {FRESH}, {FRESH + 1}, …; those whose JSON names 0, 1, … are of before, "
+        "when these seeds and the test split were in view while the recipe was made, so other seeds may give less. "
+        "Recipes are chosen by `bench/choose.py`, on parts of the training split that are held out in turn: "
+        "`results/choices.json` holds what was compared.",
         "",
         "| row | script | data | device | seconds | metric | measured | published | commit |",
         "|---|---|---|---|---|---|---|---|---|",
