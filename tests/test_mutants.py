@@ -3,8 +3,8 @@
 A patch begins with a line that says what is broken and one, `test: tests/test_x.py::test_name`, that names the quickest
 test that must see it; the diff against `bigjax/` follows, with one line of context.
 
-Applied are those whose files changed since the last tag and twelve more, drawn by the commit's hash; all of them where
-there is no git or no tag, and with BIGJAX_MUTANTS=all, as `make mutants` sets it.
+Applied are those whose files changed since the last tag and twelve more, or a third of all where there is no tag, drawn
+by the commit's hash; all of them where there is no git, and with BIGJAX_MUTANTS=all, as `make mutants` sets it.
 """
 
 import ast
@@ -65,10 +65,10 @@ def files_of(patch: Path) -> set[str]:
 def selected(mutants: list[Path], *, root: Path) -> list[Path]:
     """Those to apply, in order: the same for every process that looks at this checkout."""
     tag, commit = git("describe", "--tags", "--abbrev=0", root=root), git("rev-parse", "HEAD", root=root)
-    if os.environ.get("BIGJAX_MUTANTS") == "all" or tag is None or commit is None:
+    if os.environ.get("BIGJAX_MUTANTS") == "all" or commit is None:
         return mutants
-    changed = set(git("diff", "--name-only", tag, root=root).splitlines())
-    drawn = random.Random(commit).sample(mutants, min(DRAWN, len(mutants)))
+    changed = set(git("diff", "--name-only", tag, root=root).splitlines()) if tag else set()
+    drawn = random.Random(commit).sample(mutants, min(DRAWN if tag else len(mutants) // 3, len(mutants)))
     return [p for p in mutants if p in drawn or files_of(p) & changed]
 
 
@@ -148,7 +148,9 @@ def test_it_applies_and_names_a_test(patch: Path) -> None:
 
 
 def test_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All without a tag; else what changed since, committed or not, and twelve that only the commit decides."""
+    """All without git, a third without a tag; else what changed since, committed or not, and twelve that only the
+    commit decides.
+    """
     monkeypatch.delenv("BIGJAX_MUTANTS", raising=False)
     for name in [n for n in os.environ if n.startswith("GIT_")]:
         monkeypatch.delenv(name)
@@ -161,7 +163,8 @@ def test_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     do("init", "-q")
     do("add", ".")
     do("commit", "-qm", "a")
-    assert selected(MUTANTS, root=tmp_path) == MUTANTS  # no tag
+    assert len(third := selected(MUTANTS, root=tmp_path)) == len(MUTANTS) // 3
+    assert selected(MUTANTS, root=tmp_path) == third
     do("tag", "v1")
     first = selected(MUTANTS, root=tmp_path)
     assert len(first) == DRAWN and selected(MUTANTS, root=tmp_path) == first

@@ -19,9 +19,10 @@ flags = False  # whether they were parsed: by a script's `cli.main`, or python -
 COMMAND = re.compile(r"(python -m bigjax [^,;)]*)")  # stays as it is
 FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*(?:\.[a-z]+)?)(?:[ =]('[^']*'|\"[^\"]*\"|[^\s,;)]*[^\s,;:.)]))?")
 # what follows a flag in a sentence, and is no value of it
-PROSE = set(
-    "alone and asks belongs cannot chooses for holds is of on once or other starts takes than that to which with".split()
-)
+PROSE = {
+    *"alone and asks belongs cannot chooses for holds is of on once or other".split(),
+    *"starts takes than that to which with".split(),
+}
 
 
 @contextlib.contextmanager
