@@ -5,6 +5,7 @@ python tests/process_script.py --model gpt --workdir FOLDER
 
 import os
 import resource
+import signal
 import sys
 import time
 import zlib
@@ -49,6 +50,7 @@ def build(config: Config) -> Experiment:
     def norm(params: Any, model_state: Any, key: Any) -> dict[str, float]:
         """Asks for whole arrays on the host."""
         if os.environ.get("HOLD") in ("all", str(config.distributed.index)):  # stands still, to be killed here
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # as what never returns to Python
             Path(config.workdir, "held").touch()
             time.sleep(600)
         if os.environ.get("FULL") == str(config.distributed.index):  # no file takes more, as on a disk that is full

@@ -132,7 +132,7 @@ def test_ctrl_c_ends_no_process_that_hangs_but_says_what_does(tmp_path: Path) ->
         running[0].send_signal(signal.SIGINT)
         lines = [running[0].stderr.readline() for _ in range(3)]
         assert lines[1:] == [
-            "SIGINT: stopping after this update\n",
+            "SIGINT: stopping now\n",
             f"SIGINT: still at the evaluator 'norm'; kill {running[0].pid} ends the process without a save\n",
         ]
         running[0].send_signal(signal.SIGTERM)
