@@ -89,7 +89,7 @@ def evaluate(experiment: Experiment, config: RunConfig) -> dict[str, float]:
     check(config)
     home = home_of(config, experiment.name)
     record = folder.read_config(home)
-    with alike.ready(experiment.name, "evaluate", config, record=record):
+    with alike.ready(experiment.name, "evaluate", config, **{"the run in --workdir": record}):
         if changes := folder.agree(record, experiment, config):
             raise UsageError(f"{home} was trained with other settings: leave them out\n  " + "\n  ".join(changes))
         if experiment.test is None:

@@ -102,7 +102,11 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
         try:
             finished = folder.open_workdir(home, experiment, config)
             display.phase("compiling")
-            make = partial(Program, experiment, config, train, mesh=mesh)
+            begin = partial(signalled.attempt, where="as it began")
+
+            def make(steps: int) -> Program:
+                with watch.watching("reading the data's first example"):
+                    return begin(partial(Program, experiment, config, train, steps=steps, mesh=mesh))
 
             def seconds_a_step() -> float:
                 with clock.timing("compile"), display.phase("planning"):
@@ -114,7 +118,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
             program, more = make(steps=steps), longer(home, config)
             with clock.timing("compile"), display.phase("checking data"):
                 reads = partial(identify, accept=config.accept_changes and not finished, tell=display.line)
-                records = [signalled.attempt(reads, home, program, {"train": train, **splits}, where="as it began")]
+                records = [begin(reads, home, program, {"train": train, **splits})]
             if more:
                 program, finished = make(steps=planned()), None
                 records.append(extend(home, program, before=steps))
@@ -192,7 +196,9 @@ def loop(
         log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first(), tell=display.line)
         log, batches = stack.enter_context(contextlib.closing(log)), stack.enter_context(program.batches(step))
         forgiven, controls = int(window["skipped"][0]), program.controls(dropped=dropped)
-        lines = Lines(log, display, clock, hooks, program, forgiven=forgiven, dropped=dropped)
+        lines = Lines(
+            log, display, clock, hooks, program, forgiven=forgiven, dropped=dropped, attempt=signalled.attempt
+        )
         measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
         under_way: deque[Any] = deque()  # updates that the device has not finished
         measured: tuple[dict[str, dict[str, float]], Metrics] = ({}, {})

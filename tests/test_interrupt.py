@@ -117,6 +117,7 @@ class Slow:
 @pytest.mark.parametrize("left, armed, said", [
     (math.inf, 0, "at step [0-9]+, which is saved"),  # by a hook, while it trains
     (20, None, "by SIGINT as it began: the same command goes on"),
+    (0, None, "by SIGINT as it began: the same command goes on"),
 ])  # fmt: skip
 def test_data_that_are_slow_are_not_waited_for(
     left: float, armed: Any, said: str, tmp_path: Path, monkeypatch: Any
@@ -158,3 +159,20 @@ def test_an_attempt_is_broken_off_once_and_only_while_it_goes_on() -> None:
     with pytest.raises(Interrupted, match="by SIGINT as it began"):
         attempts.attempt(int, "1", where="as it began")
     assert issubclass(Broken, KeyboardInterrupt)
+
+
+def test_a_hook_is_broken_off(tmp_path: Path) -> None:
+    """Its line is in the log by then; the update that the run stands at is saved."""
+    left = [1]
+
+    def hook(step: int, split: str, values: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(LONG)
+
+    with pytest.raises(Interrupted, match="at step [0-9]+, which is saved"):
+        fit(tmp_path / "run", tiny_experiment(on_log=hook), **FLAGS)
+    fit(tmp_path / "run", tiny_experiment(on_log=hook), **FLAGS)
+    fit(tmp_path / "peace", tiny_experiment(), **FLAGS)
+    assert left[0] < 0 and numbers(tmp_path / "run") == numbers(tmp_path / "peace")

@@ -363,7 +363,15 @@ def test_a_folder_inside_the_sets_own(below: str, folder: Path, monkeypatch: pyt
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder / below))
     name = below.partition("/")[0]
     said = f"TFDS_DATA_DIR={folder / below} lies in the folder of {name} itself: give TFDS_DATA_DIR={folder}"
-    assert said_by(load, f"tfds:{name}") == said
+    assert said_by(load, f"tfds:{name}") == said == said_by(load, name)
+
+
+@pytest.mark.parametrize(
+    ("below", "name"), [("plain", "plain"), ("plain/1.0.0", "plain"), ("configs/large", "configs/large")]
+)
+def test_the_path_of_a_prepared_set_is_known_as_one(below: str, name: str, folder: Path) -> None:
+    said = f"{folder / below} is a set that TFDS prepared: TFDS_DATA_DIR='{folder}' --data tfds:{name} reads it"
+    assert said_by(load, str(folder / below)) == said
 
 
 @pytest.mark.parametrize(("takes", "instead"), [(("text",), "python"), (("text", "label"), "python_topics")])

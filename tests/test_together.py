@@ -18,6 +18,8 @@ from conftest import tiny_experiment
 from test_processes import SCRIPT, free_port, place, refused, said, started, wait_for
 
 from bigjax import UsageError
+from bigjax.experiment import RunConfig
+from bigjax.program import Program
 from bigjax.run import alike, barrier, identity, manifest, meeting, processes, stopping, watch
 
 HOST = re.escape(socket.gethostname())
@@ -28,6 +30,7 @@ REFUSED = {
     "content": rf"{DIFFERS}train data 48 rows \(checksum \d+\), not 48 rows \(checksum \d+\){DATA}",
     "width": rf"{DIFFERS}parameters 243, not 163; the program \(model, .*\) \w+, not \w+{DATA}",
     "rate": rf"{DIFFERS}the program \(model, loss, optimizer, or a number in them\) \w+, not \w+{DATA}",
+    "init": rf"{DIFFERS}the initial parameters \w+, not \w+{DATA}",
     "tests": rf"{DIFFERS}eval data 100 rows \(checksum \d+\), not 13 rows \(checksum \d+\){DATA}",
     "evaluators": rf"{DIFFERS}evaluators none, not norm{DATA}",
     "minutes": rf"{DIFFERS}train data 48 rows .*, not 48 rows .*{DATA}",
@@ -264,7 +267,7 @@ def test_all_of_a_run_is_watched_and_by_name(fit_tiny: Callable[..., Any]) -> No
     assert heard == {
         "evaluator": "the evaluator 'norm'",
         "gallery": "the gallery 'poem'",
-        "hook": "what is before an update, or between two",
+        "hook": "the hook on_log",
         "evaluation": "the evaluation of the split 'eval'",
     }
 
@@ -342,3 +345,22 @@ def test_rows_that_one_process_cannot_read_are_told(monkeypatch: pytest.MonkeyPa
         "3 rows (checksum N)",
         "3 rows (checksum N)",
     ]
+
+
+def test_what_is_begun_with_is_that_of_a_checkpoint(fit_tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """By its content: each process may see another folder by the same name."""
+    monkeypatch.setattr(identity.processes, "several", lambda: False)
+    for seed in (0, 1):
+        fit_tiny(folder=f"from{seed}", seed=seed, steps=2)
+    monkeypatch.setattr(identity.processes, "several", lambda: True)
+
+    def told(source: str | None) -> dict[str, str]:
+        experiment = tiny_experiment()
+        config = RunConfig(steps=1, batch_size=8, init_from=source and str(tmp_path / source))
+        return identity.beginnings(Program(experiment, config, experiment.train, steps=1))
+
+    none, one, other = told(None), told("from0"), told("from1")
+    assert one.keys() - none.keys() == {"--init-from's parameters"} and one == told("from0") != other
+    assert other["--init-from's parameters"].startswith("of step 2 (checksum ")
+    (tmp_path / "empty").mkdir()
+    assert told("empty")["--init-from's parameters"] == "no checkpoint"

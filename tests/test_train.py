@@ -29,7 +29,7 @@ from bigjax.experiment import Pictures, Published, RunConfig
 from bigjax.look.display import Display
 from bigjax.look.pictures import load_gallery
 from bigjax.models import MLP
-from bigjax.run import restore
+from bigjax.run import identity, restore
 from bigjax.run.checkpoint import Checkpoints
 from bigjax.run.lines import Clock, Lines
 from bigjax.task import Task
@@ -1003,3 +1003,35 @@ def test_the_split_seed_alone_decides_the_validation_split(fit_tiny):
 
     first = held(seed=0, split_seed=0)
     assert held(seed=1, split_seed=0) == first != held(seed=0, split_seed=1)
+
+
+class Odd:
+    """Images that grow with the row."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        return {"image": np.zeros((4 + row // 30, 4, 1), np.uint8), "label": np.int32(0)}
+
+
+def test_images_of_several_sizes_are_one_line(tmp_path):
+    """Also where the first of the test split has another size than the first that is trained on."""
+    with pytest.raises(UsageError, match=r"image has shape \(\d, 4, 1\) in example \d+ but \(\d, 4, 1\) in example"):
+        fit(tmp_path / "train", tiny_experiment(train=Odd()))
+    bigger = {"image": np.zeros((20, 5, 4, 1), np.uint8), "label": np.zeros(20, np.int32)}
+    whole = fit(tmp_path / "test", tiny_experiment(test=None))
+    found = [
+        identity.fingerprint_of_program(train.Program(e, flags(tmp_path / "unused"), e.train, steps=6))
+        for e in (tiny_experiment(test=bigger), tiny_experiment(test=None), tiny_experiment())
+    ]
+    assert whole.result["step"] == 6 and found[0] == found[1] != found[2]
+
+
+def test_a_test_split_that_is_the_training_data_is_said(tmp_path, capsys):
+    data = blobs(60, seed=0)
+    train.fit(tiny_experiment(train=data, test=dict(data)), flags(tmp_path / "same"))
+    told = "the split 'eval' is the training data, row for row: it says nothing of other data"
+    assert told in " ".join(capsys.readouterr().out.split())
+    train.fit(tiny_experiment(), flags(tmp_path / "other"))
+    assert "row for row" not in capsys.readouterr().out

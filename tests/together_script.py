@@ -29,12 +29,19 @@ CONFIG = RunConfig(steps=8, batch_size=12, log_every=2, eval_every=4, save_every
 
 
 def experiment(
-    *, rows: int = 48, seed: int = 0, tests: int = 13, width: int = 8, rate: float = 0.1, **parts: Any
+    *,
+    rows: int = 48,
+    seed: int = 0,
+    tests: int = 13,
+    width: int = 8,
+    rate: float = 0.1,
+    init: str = "lecun_normal",
+    **parts: Any,
 ) -> Experiment:
     def norm(params: Any, model_state: Any, key: Any) -> dict[str, float]:
         return {"norm": float(np.sum([np.square(x).sum() for x in jax.tree.leaves(sharding.to_host(params))]))}
 
-    model = MLP(features=(width,), outputs=3)
+    model = MLP(features=(width,), outputs=3, kernel_init=init)
     given = {"evaluators": {"norm": norm}, "name": "together"} | parts
     data = {"train": blobs(rows, seed=seed), "test": blobs(tests, seed=1)}
     return Experiment(task=classify(model, classes=3), tx=optax.sgd(rate), **data, **given)
@@ -117,6 +124,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "content": differs(seed=5),
     "width": differs(width=12),
     "rate": differs(rate=0.01),
+    "init": differs(init="he_normal"),
     "tests": differs(tests=100),
     "minutes": lambda: fit(FOLDER / "refused", experiment(seed=5 * OTHER), steps=None, minutes=1.0),
     "evaluators": differs(evaluators={}),

@@ -224,6 +224,8 @@ def _read(
         raise UsageError(f"{name} is text in tokens, which only a language model reads: give other --data")
     path = located(name)
     if path.is_dir():
+        if described := next((p for n in range(3) for p in path.glob("*/" * n + "dataset_info.json")), None):
+            raise UsageError(f"{path} is a set that TFDS prepared: {tfds.by_name(described)}")
         return folder_of_images(path, background=background, resize=resize)
     ending = path.suffix.lower()
     if ending not in FILES and not path.exists() and "://" not in name and not name.startswith(("/", "~", ".")):

@@ -1,6 +1,8 @@
 """TFDS sets on disk, as array_record files, read without TensorFlow."""
 
 import functools
+import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -25,7 +27,21 @@ def known(name: str) -> bool:
         name = tfds_folder.asked(name).name
     except UsageError:
         return False
-    return name in prepared(folder()) or tfds_folder.buildable(name)
+    if name in prepared(folder()) or tfds_folder.buildable(name):
+        return True
+    return tfds_folder.inside(tfds_folder.Asked(name), folder()) is not None
+
+
+def by_name(described: epath.Path) -> str:
+    """How a set is read whose dataset_info.json this is."""
+    up, config = described.parent.parent, ""
+    try:
+        built = json.loads(described.read_text())["name"]
+    except (ValueError, KeyError, TypeError):  # damaged, of which reading it says more
+        return "name it by --data tfds:NAME, and the folder that holds it by TFDS_DATA_DIR"
+    if up.name != built:
+        up, config = up.parent, f"/{up.name}"
+    return f"TFDS_DATA_DIR={shlex.quote(str(up.parent))} --data tfds:{built}{config} reads it"
 
 
 def ready(name: str) -> bool:

@@ -35,9 +35,12 @@ def shared(name: str, verb: str, config: RunConfig) -> dict[str, Any]:
     The working directory, which each may see by another name, is compared by what is in it (`one_folder`).
     """
     given = dataclasses.asdict(config)
-    flags = {"--" + k.replace("_", "-"): v for k, v in given.items() if k not in ("distributed", "workdir")}
+    flags: dict[str, Any] = {}
+    for k in given.keys() - {"distributed", "workdir"}:
+        group = given[k] if isinstance(given[k], dict) else {k: given[k]}
+        flags |= {f"--{'mesh.' * (k == 'mesh')}{inner.replace('_', '-')}": v for inner, v in group.items()}
     about = {"experiment": f"{name} {verb}", **flags, **source.versions(), **code(), **switches()}
-    return json.loads(json.dumps(about))
+    return json.loads(json.dumps(about, sort_keys=True))
 
 
 def code() -> dict[str, str]:

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from bigjax import UsageError, sharding
+from bigjax import UsageError, place, sharding
 from bigjax.experiment import RunConfig, size_of
 from bigjax.program import Program
-from bigjax.run import processes
+from bigjax.run import manifest, processes
+from bigjax.run.checkpoint import committed
 from bigjax.run.source import versions
 from bigjax.run.watch import watching
 from bigjax.run.workdir import LENGTH, changes_of_state, devices, read_config, settings, write_json
@@ -81,7 +82,8 @@ def differences(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> li
 def fingerprint_of_program(program: Program) -> str:
     """A hash of what an update and an evaluation compute, as lowered for the mesh: the same in every process.
 
-    Other code on the host (summaries, hooks, evaluators, galleries) is not in it.
+    Other code on the host (summaries, hooks, evaluators, galleries) is not in it, nor an evaluation of other shapes
+    than those that are trained on, which may not be possible.
     """
     from bigjax.data import pipeline
 
@@ -90,8 +92,9 @@ def fingerprint_of_program(program: Program) -> str:
     if transform is not None:  # it runs on the host: what it makes of a few examples
         few = min(4, size_of(program.train))
         text += str(checksum(next(pipeline.batches(program.train, seed=0, batch_size=few, transform=transform))))
-    if test is not None:
-        example = {k: np.asarray(v)[None] for k, v in (row_of(test, 0) or {}).items()}
+    row, trained = row_of(test, 0) if test is not None else None, program.batch_shapes
+    if row and all(k not in trained or np.shape(v) == trained[k].shape[1:] for k, v in row.items()):
+        example = {k: np.asarray(v)[None] for k, v in row.items()}
         example |= {"index": np.zeros(1, np.int32), "mask": np.ones(1, np.float32)}
         batch = sharding.batch_shapes(example, program.mesh, batch_size=program.config.batch_size)
         task, key = program.experiment.task, program.key
@@ -123,6 +126,9 @@ def identify(
         data = {k: fingerprint_of(v) for k, v in splits.items()}
     here = {"programs": {where: fingerprint_of_program(program)}, "data": data}
     agree(program, here["programs"][where], data)
+    for name in data.keys() - {"train"}:
+        if data[name] and data[name] == data["train"] and "all" in data[name]["checksums"]:
+            tell(f"the split {name!r} is the training data, row for row: it says nothing of other data")
 
     def compare() -> dict[str, Any]:
         record = read_config(home)
@@ -170,9 +176,26 @@ def agree(program: Program, code: str, data: Mapping[str, Any]) -> None:
         about[f"{name} data"] = f"{rows:,} rows ({told})"
         about[f"{name} fields"] = str(found.get("fields"))
     about["the program (model, loss, optimizer, or a number in them)"] = code[:8]
+    about |= beginnings(program)
     for kind in ("evaluators", "gallery"):  # which all run, and may wait in for one another
         about[kind] = ", ".join(getattr(program.experiment, kind)) or "none"
     processes.agree(about, advice="give all the same code and data")
+
+
+def beginnings(program: Program) -> dict[str, str]:
+    """What several processes must begin with alike: how parameters are initialized, and those of --init-from."""
+    if not processes.several():
+        return {}
+    with jax.set_mesh(program.mesh):
+        text = program.initialize.lower(program.key).as_text()
+    about = {"the initial parameters": hashlib.sha256(text.encode()).hexdigest()[:8]}
+    if source := program.config.init_from:
+        folder = place(source, "--init-from ") / "checkpoints"
+        step = max(committed(folder), default=None)
+        sums = None if step is None else json.dumps(manifest.read(folder, step), sort_keys=True)
+        told = f"of step {step} (checksum {zlib.crc32(sums.encode())})" if sums else "no checkpoint"
+        about["--init-from's parameters"] = told
+    return about
 
 
 def trial(program: Program, splits: Mapping[str, Any]) -> Program:

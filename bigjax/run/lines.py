@@ -3,7 +3,7 @@
 import contextlib
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from bigjax.run.log import read_log
 from bigjax.run.modules import only_here
 from bigjax.run.rates import learning_rates
 from bigjax.run.shown import only_shown, own_metric
+from bigjax.run.watch import watching
 
 
 class Clock:
@@ -42,7 +43,7 @@ class Lines:
     """What a run tells: each line goes to the log and to the hooks; a window's, once its updates are behind.
 
     ends: whether a hook has said that the run ends. forgiven: updates of the first window that an earlier session
-    dropped and accepted; dropped: all of them, which moved no learning rate.
+    dropped and accepted; dropped: all of them, which moved no learning rate. attempt: as of `guard.Signals`.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Lines:
         *,
         forgiven: int = 0,
         dropped: int = 0,
+        attempt: Callable[..., Any] = lambda call, *arguments: call(*arguments),
     ):
+        self.attempt = attempt
         self.log, self.display, self.clock, self.hooks, self.program = log, display, clock, hooks, program
         self.ends, self.unread, self.mark, self.forgiven = False, None, None, forgiven
         self.dropped = dropped - forgiven  # before the window that is read next
@@ -74,7 +77,8 @@ class Lines:
             raise UsageError(f"a number of {split} is called {min(taken)!r}, as the log's own: give it another name")
         self.log.write(step, split, values)
         # also without hooks: another process may have some
-        self.ends |= processes.from_first(lambda: any([ask(hook, step, split, values) for hook in self.hooks]))
+        asked = lambda: [self.attempt(ask, hook, step, split, values) for hook in self.hooks]  # noqa: E731
+        self.ends |= processes.from_first(lambda: any(asked()))
 
     def set_aside(self, step: int, window: Metrics, waited: float) -> None:
         """The sums of a window that has ended, to be read while the device works on."""
@@ -132,7 +136,8 @@ class Lines:
 def ask(hook: OnLog, *line: Any) -> bool:
     """Whether a hook says that the run ends. UsageError: it raises."""
     try:
-        return bool(hook(*line))
+        with watching("the hook on_log"):
+            return bool(hook(*line))
     except Exception as e:
         if isinstance(e, UsageError):
             raise
