@@ -90,6 +90,7 @@ def test_a_run_is_judged_on_other_data(run: Callable, capsys: pytest.CaptureFixt
     assert judged()["eval/accuracy"] == result["metrics"]["eval/accuracy"]
     assert judged("--data", "tfds:other")["eval/accuracy"] > 0.9
     assert judged("--eval-data", "other", "--split", "test=test[:50%]")["eval/accuracy"] > 0.9
+    assert judged("--split", "test=train[:50%]")["eval/accuracy"] > 0.9  # of the set that it was trained on
     image = np.stack([row["image"] for row in rows(12)])
     np.savez("own.npz", image=image, label=np.zeros(12, int), class_names=["b"])
     before = Path("runs/mnist_mlp/config.json").read_bytes()

@@ -16,7 +16,7 @@ def as_trained(
 ) -> tuple[RunConfig, Build]:
     """The configuration that the run was trained with, and the flags given on top of it; and what builds that.
 
-    Other data, by --data or --eval-data, and how these are read, give the test split and the evaluators alone: what
+    Other data, by --data, --eval-data or --split, and how these are read, give the test split and the evaluators alone: what
     was trained, and on what, stays what it was.
     """
     from bigjax.look import flags
@@ -25,9 +25,9 @@ def as_trained(
     free = {k: getattr(given, k) for k in workdir.FREE}
     trained = replace(workdir.restored(Config(), record), **free)
     asked = flags.parse(Config, "evaluate", args=arguments, default=trained)[0]
-    if (asked.data, asked.eval_data) == (trained.data, trained.eval_data):
+    if (asked.data, asked.eval_data, splits(asked)) == (trained.data, trained.eval_data, splits(trained)):
         return asked, build
-    other = asked.eval_data if asked.data == trained.data else asked.data
+    other = asked.data if asked.data != trained.data else asked.eval_data or asked.data
     groups = {k: getattr(trained, k) for k in READING if hasattr(trained, k)}
     own = replace(asked, data=trained.data, eval_data=trained.eval_data, **groups)
 
@@ -37,3 +37,8 @@ def as_trained(
         return replace(experiment, test=judge.test, evaluators=judge.evaluators, facts=facts)
 
     return own, both
+
+
+def splits(config: RunConfig) -> list[str | None]:
+    """What --split says, in whichever group it is."""
+    return [getattr(getattr(config, group, None), "split", None) for group in READING]
