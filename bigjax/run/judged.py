@@ -16,8 +16,8 @@ def as_trained(
 ) -> tuple[RunConfig, Build]:
     """The configuration that the run was trained with, and the flags given on top of it; and what builds that.
 
-    Other data, by --data, --eval-data or --split, and how these are read, give the test split and the evaluators alone: what
-    was trained, and on what, stays what it was.
+    Other data, by --data, --eval-data or --split, and how these are read, give the test split and the evaluators alone:
+    what was trained, and on what, stays what it was.
     """
     from bigjax.look import flags
 
