@@ -28,7 +28,7 @@ CODE, DATA = ": give all the same flags, code and versions", ": give all the sam
 REFUSED = {
     "rows": rf"{DIFFERS}train data 80 rows \(checksum \d+\), not 48 rows \(checksum \d+\){DATA}",
     "content": rf"{DIFFERS}train data 48 rows \(checksum \d+\), not 48 rows \(checksum \d+\){DATA}",
-    "width": rf"{DIFFERS}parameters 243, not 163; the program \(model, .*\) \w+, not \w+{DATA}",
+    "width": rf"{DIFFERS}parameters 243, not 163; the program \(model, .*\) \w+, not \w+; the initial .*{DATA}",
     "rate": rf"{DIFFERS}the program \(model, loss, optimizer, or a number in them\) \w+, not \w+{DATA}",
     "init": rf"{DIFFERS}the initial parameters \w+, not \w+{DATA}",
     "tests": rf"{DIFFERS}eval data 100 rows \(checksum \d+\), not 13 rows \(checksum \d+\){DATA}",
