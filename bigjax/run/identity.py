@@ -127,7 +127,7 @@ def identify(
     here = {"programs": {where: fingerprint_of_program(program)}, "data": data}
     agree(program, here["programs"][where], data)
     for name in data.keys() - {"train"}:
-        if data[name] and data[name] == data["train"] and "all" in data[name]["checksums"]:
+        if data[name] and data[name] == data.get("train") and "all" in data[name]["checksums"]:
             tell(f"the split {name!r} is the training data, row for row: it says nothing of other data")
 
     def compare() -> dict[str, Any]:
