@@ -432,10 +432,10 @@ def test_a_tokenizer_with_its_special_tokens_and_chat_template(tmp_path: Path) -
     assert tokens_BL.shape == (2, length_B.max()) and (tokens_BL[1, length_B[1] :] == 0).all()
     assert tokenizer.decode(tokens_BL[0]) == "hello world"
     ends = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", tokenizer.id("eos_token"))])
-    tokenizer.library.post_processor = ends
+    tokenizer.coder.post_processor = ends
     assert tokenizer.batch(["hello world"], length=2)[0].tolist()[0][1:] == [tokenizer.id("eos_token")]
     assert len(tokenizer.encode("hello world a b c")) > 3
-    tokenizer.library.post_processor = None
+    tokenizer.coder.post_processor = None
     pytest.importorskip("jinja2", reason='chat templates need the extra: pip install -e ".[hub]"')
     assert tokenizer.chat([{"role": "user", "content": "hi"}]) == "<user>hi</s><assistant>"
     evil = said | {"chat_template": "{{ ''.__class__.__mro__ }}{{ raise_exception('no') }}"}

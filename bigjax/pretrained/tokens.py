@@ -13,32 +13,32 @@ from bigjax import UsageError
 from bigjax.pretrained.store import folder_of, read_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Library
+    from tokenizers import Tokenizer as Coder
 
 SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to tokens and back. library: the `tokenizers.Tokenizer` itself. special: "eos_token" -> its text.
+    """Text to tokens and back. coder: the `tokenizers.Tokenizer` itself. special: "eos_token" -> its text.
 
     template: of chats, in Jinja; None where the folder has none.
     """
 
-    library: "Library"
+    coder: "Coder"
     special: Mapping[str, str]
     template: str | None = None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text; `special`: with those that the model was trained to see around it."""
-        return self.library.encode(text, add_special_tokens=special).ids
+        return self.coder.encode(text, add_special_tokens=special).ids
 
     def batch(self, texts: Sequence[str], *, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(tokens_BL int32, length_B int32), padded after the tokens; `length` cuts longer ones, not special tokens."""
         if length is not None:
-            self.library.enable_truncation(length)
+            self.coder.enable_truncation(length)
         rows = [self.encode(text) for text in texts]
-        self.library.no_truncation()
+        self.coder.no_truncation()
         length_B = np.array([len(row) for row in rows], np.int32)
         pad = self.id("pad_token") or 0
         tokens_BL = np.full((len(rows), max(length_B, default=0)), pad, np.int32)
@@ -48,11 +48,11 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of tokens; `special`: with special tokens shown."""
-        return self.library.decode([int(t) for t in tokens], skip_special_tokens=not special)
+        return self.coder.decode([int(t) for t in tokens], skip_special_tokens=not special)
 
     def id(self, name: str) -> int | None:
         """The number of a special token, as "eos_token"; None where there is none."""
-        return self.library.token_to_id(self.special[name]) if name in self.special else None
+        return self.coder.token_to_id(self.special[name]) if name in self.special else None
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True, **values: Any) -> str:
         """Messages, each with `role` and `content`, as the text that the model was trained on.
@@ -97,11 +97,11 @@ def tokenizer(source: Any) -> Tokenizer:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
-        library = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        coder = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
     except Exception as e:  # the library raises bare ones
         raise UsageError(f"{path} cannot be read ({str(e).splitlines()[0][:200]}): fetch it again") from None
-    library.no_padding()
-    library.no_truncation()
+    coder.no_padding()
+    coder.no_truncation()
     said = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         said |= read_json(folder / name) if (folder / name).is_file() else {}
@@ -111,4 +111,4 @@ def tokenizer(source: Any) -> Tokenizer:
         template = {t["name"]: t["template"] for t in template}.get("default")
     if template is None and (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
-    return Tokenizer(library, special, template)
+    return Tokenizer(coder, special, template)

@@ -119,9 +119,7 @@ def identify(
     The program is compared where versions and devices are the same, and `tell` hears where they are not. Raises
     UsageError with what differs, unless `accept`. What it gives records all this, once the run does go on.
     """
-    mesh = {k: int(n) for k, n in program.mesh.shape.items()}
-    circumstances = json.dumps({**versions(), **devices(), "mesh": mesh}, sort_keys=True)
-    where = hashlib.sha256(circumstances.encode()).hexdigest()[:16]
+    where = circumstances(program)
     with watching("reading the data's first examples"):
         data = {k: fingerprint_of(v) for k, v in splits.items()}
     here = {"programs": {where: fingerprint_of_program(program)}, "data": data}
