@@ -22,12 +22,12 @@ from bigjax.tasks.images import reconstruct
 
 TAKES = ("image",)
 ROWS = {
-    "mnist_autoencoder": {"data": "mnist5k", "metric": "eval/binary_cross_entropy", "seeds": 3},
+    "mnist_autoencoder": {"data": "mnist5k", "metric": "eval/binary_cross_entropy", "seeds": 10},
     "mnist_autoencoder_classic": {
         "arguments": "--classic --epochs 20 --batch-size 32",
         "data": "mnist5k",
         "metric": "eval/binary_cross_entropy",
-        "seeds": 3,
+        "seeds": 10,
     },
 }
 

@@ -22,10 +22,10 @@ from bigjax.tasks import classify
 
 TAKES = ("x", "label")
 ROWS = {
-    "mnist1d_linear": {"arguments": "--model linear", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
-    "mnist1d_mlp": {"arguments": "--model mlp", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
-    "mnist1d_cnn": {"arguments": "--model cnn", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
-    "mnist1d_gru": {"arguments": "--model gru", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 5},
+    "mnist1d_linear": {"arguments": "--model linear", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 10},
+    "mnist1d_mlp": {"arguments": "--model mlp", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 10},
+    "mnist1d_cnn": {"arguments": "--model cnn", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 10},
+    "mnist1d_gru": {"arguments": "--model gru", "data": "mnist1d", "metric": "eval/accuracy", "seeds": 10},
 }
 
 PUBLISHED = {"linear": 0.32, "mlp": 0.68, "cnn": 0.94, "gru": 0.91}

@@ -19,7 +19,7 @@ from bigjax.tasks import classify
 
 TAKES = ("image", "label")
 ROWS = {
-    "mnist_cnn": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 5},
+    "mnist_cnn": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 10},
     "mnist_cnn_full": {"arguments": "--data mnist --steps 20000", "data": "mnist", "metric": "eval/accuracy"},
 }
 

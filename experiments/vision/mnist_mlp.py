@@ -22,13 +22,13 @@ from bigjax.tasks import classify
 
 TAKES = ("image", "label")
 ROWS = {
-    "mnist_mlp": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 5},
+    "mnist_mlp": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 10},
     "mnist_mlp_classic": {
         "arguments": "--optimizer sgd --schedule constant --learning-rate 0.01 --batch-size 32 --epochs 10 "
         "--no-augment --weight-decay 0",
         "data": "mnist5k",
         "metric": "eval/accuracy",
-        "seeds": 5,
+        "seeds": 10,
     },
     "mnist_mlp_full": {"arguments": "--data mnist --steps 20000", "data": "mnist", "metric": "eval/accuracy"},
 }
