@@ -66,7 +66,8 @@ def allow(disk: Disk) -> None:
 def freeze(disk: Disk) -> None:
     folder = str(disk.path / "run" / "checkpoints")
     disk.do("mount", "--bind", folder, folder)
-    disk.do("mount", "-o", "remount,bind,ro", folder)
+    read_only = disk.inside("mount", "-o", "remount,bind,ro", folder)
+    until(lambda: subprocess.run(read_only, capture_output=True).returncode == 0)  # refused while a file is written
 
 
 def thaw(disk: Disk) -> None:

@@ -21,12 +21,12 @@ def quiet() -> None:
     """Where a program starts: what fails in a save reaches the user as one line, a SaveError, and in no other form.
 
     Not also as orbax logs it with a traceback, nor as tensorstore prints what it can't tell orbax any more, a hundred
-    times.
+    times. Nor is there a word of an old checkpoint that a kill left half deleted: manifests say what is whole.
     """
     logger, shown = logging.getLogger("absl"), sys.unraisablehook
-    if _not_twice in logger.filters:
+    if _needed in logger.filters:
         return
-    logger.addFilter(_not_twice)
+    logger.addFilter(_needed)
 
     def hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -35,8 +35,9 @@ def quiet() -> None:
     sys.unraisablehook = hook
 
 
-def _not_twice(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
+def _needed(record: logging.LogRecord) -> bool:
+    known = record.exc_info or str(record.msg).startswith("Metadata file does not exist")
+    return not (known and "orbax" in record.pathname)
 
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
