@@ -19,9 +19,10 @@ from conftest import REPOSITORY, no_silent_transfer, run_with_devices
 
 import bigjax
 from bigjax import UsageError, pretrained
-from bigjax.models import GPT, MLP
+from bigjax.models import GPT, MLP, ViT
 from bigjax.models.layers import BatchNorm
-from bigjax.pretrained import reading, store
+from bigjax.pretrained import copying, names, reading, store
+from bigjax.pretrained.families import family_for
 from bigjax.tools import commands
 
 GOLD = REPOSITORY / "tests" / "golden" / "pretrained"
@@ -146,8 +147,8 @@ WRONG = {
     "lost_shard": (index_of_lost, "lacks model-2.safetensors, of its 1 files: fetch them"),
     "rope": (lambda f: configured(f, rope_parameters={"rope_type": "yarn"}), "rope_type = 'yarn', which is not known"),
     "windows": (
-        lambda f: configured(f, sliding_window=4, use_sliding_window=True, max_window_layers=1),
-        "a sliding window in some layers only",
+        lambda f: configured(f, sliding_window=4, use_sliding_window=True, layer_types=["chunked_attention"] * 2),
+        "layer_types = 'chunked_attention', which is not known here: only 'full_attention', 'sliding_attention'",
     ),
     "nonsense": (lambda f: configured(f, num_attention_heads="four"), "config.json and these fields make no GPT"),
 }
@@ -212,7 +213,7 @@ def test_shards_with_an_index_are_one_file(folder: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(folder)[1], variables)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "bert_masked", "vit", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2_windows", "gemma", "mixtral", "bert_masked", "vit", "dinov2", "t5"])
 def test_scanned_layers_are_the_same_stacked_and_saved_the_same(name: str, tmp_path: Path) -> None:
     told = unpacked(name, tmp_path)
     model, variables = pretrained.load(tmp_path)
@@ -255,6 +256,8 @@ def split_over_eight(folder: str) -> None:
         kernel = layer["mlp"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // 4
         assert len({s.device for s in kernel.addressable_shards}) == 8
+        moved = jax.jit(lambda v: jax.tree.map(lambda x: x + 1, v), donate_argnums=0)(many)
+        jax.tree.map(np.testing.assert_array_equal, moved, jax.tree.map(lambda x: x + 1, one))
 
 
 def test_on_a_mesh_each_device_gets_its_part(tmp_path: Path) -> None:
@@ -263,14 +266,64 @@ def test_on_a_mesh_each_device_gets_its_part(tmp_path: Path) -> None:
     run_with_devices(f"import test_pretrained; test_pretrained.split_over_eight({str(tmp_path)!r})", folder=tmp_path)
 
 
+def test_what_is_loaded_is_its_own(tmp_path: Path) -> None:
+    """A file may change, and a step may give its memory away: also where JAX could take over pages of the file."""
+    unpacked("gpt2", tmp_path)
+    file = tmp_path / store.WHOLE
+    tensors = store.Tensors(tmp_path)
+    rows = [(k, tensors.shape(k), np.dtype("float32"), lambda k=k: tensors.read(k)) for k in tensors.places]
+    store.write_tensors(file, rows)
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    more = -(8 + size) % 64  # so that tensors begin where JAX asks memory to begin
+    file.write_bytes((size + more).to_bytes(8, "little") + data[8 : 8 + size] + b" " * more + data[8 + size :])
+    _, variables = pretrained.load(tmp_path)
+    kept = jax.tree.map(lambda x: np.array(x, copy=True), variables)
+    with open(file, "r+b") as opened:
+        opened.seek(8 + size + more)
+        opened.write(b"\1" * (len(data) - 8 - size))
+    jax.tree.map(np.testing.assert_array_equal, variables, kept)
+    moved = jax.jit(lambda v: jax.tree.map(lambda x: x + 1, v), donate_argnums=0)(variables)
+    jax.tree.map(np.testing.assert_array_equal, moved, jax.tree.map(lambda x: x + 1, kept))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_copies_in_pieces_are_copies(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of arrays in any order of axes, parts of larger ones, and such as have nothing in them."""
+    monkeypatch.setattr(copying, "PIECE", 64)
+    whole = np.arange(2 * 7 * 5 * 3, dtype=np.float32).reshape(2, 7, 5, 3).astype(dtype)
+    views = [whole, whole.transpose(3, 1, 0, 2), whole[1, 2:, ::2].transpose(2, 1, 0), whole[0, 0, 0], whole[:, :0]]
+    views += [whole[1, 1, 1, 1:2][0:1], np.array(whole[1, 1, 1, 1])]
+    outs = [copying.empty(view.shape, np.dtype(np.float32)) for view in views]
+    copying.fill(zip(outs, views))
+    for out, view in zip(outs, views):
+        np.testing.assert_array_equal(out, view.astype(np.float32))
+        assert out.flags.c_contiguous and (out.ctypes.data % copying.ALIGNED == 0 or not out.size)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5", "resnet"])
+def test_shapes_are_those_of_the_model_itself(name: str, tmp_path: Path) -> None:
+    """Though its layers are traced as one."""
+    unpacked(name, tmp_path)
+    model, _ = pretrained.load(tmp_path)
+    inputs = family_for(model).inputs(model)
+    zeros = [jnp.zeros(s.shape, s.dtype) for s in inputs]
+    assert names.shapes_of(model, inputs) == jax.eval_shape(lambda: model.init(jax.random.key(0), *zeros))
+
+
 def test_only_models_that_others_have_are_saved(tmp_path: Path) -> None:
     for model, said in (
         (MLP(), "a MLP has no form that others read: only .*GPT"),
         (GPT(position="rotary"), "this GPT is neither GPT-2 .* nor Llama"),
         (
-            GPT(position="rotary", norm="rms", activation="swiglu", bias=False, qk_norm=True, window=3),
-            "qwen3 and mistral",
+            GPT(position="rotary", norm="rms", activation="swiglu", bias=False, qkv_bias=True, qk_norm=True),
+            "has parts that no one architecture has together: Llama .*Qwen3",
         ),
+        (
+            ViT(layer_scale=1.0, mlp=7),
+            "this ViT with layer_scale is no DINOv2 that transformers reads: only one whose mlp is a multiple",
+        ),
+        (ViT(outputs=0), "a ViT that pools by the mean, or has no head, has no form that transformers reads"),
     ):
         with pytest.raises(UsageError, match=said):
             pretrained.save(tmp_path, model, {"params": {}})
@@ -301,6 +354,23 @@ def test_older_configs_say_the_same(tmp_path: Path) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         configured(tmp_path, **{key: None})
     assert pretrained.load(tmp_path)[0].rope_base == 10_000.0
+
+
+def test_a_gemmas_layers_have_a_period_or_are_refused(tmp_path: Path) -> None:
+    """As transformers 4 said it, and as 5 does."""
+    unpacked("gemma", tmp_path)
+    model, _ = pretrained.load(tmp_path)
+    assert (model.period, model.rope_base, model.rope_factor, model.local_rope_base) == (2, 500.0, 4.0, 9.0)
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    old = {"rope_theta": 500.0, "rope_local_base_freq": 9.0, "rope_scaling": scaling, "rope_parameters": None}
+    near, far = "sliding_attention", "full_attention"
+    configured(tmp_path, **old, sliding_window_pattern=None, layer_types=[near, far, near])
+    assert pretrained.load(tmp_path)[0] == model
+    configured(tmp_path, layer_types=[near] * 3, sliding_window_pattern=2)
+    assert pretrained.load(tmp_path)[0].period == 4
+    configured(tmp_path, layer_types=[far, far, near])
+    with pytest.raises(UsageError, match="layer_types have no period, which is not known here: only every so-manieth"):
+        pretrained.load(tmp_path)
 
 
 def test_older_names_and_what_stands_beside(tmp_path: Path) -> None:

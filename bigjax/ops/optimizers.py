@@ -1,4 +1,6 @@
-"""Optimizers that look at matrices: each layer of a scanned stack (under "layers") is a matrix of its own. And SGD."""
+"""Optimizers that look at matrices: each layer of a scanned stack (under "layers") is a matrix of its own, as is each
+expert (under "experts"). And SGD.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -10,9 +12,9 @@ from bigjax.experiment import Fraction, NonNegative, Positive
 from bigjax.optim import NO_DECAY, Schedule, mask, path_string, schedule
 
 
-def is_stacked(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf's leading axis counts the layers of a scanned stack."""
-    return "layers" in path_string(path).split("/")
+def stacked(path: tuple[Any, ...]) -> int:
+    """How many of a leaf's leading axes count layers of a scanned stack, or experts."""
+    return len({"layers", "experts"} & set(path_string(path).split("/")))
 
 
 def matrices(params: Any) -> Any:
@@ -25,7 +27,7 @@ def matrices(params: Any) -> Any:
         *layer, name = path_string(path).split("/")
         if name != "kernel" or {"unembedding", "head", "logits", "logit", "out"} & set(layer):
             return None
-        axes = tuple(range(int(is_stacked(path)), leaf.ndim))
+        axes = tuple(range(stacked(path), leaf.ndim))
         return optax.contrib.MuonDimensionNumbers(axes[:-1], axes[-1:])
 
     return jax.tree_util.tree_map_with_path(numbers, params)
@@ -59,7 +61,7 @@ def trust_ratios(coefficient: float = 1.0) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         def scale(path: tuple[Any, ...], u: jax.Array, p: jax.Array) -> jax.Array:
-            axes = tuple(range(int(is_stacked(path)), u.ndim))
+            axes = tuple(range(stacked(path), u.ndim))
             size_u, size_p = (jax.numpy.sqrt(jax.numpy.square(x).sum(axes, keepdims=True)) for x in (u, p))
             usable = (size_u > 0) & (size_p > 0)
             return u * jax.numpy.where(usable, coefficient * size_p / jax.numpy.where(usable, size_u, 1.0), 1.0)

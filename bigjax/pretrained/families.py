@@ -13,8 +13,11 @@ from bigjax import UsageError
 from bigjax.pretrained.names import Row
 
 Config = dict[str, Any]
-FILES = ("gpt", "bert", "vit", "resnet", "t5", "inception")
-FILES += ("convnext", "efficientnet", "vgg", "densenet")
+FILES = (
+    "gpt", "bert", "vit", "resnet", "t5", "inception",
+    "gemma", "mixtral",
+    "convnext", "efficientnet", "vgg", "densenet",
+)  # fmt: skip
 UNITS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu"}
 
 
