@@ -21,6 +21,7 @@ from bigjax.run.workdir import difference
 SCRIPTS = {p.stem: p for p in sorted((REPOSITORY / "experiments").glob("*/*.py"))}
 SMALL = {  # flags that make two steps quick; nothing that changes what runs
     "gpt": ["--model", "tiny"],
+    "pretrain": ["--model", "bert_tiny"],
     "python_gpt": ["--layers", "1", "--width", "32", "--context", "64"],
 }
 

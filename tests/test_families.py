@@ -27,14 +27,17 @@ from bigjax import metrics, optim, sharding, step, train
 from bigjax.data import pipeline
 from bigjax.evaluation import evaluator
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import BERT, CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator, Mixtral, ResNet, ViT
+from bigjax.models import (
+    BERT, CNN, GPT, LSTM, T5, VAE, Autoencoder, Discriminator, Generator, Inception, Mixtral, ResNet, ViT,
+)  # fmt: skip
 from bigjax.models.convnext import ConvNeXt
 from bigjax.models.efficientnet import EfficientNet
 from bigjax.program import Program
 from bigjax.task import Task, fields
-from bigjax.tasks import classify, next_token
+from bigjax.tasks import classify, masked_token, next_token, span_corruption
 from bigjax.tasks.gan import adversarial
 from bigjax.tasks.images import reconstruct, variational
+from bigjax.tasks.spans import hidden_spans
 
 STEPS, SAVED, KILLED = 30, 12, 15  # checkpoints every 12 updates; the killed run ends with its window of 15 untold
 BATCH, TEST = 8, 13
@@ -61,6 +64,20 @@ def windows(size: int, *, seed: int) -> dict[str, np.ndarray]:
     start = random.integers(1, 4, size).astype(np.int32)
     length = random.integers(start + 1, 8).astype(np.int32)
     return {"tokens": random.integers(0, 11, (size, 7)).astype(np.int32), "start": start, "length": length}
+
+
+def chants(size: int, *, seed: int) -> dict[str, np.ndarray]:
+    """Tokens (size, 6) of 2 to 6 real ones, in each row the same again and again."""
+    random = np.random.default_rng(seed)
+    length = random.integers(2, 7, size).astype(np.int32)
+    tokens = random.integers(2, 5, (size, 1)).astype(np.int32) * (np.arange(6) < length[:, None])
+    return {"tokens": tokens, "length": length}
+
+
+def posters(size: int, *, seed: int) -> dict[str, np.ndarray]:
+    """Blobs of 28 pixels a side."""
+    split = blobs(size, seed=seed)
+    return split | {"image": split["image"].repeat(7, axis=1).repeat(7, axis=2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +126,16 @@ FAMILIES = {
         counts=lambda split: int((split["length"] - split["start"]).sum()),
     ),
     "bert": Family(
-        BERT(vocabulary=11, layers=1, width=8, heads=2, context=6, head="sequence"),
-        partial(classify, classes=2, inputs=fields("tokens")),
-        data=texts,
-        tx=lambda steps: {"model": optax.adam(0.01)},
+        BERT(vocabulary=11, layers=1, width=8, heads=2, context=6, head="masked"),
+        partial(masked_token, mask=1, vocabulary=11, special=(0,), share=0.4),
+        data=chants,
+        counts=lambda split: int(np.maximum(np.round(0.4 * split["length"]), 1).sum()),
+    ),
+    "t5": Family(
+        T5(vocabulary=11, layers=1, width=8, heads=2, head=4, mlp=12, buckets=4, distance=6),
+        partial(span_corruption, sentinels=(10, 9), end=1, share=0.5, mean=1.5),
+        data=chants,
+        counts=lambda split: sum(sum(hidden_spans(int(n), share=0.5, mean=1.5)) + 1 for n in split["length"]),
     ),
     "vit": Family(
         ViT(image=4, patch=2, layers=1, width=8, heads=2, outputs=3, dropout=0.1), partial(classify, classes=3)
@@ -120,6 +143,13 @@ FAMILIES = {
     "resnet": Family(
         ResNet(stages=(1,), block="basic", width=4, stem="cifar", outputs=3),
         partial(classify, classes=3),
+        ema=0.8,
+        by_row=False,
+    ),
+    "inception": Family(
+        Inception(outputs=3, blocks=("5b A 32",), shrink=16, dropout=0.1),
+        partial(classify, classes=3),
+        data=posters,
         ema=0.8,
         by_row=False,
     ),
@@ -191,7 +221,10 @@ def flags(folder: Path, family: Family, **changes: Any) -> RunConfig:
     return RunConfig(workdir=str(folder), ema=family.ema, **(options | changes))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+LONG = {"inception"}  # to compile: twelve convolutions
+
+
+@pytest.fixture(scope="module", params=[pytest.param(f, marks=pytest.mark.slow) if f in LONG else f for f in FAMILIES])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     family, folder = FAMILIES[request.param], tmp_path_factory.mktemp(request.param)
     task = family.task(family.models)

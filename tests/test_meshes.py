@@ -18,7 +18,9 @@ from test_families import FAMILIES, Family
 from bigjax import optim, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import BERT, CNN, GPT, LSTM, MLP, VAE, Autoencoder, Discriminator, Generator, Mixtral, ResNet, ViT
+from bigjax.models import (
+    BERT, CNN, GPT, LSTM, MLP, T5, VAE, Autoencoder, Discriminator, Generator, Inception, Mixtral, ResNet, ViT,
+)  # fmt: skip
 from bigjax.models.convnext import ConvNeXt
 from bigjax.models.efficientnet import EfficientNet
 from bigjax.ops import optimizers
@@ -62,11 +64,16 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
         ("one", "fsdp_tensor"),
     ),
     "bert": (
-        BERT(vocabulary=16, layers=1, width=16, heads=4, context=8, head="sequence"),
+        BERT(vocabulary=16, layers=1, width=16, heads=4, context=8, head="masked"),
+        ("one", "fsdp_tensor"),
+    ),
+    "t5": (
+        T5(vocabulary=16, layers=1, width=16, heads=4, head=4, mlp=32, buckets=8, distance=6, scan=True),
         ("one", "fsdp_tensor"),
     ),
     "vit": (ViT(image=4, patch=2, layers=1, width=16, heads=4, outputs=3, dropout=0.1), ("one", "tensor")),
     "resnet": (ResNet(stages=(1,), block="basic", width=8, stem="cifar", outputs=3), NO_TENSOR),
+    "inception": (Inception(outputs=3, blocks=("5b A 32",), shrink=8, dropout=0.1), ("one", "fsdp")),
     "gan": (
         {
             "generator": Generator((4, 4, 1), latent=3, features=(8,), batch_norm=True, classes=3),

@@ -140,14 +140,18 @@ def test_a_plan_leaves_the_accelerators_alone(tmp_path: Path, monkeypatch: pytes
 
 # ---- real plans
 
+MODELS = {"gpt.py": ["tiny"], "pretrain.py": ["bert_tiny", "t5_tiny"]}  # of scripts that have several
+SCRIPTS_AND_MODELS = [f"{s} {m}".strip() for s in SCRIPTS for m in MODELS.get(s, [""])]
+
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:4x4x4"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS_AND_MODELS)
 def test_every_experiment_plans(script: str, topology: str, tmp_path: Path) -> None:
     size = "64" if topology == "v5p:4x4x4" else "8"
-    flags = {"gpt.py": ["--model", "tiny"]}.get(script, [])
+    script, *model = script.split()
+    flags = ["--model", *model] if model else []
     run(script, "--topology", topology, "--batch-size", size, "--workdir", "p", *flags, cwd=tmp_path)
     p = json.loads((tmp_path / "p" / "plan.json").read_text())
     assert set(KEYS) <= p.keys() and p["fits"] and p["chips"] == {"v5e:2x4": 8, "v5p:4x4x4": 64}[topology]

@@ -77,7 +77,7 @@ TAKING = {  # of some fields the scripts, as a user is told them
     ("text", "label"): "use experiments/text/text_lstm.py for those, or give other data",
     ("image", "label"): f"use experiments/generate/{CLASSIFIERS}, experiments/vision/mnist_mlp.py for those, or",
     ("x", "target"): "use experiments/tables/diabetes_linear.py for those, or",
-    ("tokens",): "use experiments/text/gpt.py for those, or",
+    ("tokens",): "use experiments/text/gpt.py, experiments/text/pretrain.py for those, or",
     ("source", "target"): "and target: give other data",
 }
 
@@ -97,10 +97,12 @@ def test_data_that_a_script_does_not_take(script: str, kind: str, kinds: dict[st
     own = next(name for name, holds in kinds.values() if set(fields) <= set(holds))
     for flags in ({"data": name}, {"data": own, "eval_data": name}):
         said = said_by(module.build, module.Config(**flags))
-        if script == "gpt" and "eval_data" in flags:
-            assert said == "gpt.py evaluates on the test.bin beside the tokens it trains on: leave out --eval-data"
+        if fields == ("tokens",) and "eval_data" in flags:
+            assert (
+                said == f"{script}.py evaluates on the test.bin beside the tokens it trains on: leave out --eval-data"
+            )
             continue
-        if script == "gpt" and kind in ("text", "texts of classes"):
+        if fields == ("tokens",) and kind in ("text", "texts of classes"):
             prepare = f"python -m bigjax prepare {name} --to DIR, then --data tokens:DIR"
             assert said == f"{name} is text, not yet in tokens: {prepare}"
             continue

@@ -13,7 +13,7 @@ import optax
 import pytest
 from conftest import blobs, no_silent_transfer
 from jax import Array
-from test_families import FAMILIES, Family
+from test_families import FAMILIES, LONG, Family
 
 from bigjax import UsageError
 from bigjax.metrics import Bins
@@ -148,7 +148,9 @@ def test_l1_and_l2_are_terms_of_the_loss_and_leave_biases_alone() -> None:
 REGRESSION = Family(MLP(features=(3,), outputs=1), partial(regress, inputs=fields("image")))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "regression"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(f, marks=pytest.mark.slow) if f in LONG else f for f in [*FAMILIES, "regression"]]
+)
 def test_an_empty_batch_counts_nothing(name: str) -> None:
     family = (FAMILIES | {"regression": REGRESSION})[name]
     task, split = family.task(family.models), family.data(2, seed=0)

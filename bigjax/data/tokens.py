@@ -91,6 +91,27 @@ class Windows:
         }
 
 
+class Rows:
+    """Rows of `length` tokens as a reader by index, each token in one of them: `tokens` (length,) int32, and `length`
+    (), how many are real; 0 is behind them. first, last: tokens around what each row has of the text.
+    """
+
+    def __init__(self, tokens: Tokens, *, length: int, first: int | None = None, last: int | None = None) -> None:
+        self.tokens, self.length = tokens, length
+        self.around = [np.array([] if token is None else [token], np.int32) for token in (first, last)]
+        self.own = length - sum(map(len, self.around))
+        if self.own < 1:
+            raise UsageError(f"rows of {length} tokens hold none of the text: make them longer")
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.own)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        first, last = self.around
+        row_L = np.concatenate([first, self.tokens[row * self.own : (row + 1) * self.own], last])
+        return {"tokens": np.pad(row_L, (0, self.length - len(row_L))), "length": np.int32(len(row_L))}
+
+
 def load(name: str, *, vocabulary: int | None = None, dtype: str | None = None) -> Dataset:
     """The token files of `tokens:DIR` as splits of `Tokens`; DIR may be gs://..., whose files are read into memory.
 

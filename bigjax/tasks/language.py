@@ -17,6 +17,14 @@ from bigjax.task import Batch, Task, forward, one_player
 from bigjax.tasks.routing import imbalance, routed
 
 
+def token_losses(logits_BLV: Array, target_BL: Array, weight_BL: Array) -> tuple[Array, Array, dict]:
+    """A `PerExample`'s rows: the cross-entropy in nats of the targets with weight 1, and how many of them are right."""
+    loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, target_BL)
+    right_BL = (logits_BLV.argmax(-1) == target_BL).astype(jnp.float32) * weight_BL
+    count_B = weight_BL.sum(-1)
+    return (loss_BL * weight_BL).sum(-1), count_B, {"accuracy": (right_BL.sum(-1), count_B)}
+
+
 def next_token(model: nn.Module, *, bytes_a_token: float | None = None, balance: float = 0.0) -> Task:
     """Cross-entropy of each token of `tokens` (B, L + 1) given those before it, in nats a token.
 
@@ -33,10 +41,7 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None, balance:
         length_B1 = batch.get("length", jnp.full(len(target_BL), target_BL.shape[1] + 1))[:, None]
         start_B1 = batch.get("start", jnp.ones(len(target_BL), jnp.int32))[:, None]
         weight_BL = ((place_1L >= start_B1) & (place_1L < length_B1)).astype(jnp.float32)
-        loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, target_BL)
-        right_BL = (logits_BLV.argmax(-1) == target_BL).astype(jnp.float32) * weight_BL
-        count_B = weight_BL.sum(-1)
-        loss_B, metrics = (loss_BL * weight_BL).sum(-1), {"accuracy": (right_BL.sum(-1), count_B)}
+        loss_B, count_B, metrics = token_losses(logits_BLV, target_BL, weight_BL)
         if p_NBLE is not None:
             uneven_B = count_B * imbalance(p_NBLE, weight_BL, chosen=model.chosen)
             loss_B, metrics["imbalance"] = loss_B + balance * uneven_B, (uneven_B, count_B)
