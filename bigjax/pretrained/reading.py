@@ -1,6 +1,7 @@
 """Loading: a folder's tensors become a model's variables, a tensor at a time, each straight to where it lives."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -52,19 +53,24 @@ def load(
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, param_dtype), shapes)
     found, real = matched(family, model, tensors, shapes)
     placed = flat(shapes if mesh is None else sharding.place(shapes, mesh, rules=rules))
+    arrays = {where: array(leaf, found[where], tensors, real) for where, leaf in placed.items()}
+    return model, flax.traverse_util.unflatten_dict(arrays, sep="/")
 
-    def one(where: str) -> jax.Array:
-        leaf, source = placed[where], found[where]
 
-        def part(index: Index) -> np.ndarray:
-            return source.read(index, lambda name, at: tensors.read(real[name], at)).astype(leaf.dtype, copy=False)
+def array(leaf: Any, source: Source, tensors: Tensors, real: Mapping[str, str]) -> jax.Array:
+    """An array of the shape, dtype and sharding of `leaf`, each device reading its part; without one on the first.
 
-        if mesh is None:
-            return jax.device_put(part((slice(None),) * len(leaf.shape)), may_alias=False)  # the file may change
-        with jax.transfer_guard("allow"):  # JAX itself does not say that it means to
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+    real: names in the table -> those in the files.
+    """
 
-    return model, flax.traverse_util.unflatten_dict({where: one(where) for where in placed}, sep="/")
+    def part(index: Index) -> np.ndarray:
+        return source.read(index, lambda name, at: tensors.read(real[name], at)).astype(leaf.dtype, copy=False)
+
+    if leaf.sharding is None:
+        return jax.device_put(part((slice(None),) * len(leaf.shape)), may_alias=False)  # the file may change
+    with jax.transfer_guard("allow"):  # JAX itself does not say that it means to
+        copied = lambda index: np.array(part(index), order="C")  # noqa: E731 (a step may write over what it is given)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, copied)
 
 
 def model_of(family: Family, config: Config, tensors: Tensors, **fields: Any) -> nn.Module:
