@@ -92,7 +92,7 @@ def moved(image_BHWC: Array, is_B: dict[str, Array], share_B: Array) -> Array:
 def degenerate(image_BHWC: Array) -> dict[str, Array]:
     """What an enhancement of factor 0 leaves: black, the mean grey, grey, smoothed (its border as it is)."""
     channels = image_BHWC.shape[-1]
-    grey_BHW1 = image_BHWC if channels == 1 else (image_BHWC * jnp.array(LUMA)).sum(-1, keepdims=True)
+    grey_BHW1 = image_BHWC if channels == 1 else (image_BHWC * jnp.array(LUMA)[None, None, None]).sum(-1, keepdims=True)
     rows_BHWC = image_BHWC[:, :-2] + image_BHWC[:, 1:-1] + image_BHWC[:, 2:]
     sums_BHWC = rows_BHWC[:, :, :-2] + rows_BHWC[:, :, 1:-1] + rows_BHWC[:, :, 2:]
     smooth_BHWC = (sums_BHWC + 4 * image_BHWC[:, 1:-1, 1:-1]) / 13
