@@ -12,13 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_with_devices, tiny_experiment
+from test_experiments import load, run
 from test_pretrained import configured, cut, unpacked
+from test_user_files import pictures, said_by
 
 import bigjax
 from bigjax import UsageError, pretrained, train
+from bigjax.data.crops import Crops
+from bigjax.data.pipeline import batches
+from bigjax.data.reading import Images
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import BERT, GPT, Inception, ResNet, ViT
 from bigjax.models.layers import normalize
+from bigjax.ops import optimizers
 from bigjax.pretrained import begin
 from bigjax.program import Program
 from bigjax.step import TrainState, init_state
@@ -175,9 +181,9 @@ def on_eight_devices(folders: list[str]) -> None:
         assert any(not place.is_fully_replicated for place in jax.tree.leaves(places.params))
         agree(state, plain, Path(folder))
         with jax.set_mesh(program.mesh):
-            batches = program.batches(0)
-            state, *_ = program.update(state, program.fresh_window(), next(batches), program.key, program.controls())
-            batches.close()
+            fed = program.batches(0)
+            state, *_ = program.update(state, program.fresh_window(), next(fed), program.key, program.controls())
+            fed.close()
         assert int(state.step) == 1 and int(state.skipped) == 0
 
 
@@ -188,7 +194,7 @@ def test_on_a_mesh(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "another kind": (ResNet, {}, lambda f: None, r"a ViT \(ViTForImageClassification\), and a ResNet is wanted: give"),
+    "another kind": (ResNet, {}, lambda f: None, r"holds ViT \(ViTForImageClassification\), where ResNet is wanted"),
     "another of its kind": (ViT, {"patch": 4}, lambda f: None, "a ViT with patch 2, not 4: leave --model out, or"),
     "cut": (ViT, {}, cut, r"is truncated or damaged \(\d+ bytes, where its header says \d+\): fetch it again"),
     "other tensors": (ViT, {}, lambda f: configured(f, num_hidden_layers=1), "not those that its config.json descr"),
@@ -252,3 +258,74 @@ def test_what_folders_say_of_pixels(tmp_path: Path) -> None:
 
 def test_nothing_given_is_nothing_to_begin_with() -> None:
     assert begin.weights(None, ViT, Inception) is None
+
+
+# ---- the scripts
+
+
+def test_a_script_begins_with_a_folder(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Grey pictures of another size; what is kept brings the model back, and the same command again is finished."""
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "pictures", 20)
+    words = ["--data", "pictures", "--pretrained", str(folders["vit"]), "--steps", "2", "--batch-size", "8"]
+    run("vit_classify", *words, "--dropout", "0.1")
+    said = capsys.readouterr().out
+    assert f"took 38 of 40 arrays from {folders['vit']}; as initialized: params/logits/bias (2,), params/" in said
+    model, variables = bigjax.load("runs/vit_classify")
+    assert (model.image, model.patch, model.outputs, model.dropout, model.mean) == (4, 2, 2, 0.1, (0.1, 0.2, 0.3))
+    start = pretrained.load(folders["vit"])[1]["params"]["patches"]["kernel"]
+    assert 0 < np.abs(variables["params"]["patches"]["kernel"] - start).max() < 0.05
+    module = load("vit_classify")
+    for size, shape in (
+        ({}, (4, 4, 1)),
+        ({"images": Images(resize=7)}, (8, 8, 1)),
+        ({"crops": Crops(side=6)}, (6, 6, 1)),
+    ):
+        built = module.build(module.Config(data="pictures", pretrained=str(folders["vit"]), **size))
+        assert (
+            np.shape(next(batches(built.train, seed=0, batch_size=2, transform=built.transform))["image"][0]) == shape
+        )
+
+
+def test_scripts_refuse_other_folders(folders: dict[str, Path], tmp_path: Path) -> None:
+    unpacked("bert", tmp_path)
+    kinds = {"bert": tmp_path, **folders}
+    for script, folder, flags, said in (
+        ("vit_classify", "bert", {}, "holds BERT (BertModel), where ViT is wanted: give a folder with that"),
+        ("vit_classify", "resnet", {}, "holds ResNet (ResNetForImageClassification), where ViT is wanted"),
+        (
+            "vit_classify",
+            "vit",
+            {"model": "s16"},
+            "holds a ViT with patch 2, not 16; layers 2, not 12; width 8, not 384",
+        ),
+        (
+            "vit_classify",
+            "vit",
+            {"heads": 4},
+            "holds a ViT with heads 2, not 4: leave --model out, or give a folder with",
+        ),
+        ("resnet_classify", "bert", {}, "holds BERT (BertModel), where ResNet or Inception is wanted"),
+        ("resnet_classify", "resnet", {"model": "inception_v3"}, "ForImageClassification), where Inception is wanted"),
+        (
+            "resnet_classify",
+            "resnet",
+            {"model": "resnet50"},
+            "holds a ResNet with stages (1,), not (3, 4, 6, 3); block b",
+        ),
+    ):
+        module = load(script)
+        assert said in said_by(module.build, module.Config(pretrained=str(kinds[folder]), **flags))
+    assert "'' cannot be read or written here" in said_by(module.build, module.Config(pretrained=""))
+
+
+def test_inception_is_a_model_of_the_script(tmp_path: Path) -> None:
+    """From scratch, without the second head; and LARS."""
+    module = load("resnet_classify")
+    built = module.build(module.Config(model="inception_v3", images=Images(resize=75), data="digits", lars=True))
+    model = built.task.models["model"]
+    assert isinstance(model, Inception) and (model.outputs, model.aux) == (10, False)
+    assert built.train["image"].shape[1:] == (75, 75, 1)
+    assert built.tx == optimizers.LARS(**vars(module.Config().sgd))

@@ -100,8 +100,8 @@ def weights(source: Any, *kinds: type[nn.Module], like: Mapping[str, Any] | None
     if kinds and family.kind not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise UsageError(
-            f"{folder} holds a {family.kind.__name__} ({family.architecture(config)}), and a {names} is wanted: give a "
-            "folder with one"
+            f"{folder} holds {family.kind.__name__} ({family.architecture(config)}), where {names} is wanted: give a "
+            "folder with that"
         )
     tensors = Tensors(folder)
     model = model_of(family, config, tensors)
