@@ -3,7 +3,7 @@
 A patch begins with a line that says what is broken and one, `test: tests/test_x.py::test_name`, that names the quickest
 test that must see it; the diff against `bigjax/` follows, with one line of context.
 
-Applied are those whose files changed since the last tag and twelve more, or a third of all where there is no tag, drawn
+Applied are those whose files changed since the last tag and twelve more, or a sixth of all where there is no tag, drawn
 by the commit's hash; all of them where there is no git, and with BIGJAX_MUTANTS=all, as `make mutants` sets it.
 """
 
@@ -68,7 +68,7 @@ def selected(mutants: list[Path], *, root: Path) -> list[Path]:
     if os.environ.get("BIGJAX_MUTANTS") == "all" or commit is None:
         return mutants
     changed = set(git("diff", "--name-only", tag, root=root).splitlines()) if tag else set()
-    drawn = random.Random(commit).sample(mutants, min(DRAWN if tag else len(mutants) // 3, len(mutants)))
+    drawn = random.Random(commit).sample(mutants, min(DRAWN if tag else len(mutants) // 6, len(mutants)))
     return [p for p in mutants if p in drawn or files_of(p) & changed]
 
 
@@ -148,7 +148,7 @@ def test_it_applies_and_names_a_test(patch: Path) -> None:
 
 
 def test_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All without git, a third without a tag; else what changed since, committed or not, and twelve that only the
+    """All without git, a sixth without a tag; else what changed since, committed or not, and twelve that only the
     commit decides.
     """
     monkeypatch.delenv("BIGJAX_MUTANTS", raising=False)
@@ -163,8 +163,8 @@ def test_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     do("init", "-q")
     do("add", ".")
     do("commit", "-qm", "a")
-    assert len(third := selected(MUTANTS, root=tmp_path)) == len(MUTANTS) // 3
-    assert selected(MUTANTS, root=tmp_path) == third
+    assert len(sixth := selected(MUTANTS, root=tmp_path)) == len(MUTANTS) // 6
+    assert selected(MUTANTS, root=tmp_path) == sixth
     do("tag", "v1")
     first = selected(MUTANTS, root=tmp_path)
     assert len(first) == DRAWN and selected(MUTANTS, root=tmp_path) == first

@@ -59,7 +59,8 @@ def told(folder: Path, *cases: str, count: int = 2) -> list[dict[str, Any]]:
 def test_what_differs_is_refused_in_all_and_they_go_on(tmp_path: Path, bucket: str) -> None:
     """Joined as in a notebook. Every call is refused in both by the same line; then both train, are judged, stop."""
     good = ("spelled", "bucket", "judged", "interrupted")
-    zero, one = told(tmp_path, "few", *REFUSED, *good, "judged_otherwise", "fails_alone")
+    last = ("judged_otherwise", "drawn", "drawn_alone", "fails_alone")
+    zero, one = told(tmp_path, "few", *REFUSED, *good, *last)
     assert re.fullmatch(rf"process 1 \({HOST}, pid \d+\): {re.escape(one['few']['refused'])}", zero["few"]["refused"])
     for case, line in REFUSED.items():
         assert zero[case] == one[case] and re.fullmatch(line, zero[case]["refused"]), zero[case]
@@ -70,6 +71,9 @@ def test_what_differs_is_refused_in_all_and_they_go_on(tmp_path: Path, bucket: s
     stops = [f"stopped by SIGINT at step {n}, which is saved: the same command goes on" for n in (4, 8)]
     assert zero["interrupted"] == {"step": 60, "norm": 0.0, "stopped": stops}
     assert re.fullmatch(REFUSED["tests"], zero["judged_otherwise"]["refused"])
+    assert zero["drawn"] == one["drawn"] and zero["drawn"]["step"] == 8  # a gallery that fails in all ends nothing
+    alone = rf"gallery 'bad' failed in process 1 \({HOST}, pid \d+\): no picture, and not in all processes alike"
+    assert zero["drawn_alone"] == one["drawn_alone"] and re.fullmatch(alone, zero["drawn_alone"]["refused"])
     assert one["fails_alone"] == {"raised": "no number"} and zero["status"] == 3
     last = zero["err"].strip().splitlines()[-1]
     assert re.fullmatch(rf"error: process 1 \({HOST}, pid \d+\) stopped \(no number\): this process ends too; .*", last)

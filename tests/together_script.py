@@ -113,6 +113,17 @@ def fails_alone() -> dict[str, Any]:
     return fit(FOLDER / "failed", experiment(evaluators={"fail": fail}))
 
 
+def drawn(alone: bool) -> dict[str, Any]:
+    """A gallery that fails, in one or in all."""
+
+    def draw(params: Any, model_state: Any, key: Any) -> str:
+        if OTHER or not alone:
+            raise ArithmeticError("no picture")
+        return "a text"
+
+    return fit(FOLDER / f"drawn_{alone}", experiment(gallery={"bad": draw}))
+
+
 def spelled() -> dict[str, Any]:
     os.chdir(FOLDER)
     return fit("run" if OTHER else FOLDER / "run")
@@ -140,6 +151,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "interrupted": interrupted,
     "begun": begun,
     "gone_on": lambda: fit(FOLDER / "begun"),
+    "drawn": lambda: drawn(False),
+    "drawn_alone": lambda: drawn(True),
     "fails_alone": fails_alone,
 }
 

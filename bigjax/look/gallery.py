@@ -3,8 +3,6 @@
 N images, C classes, Z numbers of a code, R rows, S steps.
 """
 
-import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -176,13 +174,18 @@ def speaker(tokenizer: str | None, *, known: bool = True) -> Callable[[np.ndarra
 def draw(program: Any, home: epath.Path, state: Any, step: int, tell: Tell) -> None:
     """The gallery of an experiment, by all processes; the first keeps it.
 
-    Among several, what fails on one would leave the others waiting for it in a collective: there it ends the run.
+    What fails in all is told; in one alone it would leave the others waiting in a collective: that ends the run.
     """
     for name, picture in program.experiment.gallery.items():
-        told = functools.partial(only_shown, f"gallery {name!r}", tell)
-        with contextlib.nullcontext() if processes.several() else told():
+        item, wrong = None, None
+        try:
             with watching(f"the gallery {name!r}", f"gallery {name}"):
                 item = picture(*state.evaluated(), program.key)
+        except Exception as e:
+            wrong = e
+        processes.fail_together(f"gallery {name!r}", wrong)
+        with only_shown(f"gallery {name!r}", tell):
+            if wrong:
+                raise wrong
             if processes.first():
-                with told():
-                    save_gallery(home, step, name=name, item=item)
+                save_gallery(home, step, name=name, item=item)

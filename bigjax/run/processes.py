@@ -137,6 +137,23 @@ def to_first(value: Any, *, timeout: float | None = None) -> list[Any]:
     return found
 
 
+def fail_together(what: str, wrong: Exception | None) -> None:
+    """Raises UsageError in all processes where what all do has failed in some alone: each must call this after it.
+
+    Who failed waits `SILENT` seconds for the others, who may wait for it in a collective.
+    """
+    if not several():
+        return
+    timeout = SILENT if wrong else None
+    found = to_first(f"{name(jax.process_index())}: {first_line(wrong)}" if wrong else "", timeout=timeout)
+
+    def compare() -> None:
+        if any(found) and not all(found):
+            raise UsageError(f"{what} failed in {'; '.join(filter(None, found))}, and not in all processes alike")
+
+    from_first(compare, timeout=timeout)
+
+
 def agree(about: Mapping[str, Any], *, advice: str, timeout: float | None = None) -> None:
     """Raises the same UsageError in all processes, with the advice, where what is compared is not equal in all."""
     if not several():

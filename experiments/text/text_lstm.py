@@ -20,7 +20,7 @@ from bigjax.tasks import classify
 
 TAKES = ("text", "label")
 ROWS = {
-    "text_lstm": {"data": "python_topics", "metric": "eval/macro_f1", "seeds": 5},
+    "text_lstm": {"data": "python_topics", "metric": "eval/macro_f1", "seeds": 3},
     "text_lstm_imdb": {"arguments": "--data imdb --length 400", "data": "imdb_reviews", "metric": "eval/accuracy"},
 }
 

@@ -19,7 +19,7 @@ from bigjax.tasks import classify
 
 TAKES = ("image", "label")
 ROWS = {
-    "mnist_lstm": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 10},
+    "mnist_lstm": {"data": "mnist5k", "metric": "eval/accuracy", "seeds": 5},
 }
 
 
