@@ -194,6 +194,8 @@ class Experiment:
     tx: an optax transformation, for each player a state of its own; or {player: transformation}; or a function of the
         run's number of updates that gives either: schedules need to know the end.
     train, test: mappings of arrays with one leading axis, or readers by index (bigjax.data); test None: no evaluation.
+    initial: state -> (the state that a new run begins with, a line that says so): weights from elsewhere; what its
+        `fingerprint()` gives, if it has one, is compared when the run is resumed (bigjax.pretrained.begin).
     augment: (batch, key) -> batch, on the device, inside the step.
     transform: (example, NumPy generator) -> example, on the host, for splits read by index: decoding, crops of varying
         size. The generator is random per (seed, epoch, row). The test split is read as it is.
@@ -212,6 +214,7 @@ class Experiment:
     test: Split | None
     name: str = "experiment"
     class_names: Sequence[str] | None = None
+    initial: Callable[[Any], tuple[Any, str]] | None = None
     augment: Callable[[Batch, Key], Batch] | None = None
     transform: Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]] | None = None
     evaluators: Mapping[str, Callable[[Params, ModelState, Key], dict[str, float]]] = field(default_factory=dict)

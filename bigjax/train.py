@@ -144,7 +144,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
 
 
 def start(program: Program, home: epath.Path, display: Any, clock: Any) -> tuple[Any, int, TrainState, Metrics]:
-    """(checkpoints, step, state, window): resumed; or else initialized, from another run's parameters if asked."""
+    """(checkpoints, step, state, window): resumed; or else initialized, from weights that are there if asked."""
     from bigjax.run import restore
     from bigjax.run.checkpoint import Checkpoints
 
@@ -156,10 +156,7 @@ def start(program: Program, home: epath.Path, display: Any, clock: Any) -> tuple
         return checkpoints, step, *restore.resume(checkpoints, step, program)
     with clock.timing("compile"):
         state = jax.block_until_ready(program.initialize(program.key))
-    if config.init_from:
-        state, said = restore.transfer(state, config.init_from)
-        display.line(said)
-    return checkpoints, 0, state, program.fresh_window()
+    return checkpoints, 0, restore.begun(state, program, tell=display.line), program.fresh_window()
 
 
 def loop(

@@ -72,10 +72,11 @@ KINDS = (
     "an embedded set", "pictures", "images of classes", "images with numbers", "columns of classes",
     "columns of numbers", "texts of classes", "texts in a table", "pairs", "tokens", "text",
 )  # fmt: skip
-CLASSIFIERS = "mnist_gan.py, experiments/vision/mnist_cnn.py, experiments/vision/mnist_lstm.py"
+VISION = ("mnist_cnn", "mnist_lstm", "mnist_mlp", "resnet_classify", "vit_classify")
+CLASSIFIERS = ", ".join(["mnist_gan.py", *(f"experiments/vision/{name}.py" for name in VISION)])
 TAKING = {  # of some fields the scripts, as a user is told them
     ("text", "label"): "use experiments/text/text_lstm.py for those, or give other data",
-    ("image", "label"): f"use experiments/generate/{CLASSIFIERS}, experiments/vision/mnist_mlp.py for those, or",
+    ("image", "label"): f"use experiments/generate/{CLASSIFIERS} for those, or",
     ("x", "target"): "use experiments/tables/diabetes_linear.py for those, or",
     ("tokens",): "use experiments/text/gpt.py, experiments/text/pretrain.py for those, or",
     ("source", "target"): "and target: give other data",

@@ -1,6 +1,7 @@
 """The full-set recipes, for two steps on tiny TFDS sets of the real names: their data, and the published numbers."""
 
 import functools
+import io
 import json
 import runpy
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_experiments import load
 from tfds_fixture import build_set
 
@@ -20,12 +22,23 @@ WORDS = ("the film was good", "a very bad plot", "it is not what i saw before", 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """cifar10 with 40 + 30 images, imdb_reviews with 24 + 10 texts, lm1b with 50 + 12."""
+    """cifar10 with 40 + 30 images, imagenet2012 with 24 + 12 of many sizes, imdb_reviews with 24 + 10 texts, lm1b with
+    50 + 12.
+    """
     folder, random = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
 
     def images(count: int) -> list[dict]:
         shape = (count, 32, 32, 3)
         return [{"image": x, "label": n % 10} for n, x in enumerate(random.integers(0, 256, shape, np.uint8))]
+
+    def photos(count: int) -> list[dict]:
+        found = []
+        for n in range(count):
+            height, width = random.integers(20, 60, 2)
+            image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+            image.convert("L" if n == 1 else "RGB").save(buffer := io.BytesIO(), format="JPEG")
+            found.append({"image": buffer.getvalue(), "label": n % 1000, "file_name": f"{n}.JPEG"})
+        return found
 
     def reviews(count: int) -> list[dict]:
         return [{"text": f"{WORDS[n % 4]}, {n}", "label": n % 2} for n in range(count)]
@@ -39,6 +52,17 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "3.0.2",
         lambda f: {"image": f.Image(shape=(32, 32, 3)), "label": f.ClassLabel(num_classes=10)},
         {"train": images(40), "test": images(30)},
+    )
+    build_set(
+        folder,
+        "imagenet2012",
+        "5.1.0",
+        lambda f: {
+            "image": f.Image(encoding_format="jpeg"),
+            "label": f.ClassLabel(num_classes=1000),
+            "file_name": f.Text(),
+        },
+        {"train": photos(24), "validation": photos(12)},
     )
     build_set(
         folder,
@@ -102,6 +126,30 @@ def test_gan_on_cifar10(recipe: Any, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert cli.parse(mnist_gan.Config, "train", args=["--judge", "x"])[0].classifier == "x"  # its name once
 
 
+FEW = "--steps 2 --batch-size 8 --eval-every 2 --save-every 2".split()
+SMALL = {  # what makes the models of the rows small, and the side and the published number of each
+    "vit_imagenet": ("--side 28 --layers 1 --width 8 --heads 2 --patch 7", 28, 0.765),
+    "resnet_cifar10": ("--model small", 32, 0.9125),
+    "resnet_imagenet": ("--model small --side 24", 24, 0.7654),
+}
+
+
+@pytest.mark.parametrize("row", SMALL)
+def test_classifiers(row: str, recipe: Any) -> None:
+    """By the arguments of their rows, but smaller."""
+    script = f"{row.split('_')[0]}_classify"
+    module, (small, side, number) = load(script), SMALL[row]
+    arguments, imagenet = module.ROWS[row]["arguments"].split(), "imagenet" in row
+    experiment, result = recipe(script, *arguments, *FEW, *small.split())
+    test = experiment.test
+    shape = (test[1] if imagenet else {"image": test["image"][1]})["image"].shape
+    assert shape == (side, side, 3) and 0 <= result["metrics"]["eval/accuracy"] < 0.9
+    assert (experiment.transform is not None) is imagenet and (experiment.gallery == {}) is imagenet
+    config = cli.parse(module.Config, "train", args=arguments)[0]
+    [published] = module.build(config).published
+    assert (published.metric, published.value) == ("eval/accuracy", number)
+
+
 def test_lstm_on_imdb(recipe: Any) -> None:
     experiment, result = recipe("text_lstm", "--data", "imdb", "--embedding", "4", "--hidden", "4", "--length", "12")
     assert len(experiment.train["tokens"]) == 24 and experiment.class_names == ("neg", "pos")
@@ -128,7 +176,7 @@ def test_gpt_on_lm1b(recipe: Any) -> None:
     assert result["metrics"]["eval/bits_per_byte"] > 5 and "corpus_sha256" not in result
 
 
-@pytest.mark.parametrize("script", ["mnist_gan", "text_lstm", "python_gpt"])
+@pytest.mark.parametrize("script", ["mnist_gan", "text_lstm", "python_gpt", "vit_classify", "resnet_classify"])
 def test_embedded_data_have_no_published_numbers(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And `build` trains and writes nothing."""
     monkeypatch.chdir(tmp_path)

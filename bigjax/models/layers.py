@@ -45,11 +45,15 @@ def initializer(f: str | Callable[..., Array]) -> Callable[..., Array]:
 
 
 def normalize(x: Array, mean: float | tuple[float, ...], std: float | tuple[float, ...], *, dtype: str) -> Array:
-    """(x - mean) / std in float32, then `dtype`; a tuple has one number for each entry of x's last axis."""
+    """(x - mean) / std in float32, then `dtype`; a tuple has one number for each entry of x's last axis.
+
+    Of a grey image (B, H, W, 1) and three numbers it makes a coloured one.
+    """
+    grey = x.ndim == 4 and x.shape[-1] == 1
 
     def along(value: float | tuple[float, ...]) -> Array:
         v = jnp.asarray(value, jnp.float32)
-        if v.ndim and v.shape[0] != x.shape[-1]:
+        if v.ndim and v.shape[0] != x.shape[-1] and not (grey and v.shape[0] == 3):
             raise UsageError(f"mean and std have {v.shape[0]} entries, the input's last axis has {x.shape[-1]}")
         return v.reshape((1,) * (x.ndim - v.ndim) + v.shape) if v.ndim else v
 

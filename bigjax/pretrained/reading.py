@@ -54,10 +54,8 @@ def load(
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, param_dtype), shapes)
     found, real = matched(family, model, tensors, shapes)
     placed = flat(shapes if mesh is None else sharding.place(shapes, mesh, rules=rules))
-
     arrays = {where: array(leaf, found[where], tensors, real) for where, leaf in placed.items()}
     return model, flax.traverse_util.unflatten_dict(arrays, sep="/")
-
 
 def array(leaf: Any, source: Source, tensors: Tensors, real: Mapping[str, str]) -> jax.Array:
     """An array of the shape, dtype and sharding of `leaf`, each device given its part; without one on the first.

@@ -50,6 +50,12 @@ def fingerprint_of(split: Any) -> dict[str, Any]:
     return {"rows": size, "fields": fields, "checksums": sums}
 
 
+def fingerprint_of_weights(program: Program) -> dict[str, dict[str, Any]]:
+    """{"initial": that of the weights that the experiment begins with}, in the form of a split's, where it has one."""
+    found = getattr(program.experiment.initial, "fingerprint", None)
+    return {"initial": found()} if found else {}
+
+
 def row_of(split: Any, row: int) -> dict[str, Any] | None:
     """An example; None of one that cannot be read."""
     try:
@@ -121,7 +127,7 @@ def identify(
     """
     where = circumstances(program)
     with watching("reading the data's first examples"):
-        data = {k: fingerprint_of(v) for k, v in splits.items()}
+        data = {k: fingerprint_of(v) for k, v in splits.items()} | fingerprint_of_weights(program)
     here = {"programs": {where: fingerprint_of_program(program)}, "data": data}
     agree(program, here["programs"][where], data)
     for name in data.keys() - {"train"}:

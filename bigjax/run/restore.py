@@ -1,7 +1,7 @@
 """What other work takes from a run: its model, or the parameters to start from."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -114,6 +114,17 @@ def resume(checkpoints: Checkpoints, step: int, program: Program) -> tuple[Train
         live = averages_of(state.params, jax.tree.map(jax.numpy.copy, state.model_state))
         state = state.replace(ema={player: {**own, "params": state.ema[player]} for player, own in live.items()})
     return state, tree["window"]
+
+
+def begun(state: TrainState, program: Program, *, tell: Callable[[str], None]) -> TrainState:
+    """What a new run begins with: the state as it is initialized, with the experiment's weights or --init-from's."""
+    initial, source = program.experiment.initial, program.config.init_from
+    if initial and source:
+        raise UsageError(f"--init-from {source}, and other weights to begin with: leave one of them out")
+    if initial or source:
+        state, said = initial(state) if initial else transfer(state, source)
+        tell(said)
+    return state
 
 
 def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
