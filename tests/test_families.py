@@ -28,8 +28,20 @@ from bigjax.data import pipeline
 from bigjax.evaluation import evaluator
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import (
-    BERT, CNN, GPT, LSTM, T5, VAE, Autoencoder, Discriminator, Generator, Inception, Mixtral, ResNet, ViT,
-)  # fmt: skip
+    BERT,
+    CNN,
+    GPT,
+    LSTM,
+    T5,
+    VAE,
+    Autoencoder,
+    Discriminator,
+    Generator,
+    Inception,
+    Mixtral,
+    ResNet,
+    ViT,
+)
 from bigjax.models.convnext import ConvNeXt
 from bigjax.models.efficientnet import EfficientNet
 from bigjax.program import Program

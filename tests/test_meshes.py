@@ -19,8 +19,21 @@ from bigjax import optim, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import (
-    BERT, CNN, GPT, LSTM, MLP, T5, VAE, Autoencoder, Discriminator, Generator, Inception, Mixtral, ResNet, ViT,
-)  # fmt: skip
+    BERT,
+    CNN,
+    GPT,
+    LSTM,
+    MLP,
+    T5,
+    VAE,
+    Autoencoder,
+    Discriminator,
+    Generator,
+    Inception,
+    Mixtral,
+    ResNet,
+    ViT,
+)
 from bigjax.models.convnext import ConvNeXt
 from bigjax.models.efficientnet import EfficientNet
 from bigjax.ops import optimizers

@@ -57,6 +57,7 @@ def load(
     arrays = {where: array(leaf, found[where], tensors, real) for where, leaf in placed.items()}
     return model, flax.traverse_util.unflatten_dict(arrays, sep="/")
 
+
 def array(leaf: Any, source: Source, tensors: Tensors, real: Mapping[str, str]) -> jax.Array:
     """An array of the shape, dtype and sharding of `leaf`, each device given its part; without one on the first.
 
