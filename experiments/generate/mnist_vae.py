@@ -18,7 +18,7 @@ from bigjax.tasks.images import variational
 
 TAKES = ("image",)
 ROWS = {
-    "mnist_vae": {"data": "mnist5k", "metric": "eval/negative_elbo", "seeds": 5},
+    "mnist_vae": {"data": "mnist5k", "metric": "eval/negative_elbo", "seeds": 3},
 }
 
 
