@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_with_devices
+from PIL import Image, ImageEnhance, ImageOps
 
 from bigjax import UsageError, sharding
+from bigjax.data import randaugment
 from bigjax.data.augment import Augmentation, affine, augment_images, drop_tokens
 from bigjax.tools import hlo
 
@@ -109,7 +111,7 @@ def test_under_vmap_and_grad() -> None:
 def test_range_and_dtype_stay() -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         batch = batch_of() | {"image": jnp.ones((B, H, W, 1), dtype)}
-        out = augment_images(**ALL, mixup=0.5)(batch, KEY)["image"]
+        out = augment_images(**ALL, mixup=0.5, cutmix=0.5, randaugment=2)(batch, KEY)["image"]
         assert out.dtype == dtype and out.min() >= 0 and out.max() <= 1 + 1e-6
 
 
@@ -195,6 +197,10 @@ def test_mixup_weights_follow_beta() -> None:
         (dict(rotate=-3.0), r"rotate=-3.0 must be a number from 0 \(off\) upwards"),
         (dict(shift=float("nan")), "shift=nan must be a number"),
         (dict(scale=1.0), "scale=1.0 must be below 1"),
+        (dict(crop=2.5), "crop=2.5 must be a whole number"),
+        (dict(randaugment=1.5), "randaugment=1.5 must be a whole number"),
+        (dict(randaugment_magnitude=-1.0), r"randaugment_magnitude=-1.0 must be a number from 0 \(off\) upwards"),
+        (dict(randaugment_magnitude=11.0), "randaugment_magnitude=11.0 must be at most 10"),
     ],
 )
 def test_senseless_strengths_are_refused(options: dict, text: str) -> None:
@@ -205,6 +211,10 @@ def test_senseless_strengths_are_refused(options: dict, text: str) -> None:
 def test_wrong_batches_are_refused() -> None:
     with pytest.raises(UsageError, match="mixup mixes labels, and this data has none"):
         augment_images(mixup=1.0)({k: v for k, v in batch_of().items() if k != "label"}, KEY)
+    with pytest.raises(UsageError, match="cutmix mixes labels, and this data has none: pass cutmix=0"):
+        augment_images(cutmix=1.0)({k: v for k, v in batch_of().items() if k != "label"}, KEY)
+    with pytest.raises(UsageError, match="images of 1 or 3 channels, and these have 4"):
+        augment_images(randaugment=1)(batch_of(channels=4), KEY)
     with pytest.raises(TypeError, match="float images"):
         augment_images(flip=True)(batch_of() | {"image": jnp.zeros((B, H, W, 1), jnp.uint8)}, KEY)
 
@@ -254,7 +264,153 @@ def test_warp_differs_by_row_and_keeps_the_range() -> None:
 
 
 def test_augmentation_as_flags() -> None:
-    strengths = dict(rotate=20.0, shift=2.0, scale=0.2, shear=0.3, warp=0.4)
+    strengths = dict(rotate=20.0, shift=2.0, scale=0.2, shear=0.3, warp=0.4, flip=True, crop=1, cutout=3)
+    strengths |= dict(mixup=0.2, cutmix=1.0, randaugment=1, randaugment_magnitude=4.0)
     out = Augmentation(**strengths).function()(batch_of(), KEY)
     chex.assert_trees_all_equal(out, augment_images(**strengths)(batch_of(), KEY))
     assert Augmentation(**strengths, augment=False).function() is None
+
+
+# ---- cutmix
+
+
+def test_cutmix_puts_a_box_of_the_next_row_and_says_its_share() -> None:
+    rows = np.arange(64)
+    batch = batch_of(rows) | {"image": jnp.asarray(np.broadcast_to(rows[:, None, None, None] / 64.0, (64, H, W, 1)))}
+    out = jax.jit(augment_images(cutmix=1.0))(batch, KEY)
+    partner = np.roll(rows, -1)
+    np.testing.assert_array_equal(out["label_mix"], partner % 10)
+    share = []
+    for row, image in enumerate(np.asarray(out["image"])[..., 0]):
+        box = image == np.float32(partner[row] / 64)
+        assert (box | (image == np.float32(row / 64))).all()
+        y, x = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        assert box.sum() == len(y) * len(x) and (not len(y) or (np.ptp(y) < len(y) and np.ptp(x) < len(x)))
+        np.testing.assert_allclose(out["mix"][row], 1 - box.mean(), atol=1e-6)
+        share.append(box.mean())
+    assert min(share) < 0.1 and max(share) > 0.6 and 0.2 < np.mean(share) < 0.5  # uniform, but for what is clipped
+    order = np.random.default_rng(0).permutation(64)
+    shuffled = augment_images(cutmix=1.0)({k: v[order] for k, v in batch.items()}, KEY)
+    np.testing.assert_array_equal(shuffled["mix"], out["mix"][order])
+
+
+def test_of_mixup_and_cutmix_the_key_chooses_one_for_the_batch() -> None:
+    mixed, cut, either = (augment_images(mixup=a, cutmix=b) for a, b in ((0.4, 0), (0, 1.0), (0.4, 1.0)))
+    keys = jax.random.split(KEY, 40)
+    mixed, cut, either = (jax.vmap(lambda k: f(batch_of(), k))(keys) for f in (mixed, cut, either))  # noqa: B023
+    cuts = np.array([bool((a == b).all()) for a, b in zip(either["mix"], cut["mix"], strict=True)])
+    assert 10 < cuts.sum() < 30
+    for name in ("image", "mix", "label_mix"):
+        expected = np.where(cuts.reshape(-1, *[1] * (either[name].ndim - 1)), cut[name], mixed[name])
+        chex.assert_trees_all_close(either[name], expected, atol=1e-6)
+
+
+# ---- RandAugment
+
+
+def pillow(name: str, image: Image.Image, share: float) -> Image.Image:
+    """The operation as AutoAugment's published code has it in Pillow; share: ± of the greatest magnitude."""
+    width, height = image.size
+    smooth, fine = Image.Resampling.BILINEAR, Image.Transform.AFFINE
+    down, right = (round(randaugment.TRANSLATE * share * n) for n in (height, width))
+    enhancers = {"color": "Color", "contrast": "Contrast", "brightness": "Brightness", "sharpness": "Sharpness"}
+    match name:
+        case "identity":
+            return image
+        case "autocontrast" | "equalize":
+            return getattr(ImageOps, name)(image)
+        case "solarize":
+            return ImageOps.solarize(image, round(256 * (1 - abs(share))))
+        case "posterize":
+            return ImageOps.posterize(image, 8 - round(4 * abs(share)))
+        case "rotate":
+            return image.rotate(30 * share, smooth)
+        case "shear_x":
+            return image.transform(image.size, fine, (1, 0.3 * share, 0, 0, 1, 0), smooth)
+        case "shear_y":
+            return image.transform(image.size, fine, (1, 0, 0, 0.3 * share, 1, 0), smooth)
+        case "translate_x":
+            return image.transform(image.size, fine, (1, 0, -right, 0, 1, 0), smooth)
+        case "translate_y":
+            return image.transform(image.size, fine, (1, 0, 0, 0, 1, -down), smooth)
+    return getattr(ImageEnhance, enhancers[name])(image).enhance(1 + 0.9 * share)
+
+
+EXACT = {"identity", "equalize", "posterize", "translate_x", "translate_y"}
+MOVED = {"rotate", "shear_x", "shear_y"}  # Pillow repeats the border where we have the 0 outside: compared within
+PICTURES = np.random.default_rng(3).integers(0, 256, (2, 4, 5, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """Smooth images with a narrow range in one channel, and one with few levels: (2, 40, 50, 3)."""
+    wide = [np.asarray(Image.fromarray(p).resize((50, 40), Image.Resampling.BICUBIC)) for p in PICTURES]
+    wide[0] = np.stack([wide[0][..., 0] // 3 + 60, wide[0][..., 1], wide[0][..., 2]], axis=-1)
+    wide[1] = wide[1] // 64 * 64
+    return np.stack(wide).astype(np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("share", [0.9, -0.5])
+def test_operations_are_pillows(channels: int, share: float, pictures: np.ndarray) -> None:
+    """To a rounding; what is interpolated to two levels of 256."""
+    images = pictures[..., :channels]
+    operation_B = jnp.repeat(jnp.arange(14), 2)
+    given = jnp.tile(jnp.asarray(images, jnp.float32) / 255, (14, 1, 1, 1))
+    run = jax.jit(lambda x, o, s: randaugment.operated(x, o, s, magnitude=10 * abs(share)))
+    out = 255 * np.asarray(run(given, operation_B, jnp.full(28, np.sign(share))))
+    for n, name in enumerate(randaugment.OPERATIONS):
+        for i, image in enumerate(images):
+            with_pillow = pillow(name, Image.fromarray(image if channels == 3 else image[..., 0]), share)
+            expected = np.asarray(with_pillow).reshape(image.shape).astype(np.float32)
+            wrong = np.abs(out[2 * n + i] - expected)
+            if name in MOVED:
+                wrong = wrong[within(np.asarray(pillow(name, Image.new("L", (50, 40), 255), share)) == 255)]
+            limit = 1e-3 if name in EXACT else 2.01 if name in MOVED else 1.01
+            assert wrong.max() <= limit, f"{name} of image {i}: {wrong.max()} levels"
+            assert channels == 1 or name == "identity" or np.abs(out[2 * n + i] - image).max() > 2, (
+                f"{name} did nothing"
+            )
+
+
+def within(inside_HW: np.ndarray) -> np.ndarray:
+    """Without what has something outside beside it."""
+    padded = np.pad(inside_HW, 1)
+    height, width = inside_HW.shape
+    return np.all([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+
+
+def test_tables_are_the_same_by_products_as_one_by_one() -> None:
+    random = np.random.default_rng(0)
+    level_MN, table_MV = random.integers(0, 256, (3, 500)), random.integers(0, 256, (3, 256))
+    counted = np.stack([np.bincount(row, minlength=256) for row in level_MN])
+    read = np.take_along_axis(table_MV, level_MN, axis=1)
+    for count, look in (
+        (randaugment.counted_by_products, randaugment.read_by_products),
+        (randaugment.counted_one_by_one, randaugment.read_one_by_one),
+    ):
+        np.testing.assert_array_equal(count(jnp.asarray(level_MN)), counted)
+        np.testing.assert_array_equal(look(jnp.asarray(table_MV), jnp.asarray(level_MN)), read)
+
+
+def test_randaugment_draws_by_row_all_operations_about_evenly() -> None:
+    seen = np.zeros(14, int)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(700))
+    image = jnp.asarray(np.random.default_rng(0).random((1, 4, 4, 1)), jnp.float32)
+    spy = lambda x, o, s, magnitude: x.at[:, 0, 0, 0].set(o / 16).at[:, 0, 1, 0].set(s)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(randaugment, "operated", spy)
+        out = np.asarray(randaugment.randaugmented(jnp.tile(image, (700, 1, 1, 1)), keys, 1, magnitude=5.0))
+    seen = np.bincount((out[:, 0, 0, 0] * 16).astype(int), minlength=14)
+    assert len(seen) == 14 and seen.min() > 25 and seen.max() < 80 and 280 < (out[:, 0, 1, 0] > 0).sum() < 420
+
+
+def test_randaugment_goes_on_from_operation_to_operation_and_keeps_rows_apart() -> None:
+    rows = np.arange(32)
+    one, two = (augment_images(randaugment=n) for n in (1, 2))
+    batch = batch_of(rows, channels=3)
+    out = np.asarray(jax.jit(two)(batch, KEY)["image"])
+    some = np.array([3, 17, 8])
+    chex.assert_trees_all_close(two(batch_of(some, channels=3), KEY)["image"], out[some], atol=1e-6)
+    assert np.abs(out - batch["image"]).max((1, 2, 3)).astype(bool).sum() > 24
+    assert np.abs(out - one(batch, KEY)["image"]).max() > 0.1

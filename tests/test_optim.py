@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from bigjax import UsageError, optim
+from bigjax.ops import optimizers
 
 pytestmark = pytest.mark.usefixtures("optax_alone")
 PEAK = 0.2
@@ -25,6 +26,7 @@ COS = 0.5 * (1 + math.cos(math.pi / 4))  # a quarter of the way down
         ("cosine", {"end": 0.1}, {0: 1, 250: 0.1 + 0.9 * COS, 500: 0.55, 1000: 0.1, 2000: 0.1}),
         ("warmup-cosine", {"warmup": 200}, {0: 0, 50: 0.25, 100: 0.5, 200: 1, 400: COS, 600: 0.5, 1000: 0}),
         ("warmup-cosine", {"end": 0.1}, {0: 0, 25: 0.5, 50: 1, 525: 0.55, 1000: 0.1}),  # warm-up over 5 %
+        ("warmup-cosine", {"warmup": 0.2}, {0: 0, 100: 0.5, 200: 1, 400: COS, 600: 0.5, 1000: 0}),  # a share
         ("rsqrt", {"warmup": 100}, {0: 0.01, 49: 0.5, 99: 1, 399: 0.5, 899: 1 / 3}),
         ("rsqrt", {}, {24: 0.5, 49: 1, 199: 0.5}),
     ],
@@ -112,11 +114,47 @@ def test_clip_is_of_the_global_norm_before_adam(size: float, factor: float) -> N
 
 
 def test_adamw_as_flags_is_adamw_under_its_schedule() -> None:
-    flags = optim.AdamW(learning_rate=0.3, schedule="cosine", weight_decay=0.1, clip=0.5, b1=0.7, b2=0.8)
-    rate = optim.schedule("cosine", 0.3, steps=5)
-    ours, expected = flags(5), optim.adamw(rate, weight_decay=0.1, clip=0.5, b1=0.7, b2=0.8)
+    flags = optim.AdamW(learning_rate=0.3, schedule="rsqrt", warmup=2, weight_decay=0.1, clip=0.5, b1=0.7, b2=0.8)
+    rate = optim.schedule("rsqrt", 0.3, steps=5, warmup=2)
+    assert_alike(flags(5), optim.adamw(rate, weight_decay=0.1, clip=0.5, b1=0.7, b2=0.8))
+
+
+def assert_alike(ours: optax.GradientTransformation, expected: optax.GradientTransformation, **tolerance) -> None:
+    """On three updates; without a tolerance bit for bit."""
+    check = chex.assert_trees_all_close if tolerance else chex.assert_trees_all_equal
     states = [tx.init(PARAMS) for tx in (ours, expected)]
     for n in range(3):
         grads = jax.tree.map(lambda w: jnp.cos(w + n), PARAMS)  # noqa: B023
         (a, states[0]), (b, states[1]) = (tx.update(grads, s, PARAMS) for tx, s in zip((ours, expected), states))
-        chex.assert_trees_all_equal(a, b)
+        check(a, b, **tolerance)
+
+
+DECAY = optim.mask(optim.NO_DECAY, matching=False)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_as_flags_adds_the_decay_to_the_gradient_before_the_momentum(nesterov: bool) -> None:
+    flags = optimizers.SGD(learning_rate=0.3, warmup=2, momentum=0.8, nesterov=nesterov, weight_decay=0.1)
+    ours, w, trace = flags(5), 2.0, 0.0
+    params = {"kernel": jnp.array(w), "bias": jnp.array(w)}
+    state = ours.init(params)
+    for n in range(4):
+        updates, state = ours.update(jax.tree.map(jnp.ones_like, params), state, params)
+        rate = float(optim.schedule("warmup-cosine", 0.3, steps=5, warmup=2)(n))
+        trace = 0.8 * trace + 1 + 0.1 * w
+        expected = -rate * (0.8 * trace + 1 + 0.1 * w if nesterov else trace)
+        np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+        assert n == 0 or abs(float(updates["bias"]) - expected) > 0.01  # no decay of a bias
+        params = optax.apply_updates(params, updates)
+        w = float(params["kernel"])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lars_as_flags_is_optaxs(nesterov: bool) -> None:
+    flags = optimizers.LARS(
+        learning_rate=3.0, warmup=0.4, momentum=0.8, nesterov=nesterov, weight_decay=0.1, trust=0.02
+    )
+    rate = optim.schedule("warmup-cosine", 3.0, steps=5, warmup=2)
+    how = {"weight_decay_mask": DECAY, "trust_ratio_mask": DECAY, "momentum": 0.8, "nesterov": nesterov}
+    assert_alike(flags(5), optax.lars(rate, 0.1, trust_coefficient=0.02, **how), rtol=1e-5)
+    assert dict(vars(optimizers.LARS(**vars(optimizers.SGD())))) == vars(optimizers.SGD()) | {"trust": 0.001}

@@ -2,7 +2,7 @@
 
 Shapes: B batch, H height, W width, C channels, D draws of one row. Images are floats in [0, 1]; what comes in from
 outside is 0. Every row draws from its own key, `fold_in(key, index)`: what happens to an example depends on (key, its
-row in the data set) alone, not on its place in the batch, the microbatch or the device; but for mixup's partner.
+row in the data set) alone, not on its place in the batch, the microbatch or the device; but for whom it is mixed with.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.data.affine import affine
+from bigjax.data.mixing import inside, mixed
+from bigjax.data.randaugment import GREATEST, randaugmented
 from bigjax.experiment import Fraction, NonNegative
 
 Batch = dict[str, Array]
 Augment = Callable[[Batch, Array], Batch]
 WARP_KNOTS = 5  # a side: on 28 pixels a bump is as wide as a stroke is long
 DRAWS = ("shift_y", "shift_x", "rotate", "scale", "shear", "flip", "crop_y", "crop_x", "cutout_y", "cutout_x")
-MIX_STREAM, WARP_STREAM = 11, 12  # folded into a row's key: what these two draw does not depend on DRAWS
+WARP_STREAM, OPERATIONS_STREAM = 12, 13  # folded into a row's key: what these draw does not depend on DRAWS
 
 
 def augment_images(
@@ -34,6 +37,9 @@ def augment_images(
     crop: int = 0,
     cutout: int = 0,
     mixup: float = 0.0,
+    cutmix: float = 0.0,
+    randaugment: int = 0,
+    randaugment_magnitude: float = 9.0,
 ) -> Augment:
     """A function (batch, key) -> batch that varies `image` (B,H,W,C) by the row's key; the other fields stay.
 
@@ -44,21 +50,25 @@ def augment_images(
     flip: left-right, half of the rows.
     crop: padded by so many pixels and cropped back, a shift by whole pixels (He et al. 2016).
     cutout: a square of this side set to 0 around any pixel, so it may lie partly outside (DeVries & Taylor 2017).
-    mixup: λ·image + (1 − λ)·partner's, λ ~ Beta(mixup, mixup) (Zhang et al. 2018). The partner is the next row of the
-    batch, whose order is random already: of a batch over several devices only the rows at their edges travel. Give it
-    the whole batch, not a microbatch. It adds `label_mix` (B,) int32, the partner's label, and `mix` (B,) float32, the
-    weight λ: loss = mix·loss(label) + (1 − mix)·loss(label_mix).
+    mixup, cutmix: each image mixed with another, or a box of it replaced, as in `mixing.mixed`, which adds `label_mix`
+    and `mix`: loss = mix·loss(label) + (1 − mix)·loss(label_mix).
+    randaugment: so many operations one after the other, each one of 14, of randaugment_magnitude 0 to 10
+    (`randaugment.randaugmented`); before what is cut out and mixed.
 
     Strengths of zero change nothing. What one augmentation draws does not depend on which others are on. UsageError: a
-    strength that makes no sense; mixup of a batch without labels.
+    strength that makes no sense; mixup or cutmix of a batch without labels; randaugment of other than 1 or 3 channels.
     """
     strengths = {"shift": shift, "rotate": rotate, "scale": scale, "shear": shear, "warp": warp, "flip": flip}
-    strengths |= {"crop": crop, "cutout": cutout, "mixup": mixup}
-    for name, value in strengths.items():
+    strengths |= {"crop": crop, "cutout": cutout, "mixup": mixup, "cutmix": cutmix, "randaugment": randaugment}
+    for name, value in {**strengths, "randaugment_magnitude": randaugment_magnitude}.items():
         if not 0 <= value < float("inf"):
             raise UsageError(f"augmentation {name}={value} must be a number from 0 (off) upwards")
+        if name in ("crop", "cutout", "randaugment") and value != int(value):
+            raise UsageError(f"augmentation {name}={value} must be a whole number")
     if scale >= 1:
         raise UsageError(f"augmentation scale={scale} must be below 1: images are magnified by a factor in 1 ± scale")
+    if randaugment_magnitude > GREATEST:
+        raise UsageError(f"augmentation randaugment_magnitude={randaugment_magnitude} must be at most {GREATEST}")
 
     def augment(batch: Batch, key: Array) -> Batch:
         image_BHWC = batch["image"]
@@ -92,19 +102,15 @@ def augment_images(
         if crop:
             top_B, left_B = (jnp.floor(u[f"crop_{axis}"] * (2 * crop + 1)).astype(jnp.int32) for axis in "yx")
             image_BHWC = _crop(image_BHWC, top_B, left_B, pad=crop)
+        if randaugment:
+            operations_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, OPERATIONS_STREAM)
+            image_BHWC = randaugmented(image_BHWC, operations_key_B, randaugment, magnitude=randaugment_magnitude)
         if cutout:
             y_B, x_B = jnp.floor(u["cutout_y"] * height), jnp.floor(u["cutout_x"] * width)
-            hole_BHWC = _inside(height, y_B, cutout)[:, :, None, None] & _inside(width, x_B, cutout)[:, None, :, None]
+            hole_BHWC = inside(height, y_B, cutout)[:, :, None, None] & inside(width, x_B, cutout)[:, None, :, None]
             image_BHWC = jnp.where(hole_BHWC, 0, image_BHWC)
-        if not mixup:
-            return batch | {"image": image_BHWC}
-        if "label" not in batch:
-            raise UsageError("mixup mixes labels, and this data has none: pass mixup=0")
-        mix_B = jax.vmap(lambda k: jax.random.beta(jax.random.fold_in(k, MIX_STREAM), mixup, mixup))(key_B)
-        own = _each(mix_B).astype(image_BHWC.dtype)
-        image_BHWC = own * image_BHWC + (1 - own) * jnp.roll(image_BHWC, -1, axis=0)
-        label_mix_B = jnp.roll(batch["label"], -1)
-        return batch | {"image": image_BHWC, "label_mix": label_mix_B, "mix": mix_B.astype(jnp.float32)}
+        batch = batch | {"image": image_BHWC}
+        return mixed(batch, key, key_B, mixup=mixup, cutmix=cutmix) if mixup or cutmix else batch
 
     return augment
 
@@ -125,64 +131,10 @@ def drop_tokens(share: float, *, unknown: int = 1) -> Augment:
     return augment
 
 
-def affine(
-    image_BHWC: Array,
-    *,
-    shift_B2: Array,
-    degrees_B: Array,
-    scale_B: Array,
-    shear_B: Array,
-    warp_B2HW: Array | None = None,
-) -> Array:
-    """Each image sheared, magnified, turned counter-clockwise about its centre, then shifted by (down, right) pixels.
-
-    In one bilinear resampling, each pixel looked up `warp` (down, right) pixels further; outside the image is 0.
-    """
-    height, width = image_BHWC.shape[1:3]
-    centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
-    y_BHW = jnp.arange(height).astype(jnp.float32)[None, :, None] - centre_y - shift_B2[:, 0, None, None]
-    x_BHW = jnp.arange(width).astype(jnp.float32)[None, None, :] - centre_x - shift_B2[:, 1, None, None]
-    cos_B, sin_B = jnp.cos(jnp.deg2rad(degrees_B)) / scale_B, jnp.sin(jnp.deg2rad(degrees_B)) / scale_B
-    # where each pixel of the result comes from: the inverse of the turn (y points down), then of the shear
-    from_y = cos_B[:, None, None] * y_BHW + sin_B[:, None, None] * x_BHW
-    from_x = cos_B[:, None, None] * x_BHW - sin_B[:, None, None] * y_BHW
-    from_x = from_x - shear_B[:, None, None] * from_y
-    if warp_B2HW is not None:
-        from_y, from_x = from_y + warp_B2HW[:, 0], from_x + warp_B2HW[:, 1]
-    return _bilinear(image_BHWC, from_y + centre_y, from_x + centre_x)
-
-
-def _bilinear(image_BHWC: Array, y_BHW: Array, x_BHW: Array) -> Array:
-    """Values at fractional positions. Four gathers from flat images: on CPU far faster than weight matrices."""
-    batch, height, width, channels = image_BHWC.shape
-    y_BHW, x_BHW = jnp.clip(y_BHW, -1, height), jnp.clip(x_BHW, -1, width)
-    flat_BNC = jnp.pad(image_BHWC, ((0, 0), (1, 2), (1, 2), (0, 0))).reshape(batch, -1, channels)
-    row = width + 3
-    top_BHW, left_BHW = jnp.floor(y_BHW), jnp.floor(x_BHW)
-    corner_BHW = (top_BHW.astype(jnp.int32) + 1) * row + left_BHW.astype(jnp.int32) + 1
-
-    def at(offset: int) -> Array:
-        values_BNC = jax.vmap(lambda flat, i: flat.at[i].get(mode="promise_in_bounds"))(
-            flat_BNC, corner_BHW.reshape(batch, -1) + offset
-        )
-        return values_BNC.reshape(image_BHWC.shape)
-
-    down, right = (f[..., None].astype(image_BHWC.dtype) for f in (y_BHW - top_BHW, x_BHW - left_BHW))
-    above = at(0) * (1 - right) + at(1) * right
-    below = at(row) * (1 - right) + at(row + 1) * right
-    return above * (1 - down) + below * down
-
-
 def _crop(image_BHWC: Array, top_B: Array, left_B: Array, *, pad: int) -> Array:
     padded_BHWC = jnp.pad(image_BHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     cut = lambda image, top, left: jax.lax.dynamic_slice(image, (top, left, 0), image_BHWC.shape[1:])  # noqa: E731
     return jax.vmap(cut)(padded_BHWC, top_B, left_B)
-
-
-def _inside(size: int, centre_B: Array, side: int) -> Array:
-    """(B, size): which places are in the span of `side` around the centre."""
-    from_start = jnp.arange(size).astype(jnp.float32)[None] - (centre_B[:, None] - side // 2)
-    return (from_start >= 0) & (from_start < side)
 
 
 def _each(value_B: Array) -> Array:
@@ -199,6 +151,13 @@ class Augmentation:
     scale: Annotated[float, Fraction] = 0.0  # magnified by a factor in 1 ± scale
     shear: Annotated[float, NonNegative] = 0.0  # pixels sideways a pixel of height, at most
     warp: Annotated[float, NonNegative] = 0.0  # pixels, standard deviation of the elastic distortion
+    flip: bool = False  # left-right, half of the images
+    crop: Annotated[int, NonNegative] = 0  # padded by so many pixels and cropped back
+    cutout: Annotated[int, NonNegative] = 0  # pixels a side of a square that is set to 0
+    randaugment: Annotated[int, NonNegative] = 0  # operations an image, of the 14 of RandAugment
+    randaugment_magnitude: Annotated[float, NonNegative] = 9.0  # their strength, 0 to 10
+    mixup: Annotated[float, NonNegative] = 0.0  # mixed with another by a share of Beta(mixup, mixup); 0: not
+    cutmix: Annotated[float, NonNegative] = 0.0  # a box of another, its share of Beta(cutmix, cutmix); 0: none
 
     def function(self) -> Augment | None:
         strengths = asdict(self)

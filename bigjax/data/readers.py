@@ -1,6 +1,6 @@
 """Splits that are read by index: some rows of one, what is made of one, and examples put together."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,6 +26,22 @@ class View:
 
     def __getitem__(self, row: int) -> Example:
         return self.reader[int(self.rows[row])]
+
+
+class Rows:
+    """Arrays in memory, as a reader."""
+
+    def __init__(self, fields: Mapping[str, np.ndarray]) -> None:
+        self.fields = fields
+        for name, values in (("label", fields.get("label")), ("names", getattr(fields, "names", None))):
+            if values is not None:
+                setattr(self, name, values)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    def __getitem__(self, row: int) -> Example:
+        return {name: values[row] for name, values in self.fields.items()}
 
 
 class Mapped:

@@ -40,6 +40,7 @@ def load(
     image_feature: str | None = None,
     text_feature: str | None = None,
     label_feature: str | None = None,
+    undecoded: bool = False,
 ) -> Dataset:
     """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, a name in `tfds.NAMES`,
     `tfds:NAME`, or a path (~ is expanded, file:/// and gs:// are read); a TFDS set on disk by its name alone, too.
@@ -56,10 +57,12 @@ def load(
     takes: the fields that are needed; data without them are refused, with the script that takes those (`takes.check`).
     background, resize, the columns, split and the features: as in `reading`, whose groups of flags they are; a
         `label_column` is the target where a target is taken. UsageError: one of them says nothing about these data.
+    undecoded: a folder of images is read by index, each an `Undecoded` of any size.
     """
     wanted = "target" if "target" in takes and "label" not in takes else "label"
     features = {"image": image_feature, "text": text_feature, "label": label_feature}
     how = {"takes": takes, "background": background, "resize": resize, "features": features, "split": split}
+    how["undecoded"] = undecoded
     how["columns"] = {"text": text_column, wanted: label_column}
     names = [name] if eval_data is None else [name, eval_data]
     _of_use(names, columns=(text_column, label_column), background=background, features=features, split=split)
@@ -80,7 +83,7 @@ def load(
 
 def fields_of(name: str) -> tuple[str, ...]:
     """The fields of the data called `name`. UsageError: as `load`."""
-    how = {"background": "white", "resize": None, "columns": {}, "features": {}, "split": None}
+    how = {"background": "white", "resize": None, "columns": {}, "features": {}, "split": None, "undecoded": False}
     return tuple(example(_open(name, takes=(), **how).train))
 
 
@@ -153,7 +156,7 @@ def image_statistics(split: Split) -> tuple[Any, Any]:
         blocks = [split["image"][i : i + 1000] for i in range(0, size_of(split), 1000)]
     else:
         rows = np.unique(np.linspace(0, len(split) - 1, 2000).astype(int))
-        blocks = [split[int(row)]["image"] for row in rows]
+        blocks = (np.asarray(split[int(row)]["image"]) for row in rows)
     count, total, squares, low, high = 0, 0.0, 0.0, np.inf, -np.inf
     for block in blocks:  # in blocks: float64 copies of a large set would not fit
         pixels_NC = block.reshape(-1, block.shape[-1]).astype(np.float64) / (255 if block.dtype == np.uint8 else 1)
@@ -205,6 +208,7 @@ def _read(
     columns: Mapping[str, str | None],
     features: Mapping[str, str | None],
     split: str | None,
+    undecoded: bool,
     part: str | None = None,
 ) -> Dataset:
     from bigjax.data import embedded, tfds
@@ -226,7 +230,7 @@ def _read(
     if path.is_dir():
         if described := next((p for n in range(3) for p in path.glob("*/" * n + "dataset_info.json")), None):
             raise UsageError(f"{path} is a set that TFDS prepared: {tfds.by_name(described)}")
-        return folder_of_images(path, background=background, resize=resize)
+        return folder_of_images(path, background=background, resize=resize, undecoded=undecoded)
     ending = path.suffix.lower()
     if ending not in FILES and not path.exists() and "://" not in name and not name.startswith(("/", "~", ".")):
         if "/" not in name:

@@ -12,7 +12,8 @@ from etils import epath
 from bigjax import UsageError
 from bigjax.data import tfds_features, tfds_folder, tfds_splits
 from bigjax.data.files import THREADS
-from bigjax.data.pictures import decoded
+from bigjax.data.parts import Undecoded
+from bigjax.data.pictures import as_channels, decoded
 from bigjax.data.readers import gathered
 from bigjax.experiment import Split
 
@@ -29,7 +30,7 @@ class TfdsReader:
         import tensorflow_datasets as tfds
 
         self.shapes, self._features, self._names, self._cure = fields.shapes, fields.features, fields.names, cure
-        self.pieces, self._places = pieces, {}
+        self.pieces, self._places, self._later = pieces, {}, False
         files = (epath.Path(p.filename) for p in pieces if ".array_record-" in p.filename)
         if wrong := next(filter(None, map(tfds_folder.torn, files)), ""):
             raise UsageError(f"{wrong}: {cure}")
@@ -57,7 +58,7 @@ class TfdsReader:
             example = self._source[row]
             read = {field: example[feature] for field, feature in self._features.items()}
             if self._decoded:
-                read["image"] = self._image(read["image"])
+                read["image"] = (self._undecoded if self._later else self._image)(read["image"], row)
             if "label" in read:
                 read["label"] = self._class(read["label"])
             if "target" in read:
@@ -80,11 +81,21 @@ class TfdsReader:
         out._features = {field: feature for field, feature in self._features.items() if field != "label"}
         return out
 
+    def undecoded(self) -> "TfdsReader":
+        """The same with each `image` an `Undecoded`, where the set holds pictures."""
+        out = copy.copy(self)
+        out._later = True
+        return out
+
     def count(self, places: Mapping[Any, int]) -> None:
         """Labels are from now on the places of their values among the classes."""
         self._places = places
 
-    def _image(self, content: bytes) -> np.ndarray:
+    def _undecoded(self, content: bytes, row: int) -> Undecoded:
+        channels = self.shapes["image"][2]
+        return Undecoded(content, lambda image: as_channels(image, channels), wrong=lambda e: self._unreadable(e, row))
+
+    def _image(self, content: bytes, row: int) -> np.ndarray:
         shape = self.shapes["image"]
         image_HWC = decoded(content, channels=shape[2])
         if any(n not in (None, m) for m, n in zip(image_HWC.shape, shape, strict=True)):
@@ -102,9 +113,11 @@ class TfdsReader:
         try:
             return read()
         except Exception as e:  # what a damaged file, or a damaged example in it, leads to
-            raise UsageError(
-                f"{tfds_splits.place(self.pieces, row)} cannot be read ({tfds_folder.brief(e)}): {self._cure}"
-            ) from e
+            raise self._unreadable(e, row) from e
+
+    def _unreadable(self, e: Exception, row: int) -> UsageError:
+        where = tfds_splits.place(self.pieces, row)
+        return UsageError(f"{where} cannot be read ({tfds_folder.brief(e)}): {self._cure}")
 
 
 def _text(value: Any) -> str:

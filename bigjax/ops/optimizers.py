@@ -1,11 +1,13 @@
-"""Optimizers that look at matrices: each layer of a scanned stack (under "layers") is a matrix of its own."""
+"""Optimizers that look at matrices: each layer of a scanned stack (under "layers") is a matrix of its own. And SGD."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
 import optax
 
-from bigjax.optim import NO_DECAY, mask, path_string
+from bigjax.experiment import Fraction, NonNegative, Positive
+from bigjax.optim import NO_DECAY, Schedule, mask, path_string, schedule
 
 
 def is_stacked(path: tuple[Any, ...]) -> bool:
@@ -49,8 +51,8 @@ def muon(
     )
 
 
-def trust_ratios() -> optax.GradientTransformation:
-    """Scales each update by |parameter| / |update|, one ratio a leaf, or a layer of a scanned stack.
+def trust_ratios(coefficient: float = 1.0) -> optax.GradientTransformation:
+    """Scales each update by coefficient × |parameter| / |update|, one ratio a leaf, or a layer of a scanned stack.
 
     1 where either is 0.
     """
@@ -60,7 +62,7 @@ def trust_ratios() -> optax.GradientTransformation:
             axes = tuple(range(int(is_stacked(path)), u.ndim))
             size_u, size_p = (jax.numpy.sqrt(jax.numpy.square(x).sum(axes, keepdims=True)) for x in (u, p))
             usable = (size_u > 0) & (size_p > 0)
-            return u * jax.numpy.where(usable, size_p / jax.numpy.where(usable, size_u, 1.0), 1.0)
+            return u * jax.numpy.where(usable, coefficient * size_p / jax.numpy.where(usable, size_u, 1.0), 1.0)
 
         return jax.tree_util.tree_map_with_path(scale, updates, params), state
 
@@ -82,3 +84,59 @@ def lamb(
         trust_ratios(),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def lars(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    no_decay: str = NO_DECAY,
+    trust: float = 0.001,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """LARS (You et al. 2017), with the trust ratio of a scanned stack taken layer by layer.
+
+    Where the path matches `no_decay` there is neither decay nor ratio: plain momentum.
+    """
+    others = mask(no_decay, matching=False)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=others),
+        optax.masked(trust_ratios(trust), others),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.trace(momentum, nesterov),
+    )
+
+
+@dataclass(frozen=True)
+class SGD:
+    """SGD with momentum under a schedule: a group of flags; called with the run's number of updates, it is the
+    transformation.
+    """
+
+    learning_rate: Annotated[float, Positive] = 0.1  # at the schedule's highest
+    schedule: Schedule = "warmup-cosine"  # how the learning rate changes over the run
+    warmup: Annotated[float, NonNegative] = 0.0  # updates that it rises over; below 1 that share of the run; 0: 5 %
+    momentum: Annotated[float, Fraction] = 0.9  # what stays of the sum of gradients, an update
+    nesterov: bool = True  # the gradient is looked at a momentum ahead
+    weight_decay: Annotated[float, NonNegative] = 0.0  # a share of each kernel, added to its gradient
+
+    def rate(self, steps: int) -> optax.Schedule:
+        return schedule(self.schedule, self.learning_rate, steps=steps, warmup=self.warmup)
+
+    def __call__(self, steps: int) -> optax.GradientTransformation:
+        decay = optax.add_decayed_weights(self.weight_decay, mask=mask(NO_DECAY, matching=False))
+        return optax.chain(decay, optax.sgd(self.rate(steps), self.momentum, self.nesterov))
+
+
+@dataclass(frozen=True)
+class LARS(SGD):
+    """LARS under a schedule, for large batches: each layer's update is of its kernel's size."""
+
+    learning_rate: Annotated[float, Positive] = 1.0  # at the schedule's highest
+    nesterov: bool = False  # the gradient is looked at a momentum ahead
+    trust: Annotated[float, Positive] = 0.001  # the size of an update to that of its kernel, at a rate of 1
+
+    def __call__(self, steps: int) -> optax.GradientTransformation:
+        how = {"weight_decay": self.weight_decay, "momentum": self.momentum, "nesterov": self.nesterov}
+        return lars(self.rate(steps), trust=self.trust, **how)
