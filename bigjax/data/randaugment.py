@@ -92,7 +92,7 @@ def moved(image_BHWC: Array, is_B: dict[str, Array], share_B: Array) -> Array:
 def degenerate(image_BHWC: Array) -> dict[str, Array]:
     """What an enhancement of factor 0 leaves: black, the mean grey, grey, smoothed (its border as it is)."""
     channels = image_BHWC.shape[-1]
-    grey_BHW1 = image_BHWC if channels == 1 else (image_BHWC * jnp.array(LUMA)).sum(-1, keepdims=True)
+    grey_BHW1 = image_BHWC if channels == 1 else (image_BHWC * jnp.array([[[LUMA]]])).sum(-1, keepdims=True)
     rows_BHWC = image_BHWC[:, :-2] + image_BHWC[:, 1:-1] + image_BHWC[:, 2:]
     sums_BHWC = rows_BHWC[:, :, :-2] + rows_BHWC[:, :, 1:-1] + rows_BHWC[:, :, 2:]
     smooth_BHWC = (sums_BHWC + 4 * image_BHWC[:, 1:-1, 1:-1]) / 13
@@ -113,7 +113,7 @@ def equalized(level_BHWC: Array) -> Array:
     step_M1 = (height * width - jnp.take_along_axis(count_MV, last_M1, axis=1)) // 255
     before_MV = jnp.cumsum(count_MV, axis=1) - count_MV
     table_MV = jnp.minimum((step_M1 // 2 + before_MV) // jnp.maximum(step_M1, 1), 255)
-    table_MV = jnp.where(step_M1 > 0, table_MV, jnp.arange(256))
+    table_MV = jnp.where(step_M1 > 0, table_MV, jnp.arange(256)[None])
     return looked_up(table_MV, level_MN).reshape(batch, channels, height, width).transpose(0, 2, 3, 1)
 
 
