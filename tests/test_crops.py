@@ -184,6 +184,7 @@ def test_a_tfds_set_is_cut_where_it_is_decoded(tmp_path: Path, monkeypatch: pyte
     for row in range(8):
         image, draw = whole.train[row]["image"], np.random.default_rng(row)
         chosen = lambda height, width: random_box(height, width, draw, area=0.3, ratio=4 / 3)  # noqa: E731, B023
+        np.testing.assert_array_equal(data.train[row]["image"].image, image)
         made = transform(data.train[row], np.random.default_rng(row))
         np.testing.assert_array_equal(made["image"], cut(image, chosen, 8))
         assert made["label"] == whole.train[row]["label"]

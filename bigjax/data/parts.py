@@ -34,7 +34,7 @@ class Undecoded:
         self.content, self.plain, self.wrong, self.turns = content, plain, wrong, turns
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.atleast_3d(np.asarray(self._read(self.plain), dtype))
+        return self._read(lambda image: np.atleast_3d(np.asarray(self.plain(image), dtype)))
 
     def cut(self, chosen: Callable[[int, int], Box], side: int) -> np.ndarray:
         """The part that `chosen(height, width)` says, in `side` × `side` pixels, as `cut` has it.
