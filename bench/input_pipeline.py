@@ -131,11 +131,14 @@ def main() -> None:
     found["by_threads"] = [
         {"threads": n, "examples_per_second": a, "core_milliseconds": b} for n, (a, b) in pairs.items()
     ]
-    found["a_v5e_chip_takes"] = {name: taken(name) for name in MODELS} if asked.plan else {}
+    found["a_v5e_chip_takes"] = {}
+    print(table(found), flush=True)
+    if asked.plan:  # minutes of compiling
+        found["a_v5e_chip_takes"] = {name: taken(name) for name in MODELS}
     found |= {"devices": workdir.devices(), "versions": source.versions()}
     found["git_commit"] = (source.commit() or "unknown")[:7]
-    print(table(found))
     if asked.plan:
+        print(table(found))
         workdir.write_json(RESULT, found)
 
 
