@@ -66,6 +66,10 @@ def made(name: str, **fields):
     return model, jax.jit(model.init)(jax.random.key(1), *inputs), inputs
 
 
+def random_fields(model: nn.Module) -> list[str]:
+    return [name for name in ("dropout", "stochastic_depth") if hasattr(model, name)]
+
+
 def train(model, variables, inputs, key=None):
     """The output in training, without what it does to its state."""
     rngs = {"dropout": jax.random.key(2) if key is None else key, "sample": jax.random.key(3)}
@@ -104,7 +108,7 @@ def test_jit_and_vmap_give_what_a_plain_call_gives(name):
 
 @everyone
 def test_gradients_reach_every_parameter(name):
-    model, variables, inputs = made(name, **({"dropout": 0.0} if hasattr(TINY[name][0], "dropout") else {}))
+    model, variables, inputs = made(name, **dict.fromkeys(random_fields(TINY[name][0]), 0.0))
     state = {k: v for k, v in variables.items() if k != "params"}
 
     def loss(params):
@@ -123,7 +127,7 @@ def test_is_pure_and_random_only_in_training(name):
     model, variables, inputs = made(name)
     chex.assert_trees_all_equal(model.apply(variables, *inputs), model.apply(variables, *inputs, train=False))
     chex.assert_trees_all_equal(*(train(model, variables, inputs) for _ in range(2)))
-    if hasattr(model, "dropout"):
+    if random_fields(model):
         a, b = (jax.tree.leaves(train(model, variables, inputs, jax.random.key(k))) for k in (5, 6))
         assert any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 

@@ -14,6 +14,7 @@ from bigjax.pretrained.names import Row
 
 Config = dict[str, Any]
 FILES = ("gpt", "bert", "vit", "resnet", "t5", "inception")
+FILES += ("convnext",)
 UNITS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu"}
 
 
@@ -84,6 +85,17 @@ def only(config: Config, name: str, *values: Any) -> Any:
             f"config.json says {name} = {value!r}, which is not known here: only {', '.join(map(repr, values))}"
         )
     return value
+
+
+def arguments(config: Config, names: Config) -> Config:
+    """The fields that timm's config.json gives in `model_args`, of those in `names` (theirs -> ours)."""
+    given = config.get("model_args") or {}
+    if unknown := sorted(given.keys() - names.keys()):
+        raise UsageError(
+            f"config.json gives {config['architecture']} the arguments {', '.join(unknown)}, which are not known here: "
+            f"only {', '.join(names) or 'none'} are"
+        )
+    return {names[k]: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def unit_from(config: Config, name: str, otherwise: str) -> str:

@@ -33,7 +33,10 @@ KINDS: dict[str, dict[str, tuple[str, str, tuple[int, ...] | None]]] = {
         "running_var": ("batch_stats", "var", SAME),
     },
     "array": {"": ("params", "", SAME)},  # one tensor, of no module
+    "point": {"weight": ("params", "kernel", (1, 0)), "bias": ("params", "bias", SAME)},  # linear, or as a convolution
+    "channels": {"": ("params", "", SAME)},  # an array, perhaps with axes of 1 behind
 }
+MERGED = ("point", "channels")  # the last axes of their tensors may be one of ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Source:
     part: int = 0  # which, of so many side by side along our last axis
     parts: int = 1
     stacked: bool = False
+    merged: bool = False  # the last axes of theirs may be several, which together are the last of `shape`
 
     def read(self, index: Index, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
         """The part of our array at `index`; `read` gives that of a tensor of theirs."""
@@ -100,7 +104,7 @@ def sources(table: list[Row], shapes: Any) -> dict[str, Source]:
                     shape = leaves[where].shape[1:] if stacked else leaves[where].shape
                     shape = (*shape[:-1], shape[-1] * len(group)) if shape else shape
                     shape = shape if axes is None else tuple(np.array(shape)[np.argsort(axes)].tolist())
-                    found[where] = Source(names, shape, axes, part, len(group), stacked)
+                    found[where] = Source(names, shape, axes, part, len(group), stacked, kind in MERGED)
     if without := leaves.keys() - found.keys():
         raise UsageError(f"{', '.join(sorted(without))}: the table of names does not know them, add them there")
     return found

@@ -87,6 +87,8 @@ def matched(
         real[given] = name
     found = sources(family.table(model, set(real)), shapes)
     needed = {name: source.shape for source in found.values() for name in source.theirs}
+    for name in {name for source in found.values() if source.merged for name in source.theirs} & real.keys():
+        tensors.merge(real[name], needed[name])
     missing = sorted(needed.keys() - real.keys())
     extra = sorted(n for n in real.keys() - needed.keys() if not any(re.search(p, n) for p in family.ignored))
     if getattr(model, "tied", False) and "lm_head.weight" in extra:  # written by some: the same numbers once more

@@ -106,6 +106,12 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.places[name][1]
 
+    def merge(self, name: str, shape: tuple[int, ...]) -> None:
+        """From now on its last axes are one, where that makes it of this shape."""
+        file, there, dtype, start = self.places[name]
+        if there[: len(shape) - 1] == shape[:-1] and math.prod(there) == math.prod(shape):
+            self.places[name] = (file, shape, dtype, start)
+
     def dtypes(self) -> list[str]:
         """Those that occur, most bytes first."""
         sizes: dict[str, int] = {}
