@@ -14,7 +14,7 @@ from bigjax.pretrained.names import Row
 
 Config = dict[str, Any]
 FILES = ("gpt", "bert", "vit", "resnet", "t5", "inception")
-FILES += ("convnext",)
+FILES += ("convnext", "efficientnet")
 UNITS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu"}
 
 
@@ -96,6 +96,12 @@ def arguments(config: Config, names: Config) -> Config:
             f"only {', '.join(names) or 'none'} are"
         )
     return {names[k]: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def timm(architecture: str, outputs: int, **arguments: Any) -> Config:
+    """config.json as timm reads it."""
+    told = {"architecture": architecture, "num_classes": outputs, "model_args": arguments}
+    return told | {"pretrained_cfg": {"num_classes": outputs}}
 
 
 def unit_from(config: Config, name: str, otherwise: str) -> str:
