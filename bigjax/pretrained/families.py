@@ -14,7 +14,7 @@ from bigjax.pretrained.names import Row
 
 Config = dict[str, Any]
 FILES = ("gpt", "bert", "vit", "resnet", "t5", "inception")
-FILES += ("convnext", "efficientnet", "vgg")
+FILES += ("convnext", "efficientnet", "vgg", "densenet")
 UNITS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu"}
 
 
