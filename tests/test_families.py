@@ -28,6 +28,8 @@ from bigjax.data import pipeline
 from bigjax.evaluation import evaluator
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import BERT, CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator, ResNet, ViT
+from bigjax.models.convnext import ConvNeXt
+from bigjax.models.efficientnet import EfficientNet
 from bigjax.program import Program
 from bigjax.task import Task, fields
 from bigjax.tasks import classify, next_token
@@ -128,6 +130,15 @@ FAMILIES = {
     ),
     "autoencoder": Family(Autoencoder(**AUTO, dropout=0.1), reconstruct, data=drawings),
     "vae": Family(VAE(**AUTO), partial(variational, beta=0.1), data=drawings, ema=0.8),
+    "convnext": Family(
+        ConvNeXt(stages=(2,), widths=(6,), patch=2, layer_scale=0.5, stochastic_depth=0.1, outputs=3),
+        partial(classify, classes=3),
+    ),
+    "efficientnet": Family(
+        EfficientNet(stages=((1, 3, 1, 2, 4),), stem=4, top=6, divisor=2, momentum=0.9, dropout=0.1, outputs=3),
+        partial(classify, classes=3),
+        by_row=False,
+    ),
 }
 
 

@@ -19,6 +19,8 @@ from bigjax import optim, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import BERT, CNN, GPT, LSTM, MLP, VAE, Autoencoder, Discriminator, Generator, ResNet, ViT
+from bigjax.models.convnext import ConvNeXt
+from bigjax.models.efficientnet import EfficientNet
 from bigjax.ops import optimizers
 from bigjax.program import Program
 from bigjax.sharding import MeshConfig
@@ -70,6 +72,11 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "autoencoder": (Autoencoder(**AUTO, dropout=0.1), ALL),
     "vae": (VAE(**AUTO), ALL),
+    "convnext": (ConvNeXt(stages=(1,), widths=(8,), patch=2, layer_scale=0.5, outputs=3), ("one", "fsdp_tensor")),
+    "efficientnet": (
+        EfficientNet(stages=((1, 3, 1, 2, 8),), stem=8, top=8, momentum=0.9, dropout=0.1, outputs=3),
+        ("one", "fsdp"),
+    ),
 }
 TX = {"gpt": lambda steps: {"model": optimizers.muon(0.01, adam_rate=0.01)}}
 

@@ -1,9 +1,10 @@
-"""Agreement with transformers, by models of random weights: logits, both directions, gradients.
+"""Agreement with transformers, torchvision and timm, by models of random weights: logits, both directions, gradients.
 
 B batch, L positions, V vocabulary. Each case is one tiny model: odd sizes, every parameter far from where it begins.
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -18,12 +19,13 @@ import pytest
 from test_pretrained import called, counted, picture
 
 from bigjax import pretrained
-from bigjax.models import Inception
-from bigjax.pretrained import store
+from bigjax.models import DenseNet, Inception
+from bigjax.pretrained import families, names, store, writing
 
 torch = pytest.importorskip("torch", reason='the agreement needs the extra: pip install -e ".[parity]"')
 transformers = pytest.importorskip("transformers", reason='the agreement needs the extra: pip install -e ".[parity]"')
 pytestmark = pytest.mark.slow
+nets_torch = pytest.importorskip("nets_torch")
 
 GOLD = Path(__file__).parent / "golden" / "pretrained"
 V = 23
@@ -38,14 +40,22 @@ BERT |= {"max_position_embeddings": 9, "num_labels": 3}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10, "patch_size": 4}
 VIT |= {"image_size": 12, "num_labels": 3}
 RESNET = {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 3}
+CONVNEXT = {"hidden_sizes": [6, 8], "depths": [1, 2], "num_stages": 2, "num_labels": 3, "patch_size": 3}
+EFFICIENTNET = {"width_coefficient": 0.0625, "depth_coefficient": 1.1, "depth_divisor": 1, "hidden_dim": 80}
+EFFICIENTNET |= {"num_block_repeats": [1, 1, 1], "kernel_sizes": [3, 5, 3], "strides": [1, 2, 2], "num_labels": 3}
+EFFICIENTNET |= {"expand_ratios": [1, 3, 2], "in_channels": [32, 48, 80], "out_channels": [48, 80, 96]}
+EFFICIENTNET |= {"depthwise_padding": [2], "dropout_rate": 0.0, "drop_connect_rate": 0.0}
 T5 = {"vocab_size": V, "d_model": 12, "d_kv": 5, "d_ff": 14, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 3}
 T5 |= {"relative_attention_num_buckets": 6, "relative_attention_max_distance": 5}
 T5_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 class Case(NamedTuple):
+    """kind: of transformers, or of nets_torch.py. fields: of ours, which config.json has no words for."""
+
     kind: str
     config: dict[str, Any]
+    fields: dict[str, Any] = {}
 
 
 CASES = {
@@ -67,6 +77,10 @@ CASES = {
     "deit_teacher": Case("DeiTForImageClassificationWithTeacher", VIT | {"hidden_act": "gelu_new"}),
     "resnet": Case("ResNetForImageClassification", RESNET | {"layer_type": "basic"}),
     "resnet_bottleneck": Case("ResNetForImageClassification", RESNET),
+    "convnext": Case("ConvNextForImageClassification", CONVNEXT),
+    "efficientnet": Case("EfficientNetForImageClassification", EFFICIENTNET),
+    "vgg": Case("vgg", nets_torch.FAMILIES["vgg"].config, nets_torch.FAMILIES["vgg"].fields),
+    "densenet": Case("densenet", nets_torch.FAMILIES["densenet"].config),
     "t5": Case("T5ForConditionalGeneration", T5),
     "t5_gated": Case("T5ForConditionalGeneration", T5 | T5_GATED),
 }
@@ -83,11 +97,13 @@ class Pair(NamedTuple):
 
 def attending(case: Case) -> dict[str, str]:
     """Their attention, where there is one, in its plain form."""
-    return {} if case.kind.startswith("ResNet") else {"attn_implementation": "eager"}
+    return {} if case.kind.startswith(("ResNet", "ConvNext", "Efficient")) else {"attn_implementation": "eager"}
 
 
 def built(case: Case) -> Any:
     """Their model."""
+    if case.kind in nets_torch.FAMILIES:
+        return disturbed(nets_torch.FAMILIES[case.kind].build().eval())
     kind = getattr(transformers, case.kind)
     model = kind(kind.config_class(**case.config, **attending(case))).eval()
     if case.config.get("tie_word_embeddings") is False and case.kind.startswith("T5"):
@@ -99,6 +115,8 @@ def disturbed(model: Any) -> Any:
     """With every parameter and statistic of a size that counts."""
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        for norm in normalisations(model):
+            norm.weight.fill_(1)
         for name, x in sorted(model.state_dict().items()):
             if x.is_floating_point():
                 noise = torch.randn(x.shape, generator=random)
@@ -110,12 +128,26 @@ def disturbed(model: Any) -> Any:
     return model
 
 
+def normalisations(model: Any) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def keep(model: Any, config: dict[str, Any], folder: Path) -> None:
+    """Theirs as a folder."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+        return
+    rows = [(k, tuple(v.shape), v.numpy().dtype, v.numpy) for k, v in model.state_dict().items()]
+    store.write_tensors(folder / store.WHOLE, rows)
+    (folder / store.CONFIG).write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
     theirs = built(case)
-    theirs.save_pretrained(folder)
-    model, variables = pretrained.load(folder)
+    keep(theirs, case.config, folder)
+    model, variables = pretrained.load(folder, **case.fields)
     yield Pair(case, folder, theirs, model, variables, jax.jit(model.apply))
 
 
@@ -124,7 +156,8 @@ def batch(case: Case) -> dict[str, np.ndarray]:
     are seen before them too."""
     random = np.random.default_rng(3)
     mask = (np.arange(7) < np.array([[7], [4], [1]])).astype(np.int64)
-    if case.kind.endswith(("Classification", "WithTeacher")) and not case.kind.startswith("Bert"):
+    image = case.kind in nets_torch.FAMILIES or case.kind.endswith(("Classification", "WithTeacher"))
+    if image and not case.kind.startswith("Bert"):
         side = case.config.get("image_size", 33)
         return {"pixel_values": picture(3, 3, side, side)}
     if case.kind.startswith("T5"):
@@ -140,6 +173,8 @@ def batch(case: Case) -> dict[str, np.ndarray]:
 
 def outputs(theirs: Any, inputs: dict[str, np.ndarray]) -> Any:
     """Logits, or hidden states."""
+    if not hasattr(theirs, "save_pretrained"):
+        return theirs(torch.from_numpy(inputs["pixel_values"]))
     out = theirs(**{k: torch.from_numpy(v) for k, v in inputs.items()})
     if hasattr(out, "start_logits"):
         return torch.stack([out.start_logits, out.end_logits], -1)
@@ -158,12 +193,19 @@ def test_logits_agree(pair: Pair) -> None:
     assert 0 < np.abs(near - expected)[counts].max() <= 2e-2 * np.abs(expected).max()
 
 
-def test_what_is_saved_gives_them_the_same_logits(pair: Pair, tmp_path: Path) -> None:
+def test_what_is_saved_gives_them_the_same_logits(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pair.case.fields:  # of sizes that nobody has a name for
+        nameless = dataclasses.replace(families.family_for(pair.model), write=lambda model: pair.case.config)
+        monkeypatch.setattr(writing, "family_for", lambda model: nameless)
     pretrained.save(tmp_path, pair.model, pair.variables)
-    kind = getattr(transformers, pair.case.kind)
-    again, said = kind.from_pretrained(tmp_path, output_loading_info=True, **attending(pair.case))
-    assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     inputs = batch(pair.case)
+    if pair.case.kind in nets_torch.FAMILIES:
+        again, saved = nets_torch.FAMILIES[pair.case.kind].build(), store.Tensors(tmp_path)
+        again.load_state_dict({k: torch.from_numpy(np.array(saved.read(k))) for k in saved.places})
+    else:
+        kind = getattr(transformers, pair.case.kind)
+        again, said = kind.from_pretrained(tmp_path, output_loading_info=True, **attending(pair.case))
+        assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     with torch.no_grad():
         a, b = (outputs(m, inputs).numpy() for m in (pair.theirs, again.eval()))
     np.testing.assert_allclose(b, a, atol=1e-6)
@@ -183,8 +225,8 @@ def test_gradients_agree(pair: Pair, tmp_path: Path) -> None:
     with torch.no_grad():
         for x, p in zip(gradients.parameters(), pair.theirs.parameters(), strict=True):
             x.copy_(torch.zeros(()) if p.grad is None else p.grad)
-    gradients.save_pretrained(tmp_path)
-    expected = pretrained.load(tmp_path)[1]["params"]
+    keep(gradients, pair.case.config, tmp_path)
+    expected = pretrained.load(tmp_path, **pair.case.fields)[1]["params"]
 
     def loss(params: Any) -> jax.Array:
         state = {k: v for k, v in pair.variables.items() if k != "params"}
@@ -243,12 +285,13 @@ def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureReque
         GOLD.mkdir(exist_ok=True)
         store.write_tensors(GOLD / f"{name}.safetensors", kept)
         config = json.loads((pair.folder / store.CONFIG).read_text())
-        known = {"architectures": config["architectures"], "model_type": config["model_type"], **pair.case.config}
+        known = {k: config[k] for k in ("architectures", "model_type") if k in config} | pair.case.config
         known |= {k: config[k] for k in ("rope_parameters", "id2label") if k in config}
         told = {
             "config": known,
             "inputs": {k: list(v.shape if k == "pixel_values" else v.tolist()) for k, v in inputs.items()},
         }
+        told |= {"fields": pair.case.fields} if pair.case.fields else {}
         told["logits"] = np.round(logits, 5).astype(float).tolist()
         (GOLD / f"{name}.json").write_text(json.dumps(told) + "\n")
     expected = json.loads((GOLD / f"{name}.json").read_text())["logits"]
@@ -265,13 +308,18 @@ def test_positions_are_interpolated_as_theirs(pair: Pair, size: tuple[int, int])
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("pair", ["resnet", "resnet_bottleneck"], indirect=True)
+@pytest.mark.parametrize("pair", ["resnet", "resnet_bottleneck", "efficientnet", "vgg", "densenet"], indirect=True)
 def test_statistics_after_a_training_step_agree(pair: Pair, tmp_path: Path) -> None:
-    inputs, theirs = batch(pair.case), copy.deepcopy(pair.theirs).train()
+    """Their EfficientNet has the part that is kept where PyTorch asks for that which is new: so both are given one."""
+    inputs, theirs, model = batch(pair.case), copy.deepcopy(pair.theirs).train(), pair.model
+    if hasattr(model, "momentum"):
+        model = model.clone(momentum=0.9)
+        for norm in normalisations(theirs):
+            norm.momentum = 0.1
     expected = outputs(theirs, inputs).detach().numpy()
-    theirs.save_pretrained(tmp_path)
-    moved = pretrained.load(tmp_path)[1]["batch_stats"]
-    apply = jax.jit(functools.partial(pair.model.apply, train=True, mutable="batch_stats"))
+    keep(theirs, pair.case.config, tmp_path)
+    moved = pretrained.load(tmp_path, **pair.case.fields)[1]["batch_stats"]
+    apply = jax.jit(functools.partial(model.apply, train=True, mutable="batch_stats"))
     logits, state = apply(pair.variables, *called(inputs))
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), state["batch_stats"], moved)
@@ -315,3 +363,59 @@ def test_inception_agrees_in_both_heads_and_in_training(tmp_path: Path) -> None:
     assert {k: saved.shape(k) for k in saved.places} == {
         k: tuple(v.shape) for k, v in Inception3(3).state_dict().items()
     }
+
+
+@pytest.mark.parametrize("name", nets_torch.NAMES)
+def test_other_names_are_those_of_the_same_networks(name: str, tmp_path: Path) -> None:
+    """Also with what else differs there: padding, epsilon and momentum."""
+    net = nets_torch.NAMES[name]
+    theirs, image = disturbed(net.build()), picture(3, 3, net.side, net.side)
+    keep(theirs, net.config, tmp_path)
+    model, variables = pretrained.load(tmp_path, **net.fields)
+    run = jax.jit(functools.partial(model.apply, mutable="batch_stats"), static_argnames="train")
+    for train in (False, True) if hasattr(model, "momentum") else (False,):
+        logits, state = run(variables, *called({"pixel_values": image}), train=train)
+        with torch.no_grad():
+            expected = theirs.train(train)(torch.from_numpy(image)).numpy()
+        assert np.abs(expected).max() > 0.1 and expected.std(-1).min() > 0.01
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * max(1, np.abs(expected).max()), rtol=0)
+        keep(theirs, net.config, tmp_path)
+        moved = pretrained.load(tmp_path, **net.fields)[1].get("batch_stats", {})
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), state.get("batch_stats", {}), moved
+        )
+
+
+def test_timm_reads_what_is_saved_for_it(tmp_path: Path) -> None:
+    model, image = DenseNet(blocks=(1, 2), growth=3, width=6, outputs=3), picture(2, 3, 33, 33)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 33, 33, 3)))
+    pretrained.save(tmp_path, model, variables)
+    theirs = nets_torch.of_timm(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(image)).numpy()
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(model.apply(variables, *called({"pixel_values": image})), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "of_timm"),
+    [
+        *(("convnext_base", False), ("convnext_nano", True), ("efficientnet_b5", False), ("tf_efficientnet_b7", True)),
+        *(("vgg16", False), ("vgg13_bn", True), ("densenet161", False), ("densenet169", True)),
+    ],
+)
+def test_published_sizes_have_their_names_and_shapes(architecture: str, of_timm: bool) -> None:
+    theirs = nets_torch.full(architecture, of_timm).state_dict()
+    shapes = {k: tuple(v.shape) for k, v in theirs.items() if not k.endswith("num_batches_tracked")}
+    config = {"architecture": architecture}
+    family = families.family_of(config, GOLD)
+    model = family.kind(**family.read(config, set(shapes)))
+    found = names.sources(family.table(model, set(shapes)), names.shapes_of(model, family.inputs(model)))
+    needed = {s.theirs[0]: s for s in found.values()}
+    assert needed.keys() == shapes.keys()
+    for name, source in needed.items():
+        shape = shapes[name]
+        if source.merged:
+            n = len(source.shape) - 1
+            shape = (*shape[:n], int(np.prod(shape[n:])))
+        assert shape == source.shape, name

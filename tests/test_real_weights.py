@@ -21,6 +21,7 @@ from bigjax.use.generate import generate
 
 torch = pytest.importorskip("torch", reason='the agreement needs the extra: pip install -e ".[parity]"')
 transformers = pytest.importorskip("transformers", reason='the agreement needs the extra: pip install -e ".[parity]"')
+pytest.importorskip("nets_torch")  # before transformers looks for torchvision
 pytestmark = pytest.mark.slow
 
 
