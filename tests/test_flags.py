@@ -11,8 +11,10 @@ from test_experiments import SCRIPTS, load
 
 from bigjax import cli
 from bigjax.data.augment import Augmentation
+from bigjax.data.crops import Crops
 from bigjax.experiment import NonNegative, RunConfig
 from bigjax.look import flags
+from bigjax.ops.optimizers import LARS, SGD
 from bigjax.optim import AdamW
 from bigjax.sharding import DistributedConfig, MeshConfig
 
@@ -89,7 +91,7 @@ def test_a_class_without_source_is_parsed_too() -> None:
     assert cli.parse(made, "train", args=["--width", "4"])[0] == made(width=4)
 
 
-@pytest.mark.parametrize("group", [AdamW, Augmentation, DistributedConfig, MeshConfig])
+@pytest.mark.parametrize("group", [AdamW, Augmentation, Crops, DistributedConfig, LARS, MeshConfig, SGD])
 def test_each_flag_of_a_group_has_a_text(group: type) -> None:
     assert [name for name, (_, text) in flags.told(group).items() if not text] == []
 

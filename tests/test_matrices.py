@@ -132,6 +132,7 @@ def updates(tx: optax.GradientTransformation, params: Any, gradients: list[Any])
 OPTIMIZERS = {
     "muon": optimizers.muon(0.02, adam_rate=0.003, weight_decay=0.1),
     "lamb": optimizers.lamb(0.02, weight_decay=0.1),
+    "lars": optimizers.lars(0.2, weight_decay=0.1),
 }
 
 

@@ -19,6 +19,8 @@ with jax.numpy_dtype_promotion("standard"):
     (optim.AdamW(0.5, weight_decay=0.1, clip=1.0)(100), HALF),
     (optim.adamw(0.25, weight_decay=0.1), {"learning_rate": 0.25}),
     (optimizers.lamb(COSINE, weight_decay=0.1), HALF),
+    (optimizers.SGD(0.5, weight_decay=0.1)(100), HALF),
+    (optimizers.LARS(0.5, weight_decay=0.1)(100), HALF),
     (optimizers.muon(0.1, adam_rate=COSINE), {"learning_rate/muon": 0.1, "learning_rate/adam": HALF["learning_rate"]}),
     (optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(COSINE), optax.scale(-1.0)), HALF),
     (optax.chain(optax.clip(1.0), optax.scale(0.5), optax.sgd(0.5)), {"learning_rate": 0.25}),
