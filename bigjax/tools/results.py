@@ -97,12 +97,12 @@ def table(folder: Path) -> str:
         "",
         "Made by `python -m bigjax reproduce --record` from `results/*.json`; run a row again with "
         "`python -m bigjax reproduce ROW`. Values are of the test split at the last step, mean ± standard deviation "
-        "over the seeds that the row's JSON names; seconds are the whole run's, compilation included.",
+        "over the seeds that the row's JSON names. Seconds are the median run's, compilation included, on machines "
+        "that others use too: the same commit may take twice as long an hour later.",
         "",
-        f"Rows are recorded over fresh seeds, {FRESH}, {FRESH + 1}, …; those whose JSON names 0, 1, … are of before, "
-        "when these seeds and the test split were in view while the recipe was made, so other seeds may give less. "
-        "Recipes are chosen by `bench/choose.py`, on parts of the training split that are held out in turn: "
-        "`results/choices.json` holds what was compared.",
+        f"Rows of several seeds are recorded over fresh ones, {FRESH}, {FRESH + 1}, …, that no recipe was chosen by; "
+        "a row of one seed is seed 0's, which was in view. Recipes are chosen by `bench/choose.py`, on parts of the "
+        "training split that are held out in turn: `results/choices.json` holds what was compared.",
         "",
         "| row | script | data | device | seconds | metric | measured | published | commit |",
         "|---|---|---|---|---|---|---|---|---|",
