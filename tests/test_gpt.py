@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from bigjax import UsageError
 from bigjax.models.gpt import GPT
-from bigjax.models.transformer import dot_float32
+from bigjax.models.layers import dot_float32
 
 V, B, L = 11, 2, 6
 TINY = {"vocabulary": V, "layers": 2, "width": 16, "heads": 4, "context": 8}

@@ -33,10 +33,19 @@ LLAMA = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attent
 LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 19, "tie_word_embeddings": False}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 9, "rope_theta": 500.0}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+GEMMA = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"} | {"num_hidden_layers": 3, "head_dim": 6}
+GEMMA |= {"sliding_window": 3, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9}
+GEMMA |= {
+    "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 9.0}}
+}
+MIXTRAL = LLAMA | {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 3}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 BERT = {"vocab_size": V, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10}
 BERT |= {"max_position_embeddings": 9, "num_labels": 3}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10, "patch_size": 4}
 VIT |= {"image_size": 12, "num_labels": 3}
+DINO = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 4, "image_size": 12}
 RESNET = {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 3}
 T5 = {"vocab_size": V, "d_model": 12, "d_kv": 5, "d_ff": 14, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 3}
 T5 |= {"relative_attention_num_buckets": 6, "relative_attention_max_distance": 5}
@@ -57,6 +66,12 @@ CASES = {
     "mistral": Case("MistralForCausalLM", LLAMA | {"sliding_window": 3, "head_dim": 6}),
     "qwen2": Case("Qwen2ForCausalLM", LLAMA),
     "qwen3": Case("Qwen3ForCausalLM", LLAMA | {"head_dim": 8}),
+    "llama_linear": Case("LlamaForCausalLM", LLAMA | {"rope_parameters": LINEAR, "attention_bias": True}),
+    "llama_mlp_bias": Case("LlamaForCausalLM", LLAMA | {"mlp_bias": True}),
+    "qwen2_windows": Case("Qwen2ForCausalLM", LLAMA | WINDOWS),
+    "qwen3_windows": Case("Qwen3ForCausalLM", LLAMA | WINDOWS | {"head_dim": 8, "attention_bias": True}),
+    "gemma": Case("Gemma3ForCausalLM", GEMMA),
+    "mixtral": Case("MixtralForCausalLM", MIXTRAL),
     "bert": Case("BertModel", BERT | {"type_vocab_size": 3}),
     "bert_masked": Case("BertForMaskedLM", BERT | {"hidden_act": "gelu_new"}),
     "bert_sequence": Case("BertForSequenceClassification", BERT),
@@ -65,6 +80,8 @@ CASES = {
     "vit": Case("ViTForImageClassification", VIT | {"qkv_bias": False}),
     "deit": Case("DeiTForImageClassification", VIT),
     "deit_teacher": Case("DeiTForImageClassificationWithTeacher", VIT | {"hidden_act": "gelu_new"}),
+    "dinov2": Case("Dinov2ForImageClassification", DINO | {"num_labels": 3, "mlp_ratio": 2}),
+    "dinov2_gated": Case("Dinov2Model", DINO | {"use_swiglu_ffn": True, "qkv_bias": False}),
     "resnet": Case("ResNetForImageClassification", RESNET | {"layer_type": "basic"}),
     "resnet_bottleneck": Case("ResNetForImageClassification", RESNET),
     "t5": Case("T5ForConditionalGeneration", T5),
@@ -82,8 +99,9 @@ class Pair(NamedTuple):
 
 
 def attending(case: Case) -> dict[str, str]:
-    """Their attention, where there is one, in its plain form."""
-    return {} if case.kind.startswith("ResNet") else {"attn_implementation": "eager"}
+    """Their attention, and their experts, where there are any, in plain form."""
+    experts = {"experts_implementation": "eager"} if case.kind.startswith("Mixtral") else {}
+    return {} if case.kind.startswith("ResNet") else {"attn_implementation": "eager", **experts}
 
 
 def built(case: Case) -> Any:
@@ -124,7 +142,7 @@ def batch(case: Case) -> dict[str, np.ndarray]:
     are seen before them too."""
     random = np.random.default_rng(3)
     mask = (np.arange(7) < np.array([[7], [4], [1]])).astype(np.int64)
-    if case.kind.endswith(("Classification", "WithTeacher")) and not case.kind.startswith("Bert"):
+    if case.kind.endswith(("Classification", "WithTeacher", "Dinov2Model")) and not case.kind.startswith("Bert"):
         side = case.config.get("image_size", 33)
         return {"pixel_values": picture(3, 3, side, side)}
     if case.kind.startswith("T5"):
@@ -200,7 +218,7 @@ def test_gradients_agree(pair: Pair, tmp_path: Path) -> None:
         assert float(jnp.abs(x - y).max()) <= limit, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("pair", ["gpt2", "llama3", "mistral", "qwen3"], indirect=True)
+@pytest.mark.parametrize("pair", ["gpt2", "llama3", "mistral", "qwen3", "gemma", "mixtral"], indirect=True)
 def test_rows_padded_on_the_left_are_those_moved_to_the_left(pair: Pair) -> None:
     """They have padding before the tokens when they generate; ours comes after them."""
     inputs = batch(pair.case)
@@ -215,7 +233,7 @@ def test_rows_padded_on_the_left_are_those_moved_to_the_left(pair: Pair) -> None
     np.testing.assert_allclose(got[counts], expected[counts], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("pair", ["gpt2", "mistral", "qwen2"], indirect=True)
+@pytest.mark.parametrize("pair", ["gpt2", "mistral", "qwen2_windows", "gemma", "mixtral"], indirect=True)
 def test_greedy_continuations_are_the_same(pair: Pair) -> None:
     from bigjax.use.generate import generate
 
@@ -255,12 +273,26 @@ def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureReque
     np.testing.assert_allclose(logits, np.array(expected, np.float32), atol=2e-5)
 
 
-@pytest.mark.parametrize("pair", ["vit", "deit_teacher"], indirect=True)
+def test_routers_are_as_uneven_as_theirs() -> None:
+    """Of one row and one layer, where both mean the same; with padding."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    from bigjax.tasks.routing import imbalance
+
+    logits = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    for mask in (np.ones((1, 7), np.float32), np.array([[1, 1, 1, 1, 0, 0, 0]], np.float32)):
+        expected = load_balancing_loss_func((torch.from_numpy(logits),), 5, 2, torch.from_numpy(mask))
+        got = imbalance(jax.nn.softmax(logits)[None, None], jnp.asarray(mask), chosen=2)
+        np.testing.assert_allclose(got, [expected.item()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("pair", ["vit", "deit_teacher", "dinov2"], indirect=True)
 @pytest.mark.parametrize("size", [(20, 8), (12, 16)])
 def test_positions_are_interpolated_as_theirs(pair: Pair, size: tuple[int, int]) -> None:
     image = np.random.default_rng(5).normal(size=(2, 3, *size)).astype(np.float32)
     with torch.no_grad():
-        expected = pair.theirs(torch.from_numpy(image), interpolate_pos_encoding=True).logits.numpy()
+        how = {} if pair.case.kind.startswith("Dino") else {"interpolate_pos_encoding": True}
+        expected = pair.theirs(torch.from_numpy(image), **how).logits.numpy()
     got = jax.jit(pair.model.apply)(pair.variables, jnp.asarray(image.transpose(0, 2, 3, 1)))
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, no_silent_transfer, run_with_devices
 
 import bigjax
 from bigjax import UsageError, pretrained
-from bigjax.models import GPT, MLP
+from bigjax.models import GPT, MLP, ViT
 from bigjax.models.layers import BatchNorm
 from bigjax.pretrained import reading, store
 from bigjax.tools import commands
@@ -138,8 +138,8 @@ WRONG = {
     "lost_shard": (index_of_lost, "lacks model-2.safetensors, of its 1 files: fetch them"),
     "rope": (lambda f: configured(f, rope_parameters={"rope_type": "yarn"}), "rope_type = 'yarn', which is not known"),
     "windows": (
-        lambda f: configured(f, sliding_window=4, use_sliding_window=True, max_window_layers=1),
-        "a sliding window in some layers only",
+        lambda f: configured(f, sliding_window=4, use_sliding_window=True, layer_types=["chunked_attention"] * 2),
+        "layer_types = 'chunked_attention', which is not known here: only 'full_attention', 'sliding_attention'",
     ),
     "nonsense": (lambda f: configured(f, num_attention_heads="four"), "config.json and these fields make no GPT"),
 }
@@ -204,7 +204,7 @@ def test_shards_with_an_index_are_one_file(folder: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(folder)[1], variables)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "bert_masked", "vit", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2_windows", "gemma", "mixtral", "bert_masked", "vit", "dinov2", "t5"])
 def test_scanned_layers_are_the_same_stacked_and_saved_the_same(name: str, tmp_path: Path) -> None:
     told = unpacked(name, tmp_path)
     model, variables = pretrained.load(tmp_path)
@@ -260,9 +260,14 @@ def test_only_models_that_others_have_are_saved(tmp_path: Path) -> None:
         (MLP(), "a MLP has no form that others read: only .*GPT"),
         (GPT(position="rotary"), "this GPT is neither GPT-2 .* nor Llama"),
         (
-            GPT(position="rotary", norm="rms", activation="swiglu", bias=False, qk_norm=True, window=3),
-            "qwen3 and mistral",
+            GPT(position="rotary", norm="rms", activation="swiglu", bias=False, qkv_bias=True, qk_norm=True),
+            "has parts that no one architecture has together: Llama .*Qwen3",
         ),
+        (
+            ViT(layer_scale=1.0, mlp=7),
+            "this ViT with layer_scale is no DINOv2 that transformers reads: only one whose mlp is a multiple",
+        ),
+        (ViT(outputs=0), "a ViT that pools by the mean, or has no head, has no form that transformers reads"),
     ):
         with pytest.raises(UsageError, match=said):
             pretrained.save(tmp_path, model, {"params": {}})
@@ -293,6 +298,23 @@ def test_older_configs_say_the_same(tmp_path: Path) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         configured(tmp_path, **{key: None})
     assert pretrained.load(tmp_path)[0].rope_base == 10_000.0
+
+
+def test_a_gemmas_layers_have_a_period_or_are_refused(tmp_path: Path) -> None:
+    """As transformers 4 said it, and as 5 does."""
+    unpacked("gemma", tmp_path)
+    model, _ = pretrained.load(tmp_path)
+    assert (model.period, model.rope_base, model.rope_factor, model.local_rope_base) == (2, 500.0, 4.0, 9.0)
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    old = {"rope_theta": 500.0, "rope_local_base_freq": 9.0, "rope_scaling": scaling, "rope_parameters": None}
+    near, far = "sliding_attention", "full_attention"
+    configured(tmp_path, **old, sliding_window_pattern=None, layer_types=[near, far, near])
+    assert pretrained.load(tmp_path)[0] == model
+    configured(tmp_path, layer_types=[near] * 3)
+    assert pretrained.load(tmp_path)[0].period == 4
+    configured(tmp_path, layer_types=[far, far, near])
+    with pytest.raises(UsageError, match="layer_types have no period, which is not known here: only every so-manieth"):
+        pretrained.load(tmp_path)
 
 
 def test_older_names_and_what_stands_beside(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError
+from bigjax.models.layers import OffsetRMSNorm
 from bigjax.models.transformer import Attention, FeedForward, empty_cache, rotary
 from bigjax.ops.attention import attention
 
@@ -83,6 +84,20 @@ def test_rotary_turns_each_pair_by_its_angle():
     turned = pairs * np.exp(1j * position * 10_000.0 ** (-2 * np.arange(K // 2) / K))
     expected = np.concatenate([turned.real, turned.imag])
     np.testing.assert_allclose(rotary(x, jnp.array([position]))[0, 0, 0], expected, atol=1e-5)
+
+
+def test_rotary_by_a_factor_is_at_nearer_positions():
+    x, base = normal(0, 1, 1, 1, K), jnp.float32(50.0)
+    slower = rotary(x, jnp.array([8]), base=base, scaling=(4.0,))
+    np.testing.assert_allclose(slower, rotary(x, jnp.array([2]), base=50.0), atol=1e-5)
+    np.testing.assert_allclose(rotary(x, jnp.array([8]), scaling=(jnp.ones(()),)), rotary(x, jnp.array([8])), atol=1e-6)
+
+
+def test_an_offset_rms_norm_is_its_formula():
+    x, scale_K = normal(0, B, L, K), normal(1, K)
+    got = OffsetRMSNorm(epsilon=0.1).apply({"params": {"scale": scale_K}}, x)
+    size = np.sqrt(np.square(x).mean(-1, keepdims=True) + 0.1)
+    np.testing.assert_allclose(got, x / size * (1 + np.asarray(scale_K)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{}, {"rotary": True}, {"window": 2, "qk_norm": True}])

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import fields_of, stack
-from bigjax.models.transformer import Attention, FeedForward, dot_float32, norm, unit
+from bigjax.models.layers import dot_float32, fields_of, stack
+from bigjax.models.transformer import Attention, FeedForward, norm, unit
 from bigjax.sharding import constrain
 
 HEADS = ("none", "masked", "sequence", "token", "question")

@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import REMAT, fields_of
-from bigjax.models.transformer import Attention, Cache, FeedForward, Scaling, dot_float32, empty_cache, norm
+from bigjax.models.decoder import Decoder
+from bigjax.models.layers import fields_of
+from bigjax.models.transformer import Attention, Cache, FeedForward, Scaling, norm
 from bigjax.sharding import constrain
 
 
@@ -34,8 +36,10 @@ class Spec(nn.Module):
     tied: bool = True
     bias: bool = True
     qkv_bias: bool | None = None
+    mlp_bias: bool | None = None
     qk_norm: bool = False
     window: int | None = None
+    windowed: tuple[bool, ...] | None = None
     rope_base: float = 10_000.0
     rope_scaling: Scaling | None = None
     epsilon: float | None = None
@@ -53,13 +57,17 @@ class Block(Spec):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BLD: Array, cache: Cache | None, position: Array) -> tuple[Array, Cache | None]:
+    def __call__(
+        self, x_BLD: Array, cache: Cache | None, position: Array, windowed: Array | None = None
+    ) -> tuple[Array, Cache | None]:
         init = nn.initializers.normal(0.02)
         residual = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)  # the sum keeps one layer's size
-        shared = {"bias": self.bias, "kernel_init": init, "out_init": residual, "dtype": self.dtype}
-        names = ("qkv_bias", "qk_norm", "window", "rope_base", "rope_scaling", "epsilon")
+        shared = {"kernel_init": init, "out_init": residual, "dtype": self.dtype}
+        names = ("bias", "qkv_bias", "qk_norm", "window", "rope_base", "rope_scaling", "epsilon")
         attention = {"rotary": self.position == "rotary", "kernel": self.attention, **shared}
         attention |= {name: getattr(self, name) for name in names}
+        if windowed is not None:
+            attention["window"] = jnp.where(windowed, self.window, self.context)
         norms = {"bias": self.bias, "dtype": self.dtype, "epsilon": self.epsilon}
         hidden = self.mlp or (-(-self.width // 3) * 8 if self.activation == "swiglu" else 4 * self.width)
         if self.split_residual:
@@ -67,12 +75,13 @@ class Block(Spec):
         attend = Attention(self.heads, self.kv_heads or self.heads, self.head, **attention, name="attention")
         y, cache = attend(norm(self.norm, **norms, name="attention_norm")(x_BLD), cache, position=position)
         x_BLD = x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic)
-        feed = FeedForward(hidden, self.activation, **shared, name="mlp")
+        biased = self.bias if self.mlp_bias is None else self.mlp_bias
+        feed = FeedForward(hidden, self.activation, bias=biased, **shared, name="mlp")
         y = feed(norm(self.norm, **norms, name="mlp_norm")(x_BLD))
         return x_BLD + nn.Dropout(self.dropout)(y, deterministic=self.deterministic), cache
 
 
-class GPT(Spec):
+class GPT(Spec, Decoder):
     """tokens_BL int32 -> logits_BLV float32, where position l sees tokens 0…l (Radford et al. 2019).
 
     `length_B` says how many tokens of a row are real; padding comes after them, no real position sees it, and its own
@@ -84,9 +93,12 @@ class GPT(Spec):
     attention: "plain", or "splash": a Pallas kernel for TPU (`ops.attention.splash_attention`).
     split_residual: splits the stream between blocks over the mesh's tensor axis too: less memory, more traffic.
     tied: the output kernel is the embedding. bias: in all kernels and LayerNorms, but never in the output.
-    qkv_bias: in q, k and v; None for as `bias` says. qk_norm: an RMSNorm over each head of q and k (Qwen3).
+    qkv_bias, mlp_bias: in q, k and v, and in the mlp; None for as `bias` says.
+    qk_norm: an RMSNorm over each head of q and k (Qwen3).
     window: how many positions, itself among them, one looks at (Mistral, Jiang et al. 2023); None for all before it.
-    rope_base, rope_scaling: how fast rotary positions turn; (factor, low, high, context) as `transformer.rotary` says.
+    windowed: of each layer, whether it has the window (Qwen2); None for all of them.
+    rope_base, rope_scaling: how fast rotary positions turn; (factor,) or (factor, low, high, context), as
+        `transformer.rotary` says.
     epsilon: of the norms; None for 1e-5 (layer) or 1e-6 (rms).
     dropout: on the embedding and before each addition to the residual stream.
     scan: layers by `nn.scan`, their parameters stacked on a leading axis under "layers", so that compile time doesn't
@@ -99,81 +111,37 @@ class GPT(Spec):
         logits_BLV = model.apply(variables, tokens_BL)
     """
 
-    def __call__(self, tokens_BL: Array, length_B: Array | None = None, *, train: bool = False) -> Array:
-        if length_B is not None:  # whatever the padding holds, all results are the same
-            real_BL = jnp.arange(tokens_BL.shape[1])[None] < length_B[:, None]
-            tokens_BL = jnp.where(real_BL, tokens_BL, 0)
-        return self._run(tokens_BL, None, jnp.zeros((), jnp.int32), train=train)[0]
-
-    def decode(self, tokens_BL: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
-        """Logits of the tokens at `position`, `position` + 1, …, given what is cached before; the cache with them."""
-        return self._run(tokens_BL, cache, jnp.asarray(position, jnp.int32), train=False)
-
-    def empty_cache(self, batch: int, size: int) -> Cache:
-        """Room for `size` tokens in every layer: k and v, each (layers, batch, size, kv_heads, head)."""
-        one = empty_cache(batch, size, self.kv_heads or self.heads, self.head or self.width // self.heads, self.dtype)
-        return {n: jnp.broadcast_to(x, (self.layers, *x.shape)) for n, x in one.items()}
-
     @nn.compact
     def _run(self, tokens_BL: Array, cache: Cache | None, position: Array, *, train: bool) -> tuple:
         self._check(tokens_BL)
-        init = nn.initializers.normal(0.02)
-        embed = nn.Embed(self.vocabulary, self.width, embedding_init=init, dtype=self.dtype, name="embedding")
+        embed = self._embedding()
         x_BLD = constrain(embed(tokens_BL), "batch")
         if self.position == "learned":
             positions_L = position + jnp.arange(tokens_BL.shape[1])
+            init = nn.initializers.normal(0.02)
             positions = nn.Embed(self.context, self.width, embedding_init=init, dtype=self.dtype, name="positions")
             x_BLD = x_BLD + positions(positions_L)[None]
         x_BLD = nn.Dropout(self.dropout)(x_BLD, deterministic=not train)
-        x_BLD, cache = self._stack(x_BLD, cache, position, deterministic=not train)
+        fields = fields_of(self, Spec) | {"deterministic": not train}
+        windowed = None if self.windowed is None else np.array(self.windowed, bool)
+        x_BLD, cache = self._stack(Block, fields, x_BLD, cache, position, windowed)
         x_BLD = norm(self.norm, bias=self.bias, dtype=self.dtype, epsilon=self.epsilon, name="norm")(x_BLD)
         self.sow("intermediates", "features", x_BLD)
-        if self.tied:
-            return dot_float32(x_BLD, embed.embedding.astype(self.dtype), (((2,), (1,)), ((), ()))), cache
-        fields = {"use_bias": False, "kernel_init": init, "dtype": self.dtype, "dot_general": dot_float32}
-        return nn.Dense(self.vocabulary, **fields, name="unembedding")(x_BLD), cache
-
-    def _stack(self, x_BLD: Array, cache: Cache | None, position: Array, *, deterministic: bool) -> tuple:
-        spec = fields_of(self, Spec) | {"deterministic": deterministic}
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
-        if self.scan:
-            stack = nn.scan(
-                block,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
-                length=self.layers,
-            )
-            return stack(**spec, name="layers")(x_BLD, cache, position)
-        caches = []
-        for n in range(self.layers):
-            layer_cache = None if cache is None else {k: v[n] for k, v in cache.items()}
-            x_BLD, layer_cache = block(**spec, name=f"layer_{n}")(x_BLD, layer_cache, position)
-            caches.append(layer_cache)
-        return x_BLD, None if cache is None else jax.tree.map(lambda *x: jnp.stack(x), *caches)
+        return self._logits(x_BLD, embed), cache
 
     def _check(self, tokens_BL: Array) -> None:
-        D, H, G = self.width, self.heads, self.kv_heads or self.heads
-        if tokens_BL.ndim != 2 or not jnp.issubdtype(tokens_BL.dtype, jnp.integer):
-            got = f"{tokens_BL.dtype}{list(tokens_BL.shape)}"
-            raise UsageError(f"a GPT takes integer tokens (batch, length), not {got}")
-        if (D % H and not self.head) or H % G:
-            raise UsageError(f"width {D} must be a multiple of heads ({H}), and heads of kv_heads ({G})")
+        super()._check(tokens_BL)
         if self.position not in ("learned", "rotary"):
             raise UsageError(f"position {self.position!r} is unknown: use learned or rotary")
         if self.attention not in ("plain", "splash"):
             raise UsageError(f"attention {self.attention!r} is unknown: use plain or splash")
-        if self.position == "rotary" and (size := self.head or D // H) % 2:
-            raise UsageError(f"rotary positions need heads of even size, not {size}")
-        if self.window is not None and self.window < 1:
-            raise UsageError(f"window {self.window}: a position looks at least at itself, so give at least 1")
-        if self.remat not in REMAT:
-            raise UsageError(f"remat {self.remat!r} is unknown: use one of {', '.join(REMAT)}")
-        if tokens_BL.shape[1] > self.context:
-            got = tokens_BL.shape[1]
-            raise UsageError(f"{got} tokens are more than the context ({self.context}): cut them or raise context")
+        if self.position == "rotary":
+            self._check_rotary()
+        if self.windowed is not None and (self.window is None or len(self.windowed) != self.layers):
+            raise UsageError(
+                f"windowed says of {len(self.windowed)} layers whether they have the window ({self.window}): give a "
+                f"window, and one entry for each of the {self.layers} layers"
+            )
 
 
 TINY = GPT(vocabulary=11, layers=2, width=8, heads=2, context=6, dropout=0.1)

@@ -1,13 +1,14 @@
 """Small pieces that the models of this folder share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from bigjax import UsageError
 from bigjax.ops.convolution import conv_general_dilated
@@ -98,6 +99,33 @@ class BatchNorm(nn.Module):
         gain = scale * jax.lax.rsqrt(var + self.epsilon)
         gain, shift = (v.reshape((1,) * len(axes) + shape) for v in (gain, bias - mean * gain))
         return (x32 * gain + shift).astype(self.dtype)
+
+
+class OffsetRMSNorm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) times 1 + scale, in float32: what decays to 0 is what the scale adds to 1."""
+
+    epsilon: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:]).reshape((1,) * (x.ndim - 1) + x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.epsilon)
+        return (y * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def dot_float32(x: Array, kernel: Array, dimensions: tuple, precision: lax.PrecisionLike = None) -> Array:
+    """`lax.dot_general` with sums and result in float32, for output layers; gradients multiply in the inputs' dtype."""
+    return lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=jnp.float32)
+
+
+@dot_float32.defjvp
+def _dot_float32_tangent(dimensions: tuple, precision: lax.PrecisionLike, primals: tuple, tangents: tuple) -> tuple:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    tangent = lax.dot_general(dx, kernel, dimensions, precision) + lax.dot_general(x, dkernel, dimensions, precision)
+    return dot_float32(*primals, dimensions, precision), tangent.astype(jnp.float32)
 
 
 def stack(kind: type[nn.Module], *, layers: int, scan: bool, remat: str, **fields: Any) -> Callable[..., Array]:

@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import fields_of, stack
-from bigjax.models.transformer import Attention, FeedForward, dot_float32, norm
+from bigjax.models.layers import dot_float32, fields_of, stack
+from bigjax.models.transformer import Attention, FeedForward, norm
 from bigjax.sharding import constrain
 
 
@@ -54,7 +54,7 @@ class Block(Spec):
         init = nn.initializers.normal
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         inits = {"kernel_init": init(D**-0.5), "q_init": init((D * K) ** -0.5), "out_init": init((H * K) ** -0.5)}
-        fields = {"head": K, "bias": False, "scaled": False, "dtype": self.dtype, **inits}
+        fields = {"head": K, "bias": False, "scale": 1.0, "dtype": self.dtype, **inits}
 
         def normed(name: str) -> Array:
             return norm("rms", bias=False, dtype=self.dtype, epsilon=self.epsilon, name=name)(x_BLD)

@@ -8,18 +8,17 @@ import functools
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 from jax.nn.initializers import Initializer
 
 from bigjax import UsageError
-from bigjax.models.layers import promoting
+from bigjax.models.layers import OffsetRMSNorm, promoting
 from bigjax.ops.attention import attention, splash_attention
 from bigjax.sharding import splits_rows_and_heads
 
-Scaling = tuple[float, float, float, int]  # factor, low, high, context
+Scaling = tuple[float | Array] | tuple[float, float, float, int]  # factor; or with low, high, context
 Cache = dict[str, Array]  # k and v, each (B, M, G, K): what Attention has seen so far
 
 UNITS = {"gelu": nn.gelu, "gelu_erf": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
@@ -27,19 +26,25 @@ GATED = {"swiglu": nn.silu, "geglu": nn.gelu}
 _normal = nn.initializers.normal
 
 
-def rotary(x_BLHK: Array, positions_L: Array, *, base: float = 10_000.0, scaling: Scaling | None = None) -> Array:
+def rotary(
+    x_BLHK: Array, positions_L: Array, *, base: float | Array = 10_000.0, scaling: Scaling | None = None
+) -> Array:
     """Turns each pair (i, i + K/2) of a head by position × base^(−2i/K) (RoFormer, Su et al. 2021).
 
     Dot products of turned queries and keys depend on positions by their difference only. Angles are in float32.
-    scaling: for contexts longer than in pretraining (Llama 3.1, Grattafiori et al. 2024): what turns less than `low`
-    times in `context` positions turns `factor` times slower, what turns more than `high` times as before.
+    scaling: for contexts longer than in pretraining: all turns `factor` times slower (Chen et al. 2023); or only what
+    turns less than `low` times in `context` positions, and what turns more than `high` times as before (Llama 3.1,
+    Grattafiori et al. 2024).
     """
     half = x_BLHK.shape[-1] // 2
     positions_L1 = positions_L.astype(jnp.float32)[:, None]
     frequency_K = base ** (-jnp.arange(half) / half)
     if scaling is not None:
-        factor, low, high, context = scaling
-        kept_K = jnp.clip((frequency_K * context / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
+        factor, *band = scaling
+        kept_K = jnp.zeros(half)
+        if band:
+            low, high, context = band
+            kept_K = jnp.clip((frequency_K * context / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
         frequency_K = frequency_K * (kept_K + (1.0 - kept_K) / factor)
     angle_LK = positions_L1 * frequency_K[None]
     cos, sin = jnp.cos(angle_LK)[None, :, None], jnp.sin(angle_LK)[None, :, None]
@@ -50,13 +55,15 @@ def rotary(x_BLHK: Array, positions_L: Array, *, base: float = 10_000.0, scaling
 def norm(kind: str, *, bias: bool, dtype: str, name: str, epsilon: float | None = None) -> Callable[[Array], Array]:
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), statistics in float32.
 
-    epsilon: None for 1e-5 and 1e-6.
+    kind: "layer"; "rms"; "rms_offset", whose scale is kept as what is added to 1. epsilon: None for 1e-5 (layer), 1e-6.
     """
     if kind == "layer":
         return promoting(nn.LayerNorm(epsilon=epsilon or 1e-5, use_bias=bias, dtype=dtype, name=name))
     if kind == "rms":
         return promoting(nn.RMSNorm(epsilon=epsilon or 1e-6, dtype=dtype, name=name))
-    raise UsageError(f"norm {kind!r} is unknown: use layer or rms")
+    if kind == "rms_offset":
+        return OffsetRMSNorm(epsilon=epsilon or 1e-6, dtype=dtype, name=name)
+    raise UsageError(f"norm {kind!r} is unknown: use layer, rms or rms_offset")
 
 
 class Attention(nn.Module):
@@ -65,10 +72,11 @@ class Attention(nn.Module):
     With a cache (from `empty_cache`), x are the tokens at `position`, `position` + 1, …: their keys and values are
     written there, and each looks at everything up to itself. Without, x are all tokens from position 0, and the cache
     returned is None. kernel: "plain", or "splash" (for TPU), which shapes that it does not suit leave to the plain one.
-    qkv_bias: None for as `bias` says. qk_norm: an RMSNorm over each head of q and k (Henry et al. 2020). window: how
-    many positions, itself among them, one looks at. rope_base, rope_scaling, epsilon: of `rotary` and of that norm.
-    memory: what is looked at in place of x. bias (of a call): (1, H, L, M), added to the scores. scaled: by 1 / √K.
-    q_init: None for kernel_init.
+    qkv_bias: None for as `bias` says. qk_norm: an RMSNorm over each head of q and k (Henry et al. 2020), or which kind
+    of `norm`. window: how many positions, itself among them, one looks at. rope_base, rope_scaling, epsilon: of
+    `rotary` and of that norm; these and window may be arrays, where layers differ. memory: what is looked at in place
+    of x. bias (of a call): (1, H, L, M), added to the scores. scale: of the scores; None for 1 / √K. q_init: None for
+    kernel_init.
     """
 
     heads: int
@@ -79,12 +87,12 @@ class Attention(nn.Module):
     kernel: str = "plain"
     bias: bool = True
     qkv_bias: bool | None = None
-    qk_norm: bool = False
-    window: int | None = None
-    rope_base: float = 10_000.0
+    qk_norm: bool | str = False
+    window: int | Array | None = None
+    rope_base: float | Array = 10_000.0
     rope_scaling: Scaling | None = None
     epsilon: float | None = None
-    scaled: bool = True
+    scale: float | None = None
     kernel_init: Initializer = _normal(0.02)
     out_init: Initializer = _normal(0.02)
     q_init: Initializer | None = None
@@ -111,10 +119,11 @@ class Attention(nn.Module):
 
         seen = x_BLD if memory is None else memory
         q, k, v = project("q", H, x_BLD, self.q_init or self.kernel_init), project("k", G, seen), project("v", G, seen)
-        q = q if self.scaled else q * K**0.5
         if self.qk_norm:
             norms = {"bias": False, "dtype": self.dtype, "epsilon": self.epsilon}
-            q, k = norm("rms", **norms, name="q_norm")(q), norm("rms", **norms, name="k_norm")(k)
+            kind = self.qk_norm if isinstance(self.qk_norm, str) else "rms"
+            q, k = norm(kind, **norms, name="q_norm")(q), norm(kind, **norms, name="k_norm")(k)
+        q = q if self.scale is None else q * (self.scale * K**0.5)
         if self.rotary:
             positions_L, turning = position + jnp.arange(L), {"base": self.rope_base, "scaling": self.rope_scaling}
             q, k = rotary(q, positions_L, **turning), rotary(k, positions_L, **turning)
@@ -126,7 +135,7 @@ class Attention(nn.Module):
             )
             cache = {"k": k, "v": v}
             mask, causal = within(k.shape[1], position, L, window), False
-        elif causal and window and window < L:
+        elif causal and window is not None and not (isinstance(window, int) and window >= L):
             near = within(L, 0, L, window)
             mask = near if mask is None else mask & near
         if self.kernel == "splash" and causal and mask is bias is None and L % 128 == 0 and splits_rows_and_heads(B, G):
@@ -137,10 +146,10 @@ class Attention(nn.Module):
         return out(y_BLHK.reshape(B, L, H * K)), cache
 
 
-def within(M: int, position: Array | int, L: int, window: int | None = None) -> Array:
+def within(M: int, position: Array | int, L: int, window: int | Array | None = None) -> Array:
     """(1, 1, L, M): of M positions those not later than `position` + l, and fewer than `window` before it."""
     seen_LM = jnp.arange(M)[None] <= position + jnp.arange(L)[:, None]
-    if window:
+    if window is not None:
         seen_LM &= jnp.arange(M)[None] > position + jnp.arange(L)[:, None] - window
     return seen_LM[None, None]
 
@@ -182,16 +191,3 @@ class FeedForward(nn.Module):
         else:
             h = unit(self.activation)(up)
         return dense("down", x_BLD.shape[-1], self.out_init)(h)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def dot_float32(x: Array, kernel: Array, dimensions: tuple, precision: lax.PrecisionLike = None) -> Array:
-    """`lax.dot_general` with sums and result in float32, for output layers; gradients multiply in the inputs' dtype."""
-    return lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=jnp.float32)
-
-
-@dot_float32.defjvp
-def _dot_float32_tangent(dimensions: tuple, precision: lax.PrecisionLike, primals: tuple, tangents: tuple) -> tuple:
-    (x, kernel), (dx, dkernel) = primals, tangents
-    tangent = lax.dot_general(dx, kernel, dimensions, precision) + lax.dot_general(x, dkernel, dimensions, precision)
-    return dot_float32(*primals, dimensions, precision), tangent.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """ViT: an image as a row of patches, through a Transformer; DeiT, which has one more token for a teacher's answer.
 
 B batch, H height, W width, C channels, L positions, D features, K outputs. Sources: Dosovitskiy et al. 2021 (ViT);
-Touvron et al. 2021 (DeiT).
+Touvron et al. 2021 (DeiT); Oquab et al. 2023 (DINOv2: layer scale, gated units, what the head sees).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from bigjax.models.layers import fields_of, normalize, stack
 from bigjax.models.transformer import Attention, FeedForward, norm
 from bigjax.sharding import constrain
 
-TEACHERS = ("none", "token", "head")
+POOLS, TEACHERS = ("token", "mean", "both"), ("none", "token", "head")
 
 
 class Spec(nn.Module):
@@ -34,6 +34,7 @@ class Spec(nn.Module):
     teacher: str = "none"
     activation: str | Callable[[Array], Array] = "gelu_erf"
     bias: bool = True
+    layer_scale: float | None = None
     epsilon: float = 1e-6
     mean: float | tuple[float, ...] = 0.0
     std: float | tuple[float, ...] = 1.0
@@ -53,20 +54,30 @@ class Block(Spec):
         def normed(name: str) -> Array:
             return norm("layer", bias=True, dtype=self.dtype, epsilon=self.epsilon, name=name)(x_BLD)
 
+        def scaled(y_BLD: Array, name: str) -> Array:
+            if self.layer_scale is None:
+                return y_BLD
+            scale_D = self.param(name, nn.initializers.constant(self.layer_scale), y_BLD.shape[-1:])
+            return y_BLD * scale_D.astype(self.dtype)[None, None]
+
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         fields = {"causal": False, "qkv_bias": self.bias, "dtype": self.dtype}
         attend = Attention(self.heads, self.heads, **fields, name="attention")
-        x_BLD = x_BLD + drop(attend(normed("attention_norm"))[0])
+        x_BLD = x_BLD + drop(scaled(attend(normed("attention_norm"))[0], "attention_scale"))
         feed = FeedForward(self.mlp or 4 * self.width, self.activation, dtype=self.dtype, name="mlp")
-        return x_BLD + drop(feed(normed("mlp_norm"))), None
+        return x_BLD + drop(scaled(feed(normed("mlp_norm")), "mlp_scale")), None
 
 
 class ViT(Spec):
-    """image_BHWC -> logits_BK float32 (Dosovitskiy et al. 2021).
+    """image_BHWC -> logits_BK float32 (Dosovitskiy et al. 2021); DINOv2 (Oquab et al. 2023) by its fields.
 
     image: the side that the positions were learned at; at other sizes, of whole patches, they are interpolated.
     patch: the side of one. mlp: hidden units; None for 4 × width. bias: in q, k and v.
-    pool: what the head sees: "token", the class token; or "mean" of the patches, and then there is no such token.
+    activation: a function, or its name; "swiglu" is gated (of DINOv2's giant). layer_scale: where what each part adds
+        begins, times a learned scale a channel (Touvron et al. 2021, CaiT; DINOv2); None for no scale.
+    outputs: of the head; 0 for none: what comes out is what the last norm gives, (B, tokens, D) float32.
+    pool: what the head sees: "token", the class token; "mean" of the patches, and then there is no such token; or
+        "both", side by side (DINOv2).
     teacher: of DeiT (Touvron et al. 2021): "none"; "token", a second token that the head does not see; "head", which
         has a head for it too, and the logits are the mean of both.
     mean, std: normalise the pixels: one number, or one a channel.
@@ -86,21 +97,24 @@ class ViT(Spec):
         cut = {"strides": (P, P), "padding": "VALID", "kernel_init": init, "dtype": self.dtype}
         x_BHWD = nn.Conv(D, (P, P), **cut, name="patches")(constrain(x, "batch"))
         B, height, width, _ = x_BHWD.shape
-        extra = (self.pool == "token") + (self.teacher != "none")
+        extra = (self.pool != "mean") + (self.teacher != "none")
         side = self.image // P
         positions_1LD = self.param("positions", init, (1, extra + side * side, D)).astype(self.dtype)
         if (height, width) != (side, side):
             grid = positions_1LD[:, extra:].reshape(side, side, D)
             grid = jnp.einsum("hi,wj,ijd->hwd", *(bicubic(n, side).astype(self.dtype) for n in (height, width)), grid)
             positions_1LD = jnp.concatenate([positions_1LD[:, :extra], grid.reshape(1, height * width, D)], axis=1)
-        names = ["class_token"] * (self.pool == "token") + ["teacher_token"] * (self.teacher != "none")
+        names = ["class_token"] * (self.pool != "mean") + ["teacher_token"] * (self.teacher != "none")
         tokens = [self.param(name, init, (1, 1, D)).astype(self.dtype) for name in names]
         rows = [jnp.broadcast_to(token, (B, 1, D)) for token in tokens] + [x_BHWD.reshape(B, height * width, D)]
         x_BLD = nn.Dropout(self.dropout)(jnp.concatenate(rows, axis=1) + positions_1LD, deterministic=not train)
         x_BLD = stack(Block, deterministic=not train, **fields_of(self, Spec))(x_BLD)
         x_BLD = norm("layer", bias=True, dtype=self.dtype, epsilon=self.epsilon, name="norm")(x_BLD)
-        x_BD = x_BLD[:, 0] if self.pool == "token" else x_BLD[:, extra:].mean(1)
+        seen = [x_BLD[:, 0]] * (self.pool != "mean") + [x_BLD[:, extra:].mean(1)] * (self.pool != "token")
+        x_BD = jnp.concatenate(seen, axis=-1)
         self.sow("intermediates", "features", x_BD)
+        if not self.outputs:
+            return x_BLD.astype(jnp.float32)
         logits_BK = nn.Dense(self.outputs, kernel_init=init, dtype=self.dtype, name="logits")(x_BD)
         if self.teacher == "head":
             taught = nn.Dense(self.outputs, kernel_init=init, dtype=self.dtype, name="teacher_logits")(x_BLD[:, 1])
@@ -119,9 +133,10 @@ class ViT(Spec):
             )
         if self.width % self.heads:
             raise UsageError(f"width {self.width} must be a multiple of heads ({self.heads})")
-        if self.pool not in ("token", "mean") or self.teacher not in TEACHERS:
+        if self.pool not in POOLS or self.teacher not in TEACHERS:
             raise UsageError(
-                f"pool {self.pool!r} and teacher {self.teacher!r}: use token or mean, and one of {', '.join(TEACHERS)}"
+                f"pool {self.pool!r} and teacher {self.teacher!r}: use one of {', '.join(POOLS)}, and one of "
+                f"{', '.join(TEACHERS)}"
             )
         if self.pool == "mean" and self.teacher != "none":
             raise UsageError("a DeiT has a class token: use pool='token' with a teacher")

@@ -1,4 +1,7 @@
-"""Optimizers that look at matrices: each layer of a scanned stack (under "layers") is a matrix of its own."""
+"""Optimizers that look at matrices: each layer of a scanned stack (under "layers") is a matrix of its own.
+
+So is each expert (under "experts").
+"""
 
 from typing import Any
 
@@ -8,9 +11,9 @@ import optax
 from bigjax.optim import NO_DECAY, mask, path_string
 
 
-def is_stacked(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf's leading axis counts the layers of a scanned stack."""
-    return "layers" in path_string(path).split("/")
+def stacked(path: tuple[Any, ...]) -> int:
+    """How many of a leaf's leading axes count layers of a scanned stack, or experts."""
+    return len({"layers", "experts"} & set(path_string(path).split("/")))
 
 
 def matrices(params: Any) -> Any:
@@ -23,7 +26,7 @@ def matrices(params: Any) -> Any:
         *layer, name = path_string(path).split("/")
         if name != "kernel" or {"unembedding", "head", "logits", "logit", "out"} & set(layer):
             return None
-        axes = tuple(range(int(is_stacked(path)), leaf.ndim))
+        axes = tuple(range(stacked(path), leaf.ndim))
         return optax.contrib.MuonDimensionNumbers(axes[:-1], axes[-1:])
 
     return jax.tree_util.tree_map_with_path(numbers, params)
@@ -57,7 +60,7 @@ def trust_ratios() -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         def scale(path: tuple[Any, ...], u: jax.Array, p: jax.Array) -> jax.Array:
-            axes = tuple(range(int(is_stacked(path)), u.ndim))
+            axes = tuple(range(stacked(path), u.ndim))
             size_u, size_p = (jax.numpy.sqrt(jax.numpy.square(x).sum(axes, keepdims=True)) for x in (u, p))
             usable = (size_u > 0) & (size_p > 0)
             return u * jax.numpy.where(usable, size_p / jax.numpy.where(usable, size_u, 1.0), 1.0)

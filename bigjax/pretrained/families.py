@@ -13,7 +13,10 @@ from bigjax import UsageError
 from bigjax.pretrained.names import Row
 
 Config = dict[str, Any]
-FILES = ("gpt", "bert", "vit", "resnet", "t5", "inception")
+FILES = (
+    "gpt", "bert", "vit", "resnet", "t5", "inception",
+    "gemma", "mixtral",
+)  # fmt: skip
 UNITS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu"}
 
 

@@ -29,6 +29,7 @@ LLAMA: list[Row] = [
     ("model.norm", "norm", "norm"),
     ("lm_head", "unembedding", "linear"),
 ]
+TYPES = ("full_attention", "sliding_attention")
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -58,11 +59,12 @@ def _gpt2(c: Config) -> Config:
 
 def _llama(c: Config, kind: str) -> Config:
     only(c, "hidden_act", "silu")
-    only(c, "mlp_bias", False)
     width, heads = c.get("hidden_size", 4096), c.get("num_attention_heads", 32)
     rope = {"rope_theta": 10_000.0} | c | (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    scaled = only(rope, "rope_type", "default", "llama3") == "llama3"
+    names = {"default": (), "linear": ROPE[:1], "llama3": ROPE}[only(rope, "rope_type", "default", "linear", "llama3")]
+    biased = kind in ("LlamaForCausalLM", "Qwen3ForCausalLM") and c.get("attention_bias", False)
+    window, windowed = _window(c, kind)
     return {
         "vocabulary": c.get("vocab_size", 32000),
         "layers": c.get("num_hidden_layers", 32),
@@ -74,29 +76,29 @@ def _llama(c: Config, kind: str) -> Config:
         "mlp": c.get("intermediate_size", 11008),
         "epsilon": c.get("rms_norm_eps", 1e-6),
         "tied": c.get("tie_word_embeddings", False),
-        "bias": only(c, "attention_bias", False),
+        "bias": biased,
         "qkv_bias": kind == "Qwen2ForCausalLM" or None,
+        "mlp_bias": kind == "LlamaForCausalLM" and c.get("mlp_bias", False),
         "qk_norm": kind == "Qwen3ForCausalLM",
-        "window": _window(c, kind),
+        "window": window,
+        "windowed": windowed,
         "rope_base": float(rope["rope_theta"]),
-        "rope_scaling": tuple(rope[k] for k in ROPE) if scaled else None,
+        "rope_scaling": tuple(rope[k] for k in names) or None,
         **{"position": "rotary", "norm": "rms", "activation": "swiglu"},
     }
 
 
-def _window(c: Config, kind: str) -> int | None:
-    """The window of all layers; UsageError where only some have one."""
+def _window(c: Config, kind: str) -> tuple[int | None, tuple[bool, ...] | None]:
+    """(the window, which layers have it; None for all)."""
     window = c.get("sliding_window", 4096 if kind == "MistralForCausalLM" else None)
-    if kind == "LlamaForCausalLM" or window is None:
-        return None
+    if kind == "LlamaForCausalLM" or window is None or (kind.startswith("Qwen") and not c.get("use_sliding_window")):
+        return None, None
     if kind == "MistralForCausalLM":
-        return window
-    layers = c.get("num_hidden_layers", 32)
-    full = ["full_attention"] * (c.get("max_window_layers", 28) if c.get("use_sliding_window") else layers)
-    types = c.get("layer_types") or [*full, *["sliding_attention"] * layers][:layers]
-    if len(set(types)) > 1:
-        raise UsageError("config.json has a sliding window in some layers only, which is not known here: all, or none")
-    return window if types[0] == "sliding_attention" else None
+        return window, None
+    layers, full = c.get("num_hidden_layers", 32), c.get("max_window_layers", 28)
+    types = c.get("layer_types") or [*[TYPES[0]] * full, *[TYPES[1]] * layers][:layers]
+    windowed = tuple(only({"layer_types": t}, "layer_types", *TYPES) == TYPES[1] for t in types)
+    return (window if any(windowed) else None), (windowed if len(set(windowed)) > 1 else None)
 
 
 def write(model: GPT) -> Config:
@@ -109,7 +111,9 @@ def write(model: GPT) -> Config:
         and model.bias
         and (model.kv_heads or H) == H
     ):
-        if model.head in (None, D // H) and not (model.qk_norm or model.window or model.qkv_bias is False):
+        if model.head in (None, D // H) and not (
+            model.qk_norm or model.window or model.qkv_bias is False or model.mlp_bias is False
+        ):
             return {
                 "architectures": ["GPT2LMHeadModel"],
                 "model_type": "gpt2",
@@ -118,18 +122,27 @@ def write(model: GPT) -> Config:
                 **{"tie_word_embeddings": model.tied, "activation_function": unit_to(model.activation)},
                 **{f"{k}_pdrop": model.dropout for k in ("resid", "embd", "attn")},
             }
-    if form != ("rotary", "rms", "swiglu") or model.bias or model.dropout:
+    if form != ("rotary", "rms", "swiglu") or model.dropout:
         raise UsageError(
-            "this GPT is neither GPT-2 (learned, layer, gelu or relu, biases) nor Llama (rotary, rms, swiglu, neither "
-            "biases nor dropout), so others have no form for it: it can be kept by bigjax alone"
+            "this GPT is neither GPT-2 (learned, layer, gelu or relu, biases) nor Llama (rotary, rms, swiglu, no "
+            "dropout), so others have no form for it: it can be kept by bigjax alone"
         )
-    parts = {"qwen2": bool(model.qkv_bias), "qwen3": model.qk_norm, "mistral": bool(model.window)}
-    if sum(parts.values()) > 1:
+    qkv = model.bias if model.qkv_bias is None else model.qkv_bias
+    mlp_bias = model.bias if model.mlp_bias is None else model.mlp_bias
+    forms = {
+        "llama": qkv == model.bias and not (model.qk_norm or model.window),
+        "mistral": model.window and not (qkv or model.bias or mlp_bias or model.qk_norm or model.windowed),
+        "qwen2": qkv and not (model.bias or mlp_bias or model.qk_norm),
+        "qwen3": model.qk_norm and qkv == model.bias and not mlp_bias,
+    }
+    kind = next((k for k, fits in forms.items() if fits), None)
+    if kind is None:
         raise UsageError(
-            f"this GPT has what sets {' and '.join(k for k, v in parts.items() if v)} apart: only one can be"
+            "this GPT has parts that no one architecture has together: Llama has biases in attention, in the mlp or "
+            "both; Mistral a window; Qwen2 biases in q, k and v, Qwen3 norms of q and k, and these two windows"
         )
-    kind = next((k for k, v in parts.items() if v), "llama")
-    rope = {"rope_type": "llama3", **dict(zip(ROPE, model.rope_scaling))} if model.rope_scaling else {}
+    named = {0: {}, 1: {"rope_type": "linear"}, 4: {"rope_type": "llama3"}}[len(model.rope_scaling or ())]
+    rope = named | dict(zip(ROPE, model.rope_scaling or ()))
     hidden = model.mlp or -(-D // 3) * 8
     return {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
@@ -141,11 +154,21 @@ def write(model: GPT) -> Config:
             "intermediate_size": hidden,
             "rms_norm_eps": model.epsilon or 1e-6,
         },
-        **{"tie_word_embeddings": model.tied, "hidden_act": "silu", "attention_bias": False},
-        **({"sliding_window": model.window} if kind == "mistral" else {}),
+        **{"tie_word_embeddings": model.tied, "hidden_act": "silu"},
+        **{"attention_bias": model.bias, "mlp_bias": mlp_bias},
+        **(_windows(model, kind) if model.window else {}),
         "rope_theta": model.rope_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base} | rope,
     } | ({"rope_scaling": rope} if rope else {})
+
+
+def _windows(model: GPT, kind: str) -> Config:
+    """What config.json says of them."""
+    if kind == "mistral":
+        return {"sliding_window": model.window}
+    windowed = model.windowed or (True,) * model.layers
+    first = {"use_sliding_window": True, "max_window_layers": (*windowed, True).index(True)}
+    return {"sliding_window": model.window, "layer_types": [TYPES[w] for w in windowed], **first}
 
 
 FAMILY = Family(

@@ -1,10 +1,11 @@
 """Which of their tensors is which of our arrays: tables of names, and the layouts between them.
 
-A row of a table is (their module, ours, kind). `{n}` stands for the number of a layer; a tuple of ours are those that
-they keep side by side in one tensor.
+A row of a table is (their module, ours, kind). `{n}` stands for the number of a layer, `{e}` for that of an expert; a
+tuple of ours are those that they keep side by side in one tensor.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -38,20 +39,23 @@ KINDS: dict[str, dict[str, tuple[str, str, tuple[int, ...] | None]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where one of our arrays is: in one tensor of theirs, or (`stacked`) each of its rows in one, layer by layer."""
+    """Where one of our arrays is: in one tensor of theirs, or each of its layers, or experts, in one (`stack`)."""
 
     theirs: tuple[str, ...]
     shape: tuple[int, ...]  # of theirs
     axes: tuple[int, ...] | None
     part: int = 0  # which, of so many side by side along our last axis
     parts: int = 1
-    stacked: bool = False
+    stack: tuple[int, ...] = ()  # our leading axes, that theirs fill in order
 
     def read(self, index: Index, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
         """The part of our array at `index`; `read` gives that of a tensor of theirs."""
-        if not self.stacked:
+        if not self.stack:
             return self._one(self.theirs[0], index, read)
-        return np.stack([self._one(name, index[1:], read) for name in self.theirs[index[0]]])
+        depth = len(self.stack)
+        names = np.array(self.theirs).reshape(self.stack)[index[:depth]]
+        arrays = [self._one(name, index[depth:], read) for name in names.flat]
+        return np.stack(arrays).reshape(*names.shape, *arrays[0].shape)
 
     def _one(self, name: str, index: Index, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
         axes = self.axes or tuple(range(len(index)))
@@ -96,25 +100,26 @@ def sources(table: list[Row], shapes: Any) -> dict[str, Source]:
                     ".".join(filter(None, (theirs, tensor))),
                     "/".join(filter(None, (collection, module, leaf))),
                 )
-                for where, names, stacked in _layers(name, path, leaves):
-                    shape = leaves[where].shape[1:] if stacked else leaves[where].shape
+                for where, names, stack in _layers(name, path, leaves):
+                    shape = leaves[where].shape[len(stack) :]
                     shape = (*shape[:-1], shape[-1] * len(group)) if shape else shape
                     shape = shape if axes is None else tuple(np.array(shape)[np.argsort(axes)].tolist())
-                    found[where] = Source(names, shape, axes, part, len(group), stacked)
+                    found[where] = Source(names, shape, axes, part, len(group), stack)
     if without := leaves.keys() - found.keys():
         raise UsageError(f"{', '.join(sorted(without))}: the table of names does not know them, add them there")
     return found
 
 
-def _layers(name: str, path: str, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """(our path, names of theirs, whether layers are stacked in it) of those leaves that there are."""
+def _layers(name: str, path: str, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """(our path, names of theirs, sizes of our leading axes that count layers or experts) of those that there are."""
     stacked = path.replace("layer_{n}", "layers")
-    if "{n}" in path and stacked in leaves:
-        yield stacked, tuple(name.format(n=n) for n in range(leaves[stacked].shape[0])), True
-        return
-    n = 0
-    while (where := path.format(n=n)) in leaves:
-        yield where, (name.format(n=n),), False
-        n += 1
-        if "{n}" not in path:
+    whole = "{n}" in path and stacked in leaves
+    for n in itertools.count():
+        where = stacked if whole else path.format(n=n)
+        if where not in leaves:
+            return
+        counted = "n" * whole + "e" * ("{e}" in name)
+        stack = leaves[where].shape[: len(counted)]
+        yield where, tuple(name.format(**{"n": n} | dict(zip(counted, at))) for at in np.ndindex(*stack)), stack
+        if whole or "{n}" not in path:
             return

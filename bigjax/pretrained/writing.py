@@ -42,7 +42,10 @@ def save(folder: Any, model: nn.Module, variables: Any) -> None:
     def tensor(name: str) -> np.ndarray:
         parts = sorted(pieces[name], key=lambda p: p[1].part)
         with jax.transfer_guard("allow"):
-            arrays = [to_host(leaves[where][n] if source.stacked else leaves[where]) for where, source, n in parts]
+            arrays = [
+                to_host(leaves[where][np.unravel_index(n, source.stack)] if source.stack else leaves[where])
+                for where, source, n in parts
+            ]
         return parts[0][1].row(np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0])
 
     rows = [(k, p[0][1].shape, leaves[p[0][0]].dtype, lambda name=k: tensor(name)) for k, p in pieces.items()]

@@ -1,6 +1,6 @@
 """Tokens, each from those before it.
 
-B batch, L positions, V vocabulary.
+B batch, L positions, V vocabulary, N layers, E experts.
 """
 
 import math
@@ -10,19 +10,24 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from bigjax import UsageError
 from bigjax import metrics as measure
 from bigjax.metrics import Metrics
-from bigjax.task import Batch, Task, one_player
+from bigjax.task import Batch, Task, forward, one_player
+from bigjax.tasks.routing import imbalance, routed
 
 
-def next_token(model: nn.Module, *, bytes_a_token: float | None = None) -> Task:
+def next_token(model: nn.Module, *, bytes_a_token: float | None = None, balance: float = 0.0) -> Task:
     """Cross-entropy of each token of `tokens` (B, L + 1) given those before it, in nats a token.
 
     The targets t that count are start <= t < length, from the batch's `length` (B,) and `start` (B,) where it has them.
     With bytes_a_token (1 for byte models) the evaluation gives bits_per_byte too.
+    balance: of a model whose routers choose experts (`Mixtral`), how much of their `imbalance` is added to the loss
+    that trains it; the evaluation's loss is without.
     """
 
-    def per_example(logits_BLV: Array, batch: Batch) -> tuple[Array, Array, dict]:
+    def per_example(out: Array | tuple[Array, Array], batch: Batch) -> tuple[Array, Array, dict]:
+        logits_BLV, p_NBLE = out if isinstance(out, tuple) else (out, None)
         target_BL = batch["tokens"][:, 1:]
         place_1L = jnp.arange(1, target_BL.shape[1] + 1)[None]
         length_B1 = batch.get("length", jnp.full(len(target_BL), target_BL.shape[1] + 1))[:, None]
@@ -31,7 +36,11 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None) -> Task:
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, target_BL)
         right_BL = (logits_BLV.argmax(-1) == target_BL).astype(jnp.float32) * weight_BL
         count_B = weight_BL.sum(-1)
-        return (loss_BL * weight_BL).sum(-1), count_B, {"accuracy": (right_BL.sum(-1), count_B)}
+        loss_B, metrics = (loss_BL * weight_BL).sum(-1), {"accuracy": (right_BL.sum(-1), count_B)}
+        if p_NBLE is not None:
+            uneven_B = count_B * imbalance(p_NBLE, weight_BL, chosen=model.chosen)
+            loss_B, metrics["imbalance"] = loss_B + balance * uneven_B, (uneven_B, count_B)
+        return loss_B, count_B, metrics
 
     def summarize(metrics: Metrics) -> dict[str, float]:
         out = measure.means(metrics)
@@ -39,4 +48,7 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None) -> Task:
             out["bits_per_byte"] = out["loss"] / math.log(2) / bytes_a_token
         return out
 
-    return one_player(model, per_example, inputs=lambda batch: (batch["tokens"][:, :-1],), summarize=summarize)
+    if balance and not hasattr(model, "chosen"):
+        raise UsageError(f"a {type(model).__name__} has no experts to keep in balance: leave balance at 0")
+    how = {"inputs": lambda batch: (batch["tokens"][:, :-1],), "summarize": summarize}
+    return one_player(model, per_example, apply=routed if balance else forward, **how)

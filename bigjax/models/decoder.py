@@ -1,0 +1,99 @@
+"""What the models of the next token share: padding, decoding with a cache, the stack of layers, the output kernel.
+
+B batch, L positions, D width, V vocabulary. A family composes its own block, and what is around the stack, in `_run`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bigjax import UsageError
+from bigjax.models.layers import REMAT, dot_float32
+from bigjax.models.transformer import Cache, empty_cache
+
+
+class Decoder(nn.Module):
+    """tokens_BL int32 -> logits_BLV float32, where position l sees tokens 0…l.
+
+    A model that inherits from it and from its own `Spec` has the fields vocabulary, layers, width, heads, kv_heads,
+    head, context, tied, scan, remat and dtype; and `_run(tokens_BL, cache, position, train=) -> (logits_BLV, cache)`.
+    """
+
+    def __call__(self, tokens_BL: Array, length_B: Array | None = None, *, train: bool = False) -> Array:
+        if length_B is not None:  # whatever the padding holds, all results are the same
+            real_BL = jnp.arange(tokens_BL.shape[1])[None] < length_B[:, None]
+            tokens_BL = jnp.where(real_BL, tokens_BL, 0)
+        return self._run(tokens_BL, None, jnp.zeros((), jnp.int32), train=train)[0]
+
+    def decode(self, tokens_BL: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
+        """Logits of the tokens at `position`, `position` + 1, …, given what is cached before; the cache with them."""
+        return self._run(tokens_BL, cache, jnp.asarray(position, jnp.int32), train=False)
+
+    def empty_cache(self, batch: int, size: int) -> Cache:
+        """Room for `size` tokens in every layer: k and v, each (layers, batch, size, kv_heads, head)."""
+        one = empty_cache(batch, size, self.kv_heads or self.heads, self.head or self.width // self.heads, self.dtype)
+        return {n: jnp.broadcast_to(x, (self.layers, *x.shape)) for n, x in one.items()}
+
+    def _embedding(self) -> nn.Embed:
+        init = nn.initializers.normal(0.02)
+        return nn.Embed(self.vocabulary, self.width, embedding_init=init, dtype=self.dtype, name="embedding")
+
+    def _logits(self, x_BLD: Array, embed: nn.Embed) -> Array:
+        """By the embedding where the two are tied, else by a kernel of their own."""
+        if self.tied:
+            return dot_float32(x_BLD, embed.embedding.astype(self.dtype), (((2,), (1,)), ((), ())))
+        fields = {"use_bias": False, "kernel_init": nn.initializers.normal(0.02), "dtype": self.dtype}
+        return nn.Dense(self.vocabulary, **fields, dot_general=dot_float32, name="unembedding")(x_BLD)
+
+    def _stack(
+        self,
+        kind: type[nn.Module],
+        fields: dict[str, Any],
+        x_BLD: Array,
+        cache: Cache | None,
+        position: Array,
+        each: np.ndarray | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """Through the layers, whose call is (x_BLD, cache, position, its entry of `each`) -> (x_BLD, cache)."""
+        block = kind
+        if self.remat != "none":
+            block = nn.remat(kind, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        if self.scan:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, 0),
+                length=self.layers,
+            )
+            return stack(**fields, name="layers")(x_BLD, cache, position, each)
+        caches = []
+        for n in range(self.layers):
+            layer_cache = None if cache is None else {k: v[n] for k, v in cache.items()}
+            one = None if each is None else each[n]
+            x_BLD, layer_cache = block(**fields, name=f"layer_{n}")(x_BLD, layer_cache, position, one)
+            caches.append(layer_cache)
+        return x_BLD, None if cache is None else jax.tree.map(lambda *x: jnp.stack(x), *caches)
+
+    def _check(self, tokens_BL: Array) -> None:
+        name, D, H, G = type(self).__name__, self.width, self.heads, self.kv_heads or self.heads
+        if tokens_BL.ndim != 2 or not jnp.issubdtype(tokens_BL.dtype, jnp.integer):
+            got = f"{tokens_BL.dtype}{list(tokens_BL.shape)}"
+            raise UsageError(f"a {name} takes integer tokens (batch, length), not {got}")
+        if (D % H and not self.head) or H % G:
+            raise UsageError(f"width {D} must be a multiple of heads ({H}), and heads of kv_heads ({G})")
+        if self.window is not None and self.window < 1:
+            raise UsageError(f"window {self.window}: a position looks at least at itself, so give at least 1")
+        if self.remat not in REMAT:
+            raise UsageError(f"remat {self.remat!r} is unknown: use one of {', '.join(REMAT)}")
+        if tokens_BL.shape[1] > self.context:
+            got = tokens_BL.shape[1]
+            raise UsageError(f"{got} tokens are more than the context ({self.context}): cut them or raise context")
+
+    def _check_rotary(self) -> None:
+        if (size := self.head or self.width // self.heads) % 2:
+            raise UsageError(f"rotary positions need heads of even size, not {size}")
