@@ -27,7 +27,7 @@ from bigjax import metrics, optim, sharding, step, train
 from bigjax.data import pipeline
 from bigjax.evaluation import evaluator
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import BERT, CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator, ResNet, ViT
+from bigjax.models import BERT, CNN, GPT, LSTM, VAE, Autoencoder, Discriminator, Generator, Mixtral, ResNet, ViT
 from bigjax.program import Program
 from bigjax.task import Task, fields
 from bigjax.tasks import classify, next_token
@@ -99,6 +99,12 @@ FAMILIES = {
         data=windows,
         counts=lambda split: int((split["length"] - split["start"]).sum()),
         tx=lambda steps: {"model": optax.adam(optim.schedule("cosine", 0.03, steps=steps))},
+    ),
+    "mixtral": Family(
+        Mixtral(vocabulary=11, layers=2, width=8, heads=2, kv_heads=1, experts=3, mlp=12, context=6, scan=True),
+        partial(next_token, balance=0.05),
+        data=windows,
+        counts=lambda split: int((split["length"] - split["start"]).sum()),
     ),
     "bert": Family(
         BERT(vocabulary=11, layers=1, width=8, heads=2, context=6, head="sequence"),

@@ -18,7 +18,7 @@ from test_families import FAMILIES, Family
 from bigjax import optim, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import BERT, CNN, GPT, LSTM, MLP, VAE, Autoencoder, Discriminator, Generator, ResNet, ViT
+from bigjax.models import BERT, CNN, GPT, LSTM, MLP, VAE, Autoencoder, Discriminator, Generator, Mixtral, ResNet, ViT
 from bigjax.ops import optimizers
 from bigjax.program import Program
 from bigjax.sharding import MeshConfig
@@ -54,6 +54,10 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
             split_residual=True,
         ),
         ALL,
+    ),
+    "mixtral": (
+        Mixtral(vocabulary=16, layers=2, width=16, heads=4, kv_heads=2, experts=4, mlp=32, context=8, scan=True),
+        ("one", "fsdp_tensor"),
     ),
     "bert": (
         BERT(vocabulary=16, layers=1, width=16, heads=4, context=8, head="sequence"),

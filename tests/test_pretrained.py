@@ -21,7 +21,8 @@ import bigjax
 from bigjax import UsageError, pretrained
 from bigjax.models import GPT, MLP, ViT
 from bigjax.models.layers import BatchNorm
-from bigjax.pretrained import reading, store
+from bigjax.pretrained import copying, names, reading, store
+from bigjax.pretrained.families import family_for
 from bigjax.tools import commands
 
 GOLD = REPOSITORY / "tests" / "golden" / "pretrained"
@@ -247,12 +248,59 @@ def split_over_eight(folder: str) -> None:
         kernel = layer["mlp"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // 4
         assert len({s.device for s in kernel.addressable_shards}) == 8
+        moved = jax.jit(lambda v: jax.tree.map(lambda x: x + 1, v), donate_argnums=0)(many)
+        jax.tree.map(np.testing.assert_array_equal, moved, jax.tree.map(lambda x: x + 1, one))
 
 
 def test_on_a_mesh_each_device_gets_its_part(tmp_path: Path) -> None:
     model = GPT(vocabulary=16, layers=2, width=16, heads=4, context=8)
     pretrained.save(tmp_path, model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), "int32")))
     run_with_devices(f"import test_pretrained; test_pretrained.split_over_eight({str(tmp_path)!r})", folder=tmp_path)
+
+
+def test_what_is_loaded_is_its_own(tmp_path: Path) -> None:
+    """A file may change, and a step may give its memory away: also where JAX could take over pages of the file."""
+    unpacked("gpt2", tmp_path)
+    file = tmp_path / store.WHOLE
+    tensors = store.Tensors(tmp_path)
+    rows = [(k, tensors.shape(k), np.dtype("float32"), lambda k=k: tensors.read(k)) for k in tensors.places]
+    store.write_tensors(file, rows)
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    more = -(8 + size) % 64  # so that tensors begin where JAX asks memory to begin
+    file.write_bytes((size + more).to_bytes(8, "little") + data[8 : 8 + size] + b" " * more + data[8 + size :])
+    _, variables = pretrained.load(tmp_path)
+    kept = jax.tree.map(lambda x: np.array(x, copy=True), variables)
+    with open(file, "r+b") as opened:
+        opened.seek(8 + size + more)
+        opened.write(b"\1" * (len(data) - 8 - size))
+    jax.tree.map(np.testing.assert_array_equal, variables, kept)
+    moved = jax.jit(lambda v: jax.tree.map(lambda x: x + 1, v), donate_argnums=0)(variables)
+    jax.tree.map(np.testing.assert_array_equal, moved, jax.tree.map(lambda x: x + 1, kept))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_copies_in_pieces_are_copies(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of arrays in any order of axes, parts of larger ones, and such as have nothing in them."""
+    monkeypatch.setattr(copying, "PIECE", 64)
+    whole = np.arange(2 * 7 * 5 * 3, dtype=np.float32).reshape(2, 7, 5, 3).astype(dtype)
+    views = [whole, whole.transpose(3, 1, 0, 2), whole[1, 2:, ::2].transpose(2, 1, 0), whole[0, 0, 0], whole[:, :0]]
+    views += [whole[1, 1, 1, 1:2][0:1], np.array(whole[1, 1, 1, 1])]
+    outs = [copying.empty(view.shape, np.dtype(np.float32)) for view in views]
+    copying.fill(zip(outs, views))
+    for out, view in zip(outs, views):
+        np.testing.assert_array_equal(out, view.astype(np.float32))
+        assert out.ctypes.data % copying.ALIGNED == 0 and out.flags.c_contiguous
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5", "resnet"])
+def test_shapes_are_those_of_the_model_itself(name: str, tmp_path: Path) -> None:
+    """Though its layers are traced as one."""
+    unpacked(name, tmp_path)
+    model, _ = pretrained.load(tmp_path)
+    inputs = family_for(model).inputs(model)
+    zeros = [jnp.zeros(s.shape, s.dtype) for s in inputs]
+    assert names.shapes_of(model, inputs) == jax.eval_shape(lambda: model.init(jax.random.key(0), *zeros))
 
 
 def test_only_models_that_others_have_are_saved(tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ class Mixtral(Spec, Decoder):
     window: how many positions, itself among them, one looks at; None for all before it.
     rope_base: how fast rotary positions turn. epsilon: of the norms. tied: the output kernel is the embedding.
     scan, remat: as of `GPT`.
-    Sown: intermediates/features, (B, L, D), what the output kernel sees; in each layer `routed`, (B, L, E), its router's
-        probabilities, of which `next_token(model, balance=0.02)` makes the loss that keeps experts in balance.
+    Sown: intermediates/features, (B, L, D), what the output kernel sees; in each layer `routed`, (B, L, E), its
+        router's probabilities, of which `next_token(model, balance=0.02)` makes the loss that keeps experts in balance.
     Mistakes raise `UsageError`.
 
         model = Mixtral()

@@ -48,14 +48,14 @@ class Source:
     parts: int = 1
     stack: tuple[int, ...] = ()  # our leading axes, that theirs fill in order
 
-    def read(self, index: Index, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
-        """The part of our array at `index`; `read` gives that of a tensor of theirs."""
-        if not self.stack:
-            return self._one(self.theirs[0], index, read)
+    def read(self, index: Index, read: Callable[[str, Index], np.ndarray]) -> tuple[tuple[int, ...], list[np.ndarray]]:
+        """The part of our array at `index`: the shape of its leading axes that are a stack, and the arrays in it.
+
+        `read` gives a part of a tensor of theirs.
+        """
         depth = len(self.stack)
         names = np.array(self.theirs).reshape(self.stack)[index[:depth]]
-        arrays = [self._one(name, index[depth:], read) for name in names.flat]
-        return np.stack(arrays).reshape(*names.shape, *arrays[0].shape)
+        return names.shape, [self._one(name, index[depth:], read) for name in names.flat]
 
     def _one(self, name: str, index: Index, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
         axes = self.axes or tuple(range(len(index)))
@@ -75,13 +75,29 @@ class Source:
 
 
 def shapes_of(model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    """The shapes of a model's variables, for which nothing is computed."""
+    """The shapes of a model's variables, for which nothing is computed.
+
+    Layers that `nn.scan` can stack are traced once, and told apart here.
+    """
+    traced = model.clone(scan=True) if hasattr(model, "scan") else model
 
     def init() -> Any:
         zeros = (jax.numpy.zeros(s.shape, s.dtype) for s in inputs)
-        return model.init(jax.random.key(0), *zeros)
+        return traced.init(jax.random.key(0), *zeros)
 
-    return jax.eval_shape(init)
+    shapes = jax.eval_shape(init)
+    return shapes if traced == model else _unstacked(shapes)
+
+
+def _unstacked(tree: Any) -> Any:
+    """layers/… as layer_0/…, layer_1/…, each without the leading axis."""
+    if not isinstance(tree, Mapping):
+        return tree
+    found = {k: _unstacked(v) for k, v in tree.items() if k != "layers"}
+    stacked = jax.tree.leaves(tree.get("layers"))
+    for n in range(stacked[0].shape[0] if stacked else 0):
+        found[f"layer_{n}"] = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), tree["layers"])
+    return found
 
 
 def flat(tree: Any) -> dict[str, Any]:

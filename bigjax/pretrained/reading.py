@@ -1,6 +1,7 @@
 """Loading: a folder's tensors become a model's variables, a tensor at a time, each straight to where it lives."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bigjax import UsageError, sharding
+from bigjax.pretrained import copying
 from bigjax.pretrained.families import Config, Family, family_of
 from bigjax.pretrained.names import Index, Source, flat, shapes_of, sources
 from bigjax.pretrained.store import Tensors, config_of, folder_of
@@ -53,18 +55,33 @@ def load(
     found, real = matched(family, model, tensors, shapes)
     placed = flat(shapes if mesh is None else sharding.place(shapes, mesh, rules=rules))
 
-    def one(where: str) -> jax.Array:
-        leaf, source = placed[where], found[where]
+    arrays = {where: array(leaf, found[where], tensors, real) for where, leaf in placed.items()}
+    return model, flax.traverse_util.unflatten_dict(arrays, sep="/")
 
-        def part(index: Index) -> np.ndarray:
-            return source.read(index, lambda name, at: tensors.read(real[name], at)).astype(leaf.dtype, copy=False)
 
-        if mesh is None:
-            return jax.device_put(part((slice(None),) * len(leaf.shape)), may_alias=False)  # the file may change
-        with jax.transfer_guard("allow"):  # JAX itself does not say that it means to
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+def array(leaf: Any, source: Source, tensors: Tensors, real: Mapping[str, str]) -> jax.Array:
+    """An array of the shape, dtype and sharding of `leaf`, each device given its part; without one on the first.
 
-    return model, flax.traverse_util.unflatten_dict({where: one(where) for where in placed}, sep="/")
+    real: names in the table -> those in the files. One shard at a time is in this memory, and it is no page of a file:
+    that may change, and a step may write over what it is given.
+    """
+
+    def part(index: Index) -> np.ndarray:
+        stack, views = source.read(index, lambda name, at: tensors.read(real[name], at))
+        out = copying.empty((*stack, *views[0].shape), leaf.dtype)
+        copying.fill((out[*at, ...], view) for at, view in zip(np.ndindex(stack), views))
+        return out
+
+    if leaf.sharding is None:
+        return jax.block_until_ready(jax.device_put(part((slice(None),) * len(leaf.shape))))
+    shards: dict[str, tuple[Index, list[jax.Device]]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        shards.setdefault(str(index), (index, []))[1].append(device)
+    held = []
+    for index, (first, *others) in shards.values():
+        shard = jax.block_until_ready(jax.device_put(part(index), first))
+        held += [shard, *(jax.device_put(shard, device, may_alias=False) for device in others)]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, held)
 
 
 def model_of(family: Family, config: Config, tensors: Tensors, **fields: Any) -> nn.Module:
