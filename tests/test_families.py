@@ -233,7 +233,7 @@ def flags(folder: Path, family: Family, **changes: Any) -> RunConfig:
     return RunConfig(workdir=str(folder), ema=family.ema, **(options | changes))
 
 
-LONG = {"inception"}  # to compile: twelve convolutions
+LONG = {"inception", "efficientnet", "t5"}  # to compile: many operations
 
 
 @pytest.fixture(scope="module", params=[pytest.param(f, marks=pytest.mark.slow) if f in LONG else f for f in FAMILIES])
