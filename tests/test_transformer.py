@@ -97,7 +97,7 @@ def test_an_offset_rms_norm_is_its_formula():
     x, scale_K = normal(0, B, L, K), normal(1, K)
     got = OffsetRMSNorm(epsilon=0.1).apply({"params": {"scale": scale_K}}, x)
     size = np.sqrt(np.square(x).mean(-1, keepdims=True) + 0.1)
-    np.testing.assert_allclose(got, x / size * (1 + np.asarray(scale_K)), rtol=1e-5)
+    np.testing.assert_allclose(got, np.asarray(x / size) * (1 + np.asarray(scale_K)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{}, {"rotary": True}, {"window": 2, "qk_norm": True}])

@@ -20,7 +20,7 @@ COMMAND = re.compile(r"(python -m bigjax [^,;)]*)")  # stays as it is
 FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*(?:\.[a-z]+)?)(?:[ =]('[^']*'|\"[^\"]*\"|[^\s,;)]*[^\s,;:.)]))?")
 # what follows a flag in a sentence, and is no value of it
 PROSE = {
-    *"alone and asks belongs cannot chooses for holds is of on once or other".split(),
+    *"alone and asks belongs cannot chooses for holds is of on once or other out".split(),
     *"starts takes than that to which with".split(),
 }
 
