@@ -29,8 +29,6 @@ Spec = tuple[str | None, ...] | Literal["fsdp"] | None
 Rules = Sequence[tuple[str, Spec]]
 
 RULES: Rules = (
-    # ConvNeXt's not by channels: XLA then gets the gradient of the depthwise kernel before them wrong
-    (r"\bstage_\d+_\d+/mlp/", "fsdp"),
     # Transformers: q, k, v, up, gate by their outputs, o and down by their inputs, the vocabulary by its tokens
     (r"\b(q|k|v|up|gate)/kernel$", (None, "tensor")),
     (r"\b(q|k|v|up|gate)/bias$", ("tensor",)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 NEEDED = 'the agreement needs the extra: pip install -e ".[parity]"'
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
 try:  # before transformers, which asks for it too
     import torchvision
@@ -18,7 +18,7 @@ except ImportError:
     pass
 except RuntimeError:  # its operators, which nothing here uses, are built for another torch (CUDA's)
     for name in ("nms", "qnms"):  # their declarations are all that the import asks for
-        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision  # noqa: F401
 
 

@@ -96,7 +96,7 @@ SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "autoencoder": (Autoencoder(**AUTO, dropout=0.1), ALL),
     "vae": (VAE(**AUTO), ALL),
-    "convnext": (ConvNeXt(stages=(1,), widths=(8,), patch=2, layer_scale=0.5, outputs=3), ("one", "fsdp")),
+    "convnext": (ConvNeXt(stages=(1,), widths=(8,), patch=2, layer_scale=0.5, outputs=3), ("one", "fsdp_tensor")),
     "efficientnet": (
         EfficientNet(stages=((1, 3, 1, 2, 8),), stem=8, top=8, momentum=0.9, dropout=0.1, outputs=3),
         ("one", "fsdp"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigjax import UsageError, sharding
+from bigjax import UsageError
 from bigjax.models import VGG, ConvNeXt, DenseNet, EfficientNet
 from bigjax.models import convnext as convnext_file
 from bigjax.models import densenet as densenet_file
@@ -182,11 +182,3 @@ def test_a_config_says_what_differs_among_them() -> None:
     ):
         with pytest.raises(UsageError, match=told):
             family.FAMILY.write(model)
-
-
-def test_convnext_is_not_split_by_channels() -> None:
-    """XLA gets the gradient of a depthwise kernel wrong where what follows it is: so mesh.tensor is refused."""
-    mesh = jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor"))
-    shapes = jax.eval_shape(ConvNeXt(stages=(1,), widths=(8,)).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    with pytest.raises(UsageError, match="nothing in this model is split over mesh.tensor"):
-        sharding.place(shapes, mesh)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import REMAT, normalize
+from bigjax.models.layers import REMAT, conv, normalize
 from bigjax.models.transformer import FeedForward, norm
 from bigjax.sharding import constrain
 
@@ -43,7 +43,7 @@ class Block(nn.Module):
     def __call__(self, x: Array) -> Array:
         C = x.shape[-1]
         fields = {"padding": 3, "feature_group_count": C, "kernel_init": INIT, "dtype": self.dtype}
-        y = nn.Conv(C, (7, 7), **fields, name="depthwise")(x)
+        y = conv(C, 7, **fields, name="depthwise")(x)
         y = norm("layer", bias=True, dtype=self.dtype, epsilon=1e-6, name="norm")(y)
         inits = {"kernel_init": INIT, "out_init": INIT}
         y = FeedForward(4 * C, self.activation, **inits, dtype=self.dtype, name="mlp")(y)
