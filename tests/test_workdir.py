@@ -206,6 +206,19 @@ def test_commit_and_edits_are_recorded(tmp_path, monkeypatch):
     assert "-width = 8\n+width = 9\n" in patch
 
 
+def test_scripts_in_folders_that_git_tracks_are_no_edits(tmp_path, monkeypatch):
+    git(tmp_path, "init")
+    scripts = [tmp_path / f"folder_{n}" / "train.py" for n in range(8)]
+    for path in scripts:
+        path.parent.mkdir()
+        path.write_text("width = 8\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    for path in scripts:
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path), raising=False)
+        assert source.edits() == ""
+
+
 def test_the_commit_is_that_of_the_script_or_of_bigjax(tmp_path, monkeypatch):
     """And not of another repository that happens to be the current folder."""
     for name in ("source", "elsewhere"):

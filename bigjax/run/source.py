@@ -68,7 +68,7 @@ def edits() -> str:
     """
     top, file = repository(), script()
     patch = (git("diff", "HEAD", folder=top) or "") if top else ""
-    roots = {root for root in (top, file.parent if file else None) if root}
+    roots = [root for root in (top, file.parent if file else None) if root]  # in this order: the first that holds it
     tracked = set((git("ls-files", "-z", folder=top) or "").split("\0")) if top else set()
     loaded = {Path(f) for name, m in list(sys.modules.items()) if (f := getattr(m, "__file__", None))
               and name.partition(".")[0] != "bigjax"}  # fmt: skip
