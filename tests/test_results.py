@@ -160,3 +160,13 @@ def test_other_corpus_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(results, "run", lambda *_: record | {"corpus_sha256": "b" * 64})
     with pytest.raises(UsageError, match="recorded on another corpus"):
         results.reproduce(["gpt"])
+
+
+def test_the_docs_say_what_loading_was_measured_to_cost() -> None:
+    found = json.loads((FOLDER / "results" / "load_weights.json").read_text())
+    said = " ".join((FOLDER.parent / "docs" / "pretrained.md").read_text().split())
+    gpt2, llama, doubled = (found[k]["ratio"] for k in ("gpt2_float32", "llama_float32", "llama_bfloat16"))
+    assert f"in {gpt2:.1f} (GPT-2) or {llama:.1f} times (Llama" in said and f"1 GB, in {doubled:.1f} times" in said
+    beyond = max(f[k]["beyond_bytes"] for f in found.values() if "ratio" in f for k in ("sharded", "sharded_scanned"))
+    assert f"at most {beyond / 1e6:.0f} MB beside the parameters" in said
+    assert f"`bench/load_weights.py`, 2 CPU cores, commit {found['git_commit']}" in said
