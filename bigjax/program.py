@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ class Program:
             two = {k: jnp.zeros((2, *x.shape[1:]), x.dtype) for k, x in self.batch_shapes.items()}  # only shapes matter
             return init_state(key, two, task=task, tx=tx, ema=config.ema)
 
+        @partial(jax.jit, inline=True)  # so that it is traced once, for the shapes of its metrics and for `update`
         def step(state: TrainState, batch: Batch, key: Key, controls: Controls) -> tuple[TrainState, Metrics]:
             done = state.step + 1
             return train_step(

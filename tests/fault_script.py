@@ -1,4 +1,4 @@
-"""An experiment script for tests that kill it: any family of test_families, its data read slowly from the outside.
+"""An experiment script for tests that kill it: any of families.py, its data read slowly from the outside.
 
 python tests/fault_script.py --family gan --workdir FOLDER
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from test_families import BATCH, FAMILIES, TEST  # conftest's settings are every test's
+from families import BATCH, FAMILIES, TEST  # its settings are every test's
 
 from bigjax import cli
 from bigjax.experiment import Experiment, RunConfig

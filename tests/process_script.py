@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-from conftest import blobs  # its settings are every test's
+from strict import blobs  # its settings are every test's
 
 from bigjax import cli, sharding
 from bigjax.experiment import Experiment, Pictures, RunConfig

@@ -1,5 +1,6 @@
 """Where a number stopped being finite, asked of a state that no device holds whole; on one device: `test_step`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def on_a_mesh() -> None:
     batch = next(pipeline.batches(blobs(8, seed=0), seed=0, batch_size=8))
     for model, huge, blamed in CASES.values():
         task = variational(model) if isinstance(model, VAE) else classify(model, classes=3)
-        state = init_state(KEY, jax.tree.map(jnp.asarray, batch), task=task, tx={"model": optax.sgd(0.1)}, ema=0.0)
+        begin = partial(init_state, task=task, tx={"model": optax.sgd(0.1)}, ema=0.0)
+        state = jax.jit(begin)(KEY, jax.tree.map(jnp.asarray, batch))
 
         def spoil(path: Any, x: Array, huge: str = huge) -> np.ndarray:
             mine = huge in jax.tree_util.keystr(path, simple=True, separator="/") and x.ndim > 1

@@ -18,6 +18,7 @@ from tfds_fixture import build_mnist
 from bigjax import cli
 from bigjax.run.workdir import difference
 
+pytestmark = pytest.mark.usefixtures("drawn")
 SCRIPTS = {p.stem: p for p in sorted((REPOSITORY / "experiments").glob("*/*.py"))}
 SMALL = {  # flags that make two steps quick; nothing that changes what runs
     "gpt": ["--model", "tiny"],

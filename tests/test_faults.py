@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from etils import epath
-from test_families import FAMILIES
+from families import FAMILIES
 
 import bigjax
 from bigjax.optim import path_string

@@ -109,9 +109,8 @@ def gpt_step(mesh: MeshConfig, *, rows: int = 8, length: int = 16) -> tuple[hlo.
 def in_eight() -> None:
     """Runs in the other process: 8 virtual devices."""
     B, L, D = 8, 16, 32
-    sizes = {k: math.prod(s.shape) * 4 for k, s in flat(gpt_step(MeshConfig(data=8))[1].state_shapes.params).items()}
-
     module, program = gpt_step(MeshConfig(data=8))
+    sizes = {k: math.prod(s.shape) * 4 for k, s in flat(program.state_shapes.params).items()}
     found = hlo.collectives(module, program.mesh)
     assert {c.kind for c in found} == {"all-reduce"} and {c.axis for c in found} == {"data"}
     gradients = sum(c.bytes * c.count for c in found)

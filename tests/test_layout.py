@@ -116,63 +116,57 @@ def test_no_file_is_called_by_what_it_is_not() -> None:
 
 
 @cache
-def dependents() -> dict[str, set[str]]:
-    """For each file of a leaf those that can't be imported without it, directly or through others."""
-    direct = {name_of(p): imports(p, lazy=False) for p in python("bigjax")}
-    out = {}
-    for name in direct:
-        found, new = set(), {name}
-        while new:
-            new = {n for n, needs in direct.items() if needs & new} - found
-            found |= new
-        out[name] = found - {name}
-    return out
+def direct() -> dict[str, set[str]]:
+    """What each file imports when it is imported."""
+    return {name_of(p): imports(p, lazy=False) for p in python("bigjax")}
 
 
-DELETE = """
+def needed(name: str) -> set[str]:
+    """All files that must be there when one is imported: itself, what it imports, and the packages around them."""
+    found, new = set(), {name, "__init__"}
+    while new:
+        found |= new
+        new = set().union(*(direct()[n] | {n.rpartition(".")[0] or "__init__"} for n in new)) - found
+    return found
+
+
+ALONE = """
 import importlib, json, sys
 from pathlib import Path
-library, rest = Path("bigjax"), json.load(sys.stdin)
-failed = []
-for gone, modules in rest.items():
-    paths = [library.joinpath(*g.split(".")) for g in gone.split(" ")]
-    paths = [p if p.is_dir() else p.with_suffix(".py") for p in paths]
-    kept = [p.rename(p.with_name("_" + p.name)) for p in paths]
-    for name in [n for n in sys.modules if n.partition(".")[0] == "bigjax"]:
-        del sys.modules[name]
+library, failed = Path("bigjax"), []
+files = {".".join(p.relative_to(library).with_suffix("").parts).removesuffix(".__init__"): p
+         for p in library.rglob("*.py")}
+for name, kept in json.load(sys.stdin).items():
+    gone = [p for n, p in files.items() if n not in kept]
+    for path in gone:
+        path.rename(path.with_suffix(".gone"))
+    for module in [n for n in sys.modules if n.partition(".")[0] == "bigjax"]:
+        del sys.modules[module]
     importlib.invalidate_caches()
-    for name in modules:
-        try:
-            importlib.import_module(f"bigjax.{name}" if name != "__init__" else "bigjax")
-        except Exception as e:
-            failed.append(f"without {gone}: {name}: {e!r}")
-    for path, there in zip(kept, paths):
-        path.rename(there)
+    try:
+        importlib.import_module(f"bigjax.{name}" if name != "__init__" else "bigjax")
+    except Exception as e:
+        failed.append(f"{name} with nothing but {kept}: {e!r}")
+    for path in gone:
+        path.with_suffix(".gone").rename(path)
 assert importlib.import_module("bigjax").__file__.startswith(str(Path.cwd()))
 print(json.dumps(failed))
 """
 
 
 def test_each_leaf_can_be_taken_away(tmp_path: Path) -> None:
-    """In a copy: each file of a leaf, and each leaf as a folder, is deleted, and all the others are imported.
+    """In a copy: each file is imported where all are deleted but those that it needs.
 
-    Where one leaf may import another (LEAVES), those of its files that do so go with it; the core never does.
+    So it needs no other file of a leaf, and no leaf but those that its own may import (LEAVES); the core none.
     """
     shutil.copytree(LIBRARY, tmp_path / "bigjax", ignore=shutil.ignore_patterns("__pycache__"))
     everything = {name_of(p) for p in python("bigjax")} - {"__main__"}
-    files = [n for n in everything if n.partition(".")[0] in LEAVES and n not in LEAVES]
-    rest: dict[str, list[str]] = {}
-    for name in files:
-        leaf = name.partition(".")[0]
-        needing = dependents()[name]
-        allowed = {other for other, below in LEAVES.items() if leaf in below} | {leaf}
-        assert {n.partition(".")[0] for n in needing} <= allowed, f"{needing} can't be imported without {name}"
-        rest[name] = sorted(everything - needing - {name})
-    for leaf in LEAVES:
-        above = {other for other, below in LEAVES.items() if leaf in below} | {leaf}
-        rest[leaf] = sorted(n for n in everything if n.partition(".")[0] not in above)
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    command, given = [sys.executable, "-c", DELETE], json.dumps(rest)
+    rest = {name: sorted(needed(name)) for name in sorted(everything)}
+    for name, kept in rest.items():
+        leaf, others = name.partition(".")[0], {n.partition(".")[0] for n in kept} & LEAVES.keys()
+        assert others <= LEAVES.get(leaf, set()) | {leaf}, f"{name} can't be imported without {others}"
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command, given = [sys.executable, "-c", ALONE], json.dumps(rest)
     done = subprocess.run(command, input=given, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []

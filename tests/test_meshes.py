@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import blobs, run_with_devices, tiny_experiment, updated
-from test_families import FAMILIES, Family
+from families import FAMILIES, Family
 
 from bigjax import optim, sharding
 from bigjax.data import pipeline
@@ -49,7 +49,7 @@ MESHES = {
 }
 ALL, NO_TENSOR = tuple(MESHES), ("one", "data", "fsdp")
 AUTO = {"image": (4, 4, 1), "code": 8, "encoder_features": (16,), "decoder_features": (16,)}
-# the families of test_families, wide enough to be split by 8
+# those of families.py, wide enough to be split by 8
 SIZES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "cnn": (
         CNN(features=(8,), dense=(), pools=1, padding="SAME", outputs=3, batch_norm=True, dropout=0.1),
@@ -142,24 +142,19 @@ def numbers(name: str, mesh_name: str) -> dict[str, np.ndarray]:
     return out
 
 
-def in_eight(file: str, name: str) -> None:
+def in_eight(file: str, name: str, meshes: tuple[str, ...]) -> None:
     """Runs in the other process."""
     assert jax.device_count() == 8
-    out = {f"{m}:{k}": v for m in SIZES[name][1] for k, v in numbers(name, m).items()}
+    out = {f"{m}:{k}": v for m in meshes for k, v in numbers(name, m).items()}
     np.savez(file, **out)
 
 
-QUICK = ("gpt",)
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SIZES])
-def test_every_mesh_gives_the_numbers_of_one_device(name: str, tmp_path: Path, monkeypatch: Any) -> None:
-    """The GPT with all of XLA's optimizations, as users run it; they take twice as long to compile."""
-    monkeypatch.setenv("BIGJAX_OPTIMIZED", "1" if name == "gpt" else "0")
-    run_with_devices(f"import conftest, test_meshes; test_meshes.in_eight('n.npz', {name!r})", folder=tmp_path)
-    with np.load(tmp_path / "n.npz") as loaded:
+def values_of(name: str, meshes: tuple[str, ...], folder: Path) -> dict[str, np.ndarray]:
+    """The numbers of all meshes, each those of one device."""
+    call = f"import conftest, test_meshes; test_meshes.in_eight('n.npz', {name!r}, {meshes!r})"
+    run_with_devices(call, folder=folder)
+    with np.load(folder / "n.npz") as loaded:
         values = dict(loaded)
-    meshes = SIZES[name][1]
     one = {k.removeprefix("one:"): v for k, v in values.items() if k.startswith("one:")}
     assert len(one) > 5 and one["share"] == 1
     for mesh in meshes[1:]:
@@ -171,8 +166,21 @@ def test_every_mesh_gives_the_numbers_of_one_device(name: str, tmp_path: Path, m
         np.testing.assert_allclose(here["loss"], one["loss"], rtol=1e-3, err_msg=mesh)
         if "fsdp" in mesh or mesh == "tensor":
             assert here["share"] < 0.95, mesh
+    return values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_every_mesh_gives_the_numbers_of_one_device(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """The GPT with all of XLA's optimizations, as users run it; they take twice as long to compile."""
+    monkeypatch.setenv("BIGJAX_OPTIMIZED", "1" if name == "gpt" else "0")
+    values = values_of(name, SIZES[name][1], tmp_path)
     if name == "gpt":
         assert values["fsdp:share"] <= 1 / 7
+
+
+def test_a_mesh_of_all_three_axes_gives_the_numbers_of_one_device(tmp_path: Path) -> None:
+    values_of("gpt", ("one", "fsdp_tensor"), tmp_path)
 
 
 # ---- what pmap did

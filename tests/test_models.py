@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import chex
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY, no_silent_transfer
+from conftest import REPOSITORY
 from flax import linen as nn
+from strict import no_silent_transfer
 
 from bigjax import models
 from bigjax.models import CNN, MLP, VAE, Autoencoder, ConvAutoencoder, Discriminator, Generator
@@ -60,9 +62,10 @@ GOLDEN = {  # the classic listings at full size; LSTM and GPT have theirs in the
 everyone = pytest.mark.parametrize("name", TINY)
 
 
-def made(name: str, **fields):
+@cache
+def made(name: str):
+    """(model, its first variables, its inputs), made once."""
     model, inputs = TINY[name]
-    model = model.clone(**fields)
     return model, jax.jit(model.init)(jax.random.key(1), *inputs), inputs
 
 
@@ -79,8 +82,14 @@ def train(model, variables, inputs, key=None):
 @everyone
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gives_float32_from_float32_parameters(name, dtype):
-    model, variables, inputs = made(name, dtype=dtype)
-    outputs = jax.eval_shape(lambda v: (model.apply(v, *inputs), train(model, v, inputs)), variables)
+    model, inputs = TINY[name]
+    model = model.clone(dtype=dtype)
+
+    def results(key):
+        variables = model.init(key, *inputs)
+        return variables, (model.apply(variables, *inputs), train(model, variables, inputs))
+
+    variables, outputs = jax.eval_shape(results, jax.random.key(1))
     assert {leaf.dtype for leaf in jax.tree.leaves((variables, outputs))} == {jnp.dtype("float32")}
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(outputs))
 
@@ -103,12 +112,13 @@ def test_jit_and_vmap_give_what_a_plain_call_gives(name):
     def one(*example):  # the batch axis of vmap outside, one of length 1 inside
         return jax.tree.map(lambda y: y[0], model.apply(variables, *(x[None] for x in example)))
 
-    chex.assert_trees_all_close(jax.vmap(one)(*inputs), plain, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(one))(*inputs), plain, rtol=1e-4, atol=1e-5)
 
 
 @everyone
 def test_gradients_reach_every_parameter(name):
-    model, variables, inputs = made(name, **dict.fromkeys(random_fields(TINY[name][0]), 0.0))
+    model, variables, inputs = made(name)
+    model = model.clone(**dict.fromkeys(random_fields(model), 0.0))
     state = {k: v for k, v in variables.items() if k != "params"}
 
     def loss(params):
@@ -124,18 +134,23 @@ def test_gradients_reach_every_parameter(name):
 
 @everyone
 def test_is_pure_and_random_only_in_training(name):
+    """What it is traced to twice is the same, not only what one program gives twice."""
     model, variables, inputs = made(name)
-    chex.assert_trees_all_equal(model.apply(variables, *inputs), model.apply(variables, *inputs, train=False))
-    chex.assert_trees_all_equal(*(train(model, variables, inputs) for _ in range(2)))
+    chex.assert_trees_all_equal(
+        *(jax.jit(partial(model.apply, **t))(variables, *inputs) for t in ({}, {"train": False}))
+    )
+    once, again = (jax.jit(lambda v, key: train(model, v, inputs, key)) for _ in range(2))
+    chex.assert_trees_all_equal(*(f(variables, jax.random.key(2)) for f in (once, again)))
     if random_fields(model):
-        a, b = (jax.tree.leaves(train(model, variables, inputs, jax.random.key(k))) for k in (5, 6))
+        a, b = (jax.tree.leaves(once(variables, jax.random.key(k))) for k in (5, 6))
         assert any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @everyone
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_empty_batch_gives_an_empty_result_and_no_transfer_is_silent(name, dtype):
-    model, variables, inputs = made(name, dtype=dtype)
+    model, variables, inputs = made(name)
+    model = model.clone(dtype=dtype)
     none = [x[:0] for x in inputs]
     with no_silent_transfer():
         some, nothing = (jax.jit(model.apply)(variables, *x) for x in (inputs, none))
@@ -153,10 +168,14 @@ def test_train_is_keyword_only_and_off(name):
 @everyone
 def test_features_are_sown_when_asked_for(name):
     model, variables, inputs = made(name)
-    _, state = model.apply(variables, *inputs, mutable="intermediates")
+
+    def sown(**asked):
+        return jax.eval_shape(lambda v: model.apply(v, *inputs, **asked)[1], variables)
+
+    state = sown(mutable="intermediates")
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(state))
     assert isinstance(model, Generator) or "features" in state["intermediates"]
-    _, state = model.apply(variables, *inputs, capture_intermediates=True, mutable="intermediates")
+    state = sown(capture_intermediates=True, mutable="intermediates")
     assert "__call__" in state["intermediates"]
     assert "intermediates" not in variables
 

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ import pytest
 from conftest import REPOSITORY
 from etils import epath
 from rich.console import Console
+from test_experiments import load
 
-from bigjax import UsageError
+from bigjax import UsageError, cli
 from bigjax.experiment import RunConfig
 from bigjax.ops.attention import attention, splash_attention
 from bigjax.tools import hlo, plan, slices
@@ -140,6 +142,20 @@ def test_a_plan_leaves_the_accelerators_alone(tmp_path: Path, monkeypatch: pytes
 
 # ---- real plans
 
+
+@pytest.fixture
+def as_users() -> Iterator[None]:
+    """Without the settings of the tests' own programs, nor a cache for what is compiled for a TPU."""
+    changes = {"disable_most_optimizations": False, "enable_compilation_cache": False}
+    changes |= {"numpy_rank_promotion": "allow", "numpy_dtype_promotion": "standard"}
+    before = {k: getattr(jax.config, f"jax_{k}") for k in changes}
+    for k, v in changes.items():
+        jax.config.update(f"jax_{k}", v)
+    yield
+    for k, v in before.items():
+        jax.config.update(f"jax_{k}", v)
+
+
 MODELS = {"gpt.py": ["tiny"], "pretrain.py": ["bert_tiny", "t5_tiny"]}  # of scripts that have several
 SCRIPTS_AND_MODELS = [f"{s} {m}".strip() for s in SCRIPTS for m in MODELS.get(s, [""])]
 
@@ -148,11 +164,17 @@ SCRIPTS_AND_MODELS = [f"{s} {m}".strip() for s in SCRIPTS for m in MODELS.get(s,
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:4x4x4"])
 @pytest.mark.parametrize("script", SCRIPTS_AND_MODELS)
-def test_every_experiment_plans(script: str, topology: str, tmp_path: Path) -> None:
+def test_every_experiment_plans(
+    script: str, topology: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_users: None
+) -> None:
+    """In this process; the others start one."""
+    monkeypatch.chdir(tmp_path)
     size = "64" if topology == "v5p:4x4x4" else "8"
     script, *model = script.split()
     flags = ["--model", *model] if model else []
-    run(script, "--topology", topology, "--batch-size", size, "--workdir", "p", *flags, cwd=tmp_path)
+    module = load(Path(script).stem)
+    flags += ["--topology", topology, "--batch-size", size, "--workdir", "p"]
+    cli.main(module.Config, module.build, ["plan", *flags])
     p = json.loads((tmp_path / "p" / "plan.json").read_text())
     assert set(KEYS) <= p.keys() and p["fits"] and p["chips"] == {"v5e:2x4": 8, "v5p:4x4x4": 64}[topology]
     assert 0 < p["mfu_bound"] <= 1 and p["seconds"]["bound"] == max(

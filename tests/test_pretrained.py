@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY, no_silent_transfer, run_with_devices
+from conftest import REPOSITORY, run_with_devices
+from strict import no_silent_transfer
 
 import bigjax
 from bigjax import UsageError, pretrained

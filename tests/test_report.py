@@ -14,6 +14,7 @@ from bigjax import UsageError
 from bigjax.look.pictures import load_gallery, save_gallery
 from bigjax.look.report import write_report
 
+pytestmark = pytest.mark.usefixtures("drawn")
 CONFIG = {
     "experiment": "mnist_cnn",
     "config": {

@@ -25,7 +25,7 @@ FLAGS = (
 def start(folder: Path) -> subprocess.Popen:
     script = REPOSITORY / "experiments" / "text" / "python_gpt.py"
     return subprocess.Popen(
-        [sys.executable, str(script), "--workdir", str(folder), *FLAGS],
+        [sys.executable, str(script), "--workdir", str(folder), "--data", str(folder.parent / "book.txt"), *FLAGS],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -39,6 +39,8 @@ def test_fifty_random_kills_change_no_bit(tmp_path: Path) -> None:
     seed, run = int(os.environ.get("BIGJAX_SOAK_SEED", random.randrange(2**32))), tmp_path / "run"
     print(f"the moments: BIGJAX_SOAK_SEED={seed}")
     draw, startup = random.Random(seed), 5.0
+    # the standard library takes each start seconds to read and compress
+    (tmp_path / "book.txt").write_text("".join(f"{n} and {n * n} make {n + n * n}\n" for n in range(4000)))
     for count in range(KILLS):
         before, begin = (len(lines(run)), newest(run)), time.monotonic()
         process = start(run)

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import blobs, no_silent_transfer
+from conftest import blobs
+from families import FAMILIES, Family
 from jax import Array
-from test_families import FAMILIES, LONG, Family
+from strict import no_silent_transfer
+from test_families import LONG
 
 from bigjax import UsageError
 from bigjax.metrics import Bins

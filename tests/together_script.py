@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from conftest import blobs  # its settings are every test's
+from strict import blobs  # its settings are every test's
 
 from bigjax import Interrupted, UsageError, evaluation, sharding, train
 from bigjax.experiment import Experiment, RunConfig

@@ -57,8 +57,7 @@ def shape(tree: Any) -> str:
 def facts(kind: type[nn.Module]) -> tuple[str, str, str, str]:
     """(how it is made, shapes of its inputs, of its outputs, number of parameters) of a model's example."""
     made, model, inputs = example(kind)
-    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    outputs = jax.eval_shape(model.apply, variables, *inputs)
+    outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), *inputs)
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     return made, shape(inputs), shape(outputs), f"{count:,}"
 
