@@ -19,6 +19,7 @@ DTYPES = {
     "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 Row = tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -80,12 +81,23 @@ class Tensors:
         self.folder = folder
         self.places: dict[str, tuple[Path, tuple[int, ...], str, int]] = {}
         self.maps: dict[Path, np.ndarray] = {}
-        for file in self._files():
-            self.places |= _header(folder / file)
+        index = self._index()
+        for file in self._files(index):
+            found = _header(folder / file)
+            self.places |= {name: place for name, place in found.items() if index.get(name, file) == file}
 
-    def _files(self) -> list[str]:
-        if (self.folder / INDEX).is_file():
-            files = sorted(set(read_json(self.folder / INDEX).get("weight_map", {}).values()))
+    def _index(self) -> dict[str, str]:
+        """Which file each tensor is in, where one says so."""
+        if not (self.folder / INDEX).is_file():
+            return {}
+        index = read_json(self.folder / INDEX).get("weight_map")
+        if not (isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())):
+            raise UsageError(f"{self.folder / INDEX} does not say which file each tensor is in: fetch it again")
+        return index
+
+    def _files(self, index: dict[str, str]) -> list[str]:
+        if index:
+            files = sorted(set(index.values()))
             if lost := [f for f in files if not (self.folder / f).is_file()]:
                 raise UsageError(f"{self.folder} lacks {', '.join(lost)}, of its {len(files)} files: fetch them")
             return files
@@ -102,6 +114,13 @@ class Tensors:
                 "you trust them, let transformers write safetensors, from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         raise UsageError(f"{self.folder} has no {WHOLE}: add the weights")
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same, a part at a time."""
+        a, b, rows = self.read(name), self.read(other), 1024
+        return a.shape == b.shape and all(
+            np.array_equal(a[n : n + rows], b[n : n + rows]) for n in range(0, len(a), rows)
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.places[name][1]
@@ -146,6 +165,8 @@ def _header(file: Path) -> dict[str, tuple[Path, tuple[int, ...], str, int]]:
             start, stop = (8 + length + int(n) for n in e["data_offsets"])
             if stop - start != math.prod(e["shape"]) * np.dtype(DTYPES[e["dtype"]]).itemsize or start < 8 + length:
                 raise ValueError(f"{name} has a size that its shape does not have")
+            if not all(isinstance(n, int) and n >= 0 for n in e["shape"]):
+                raise ValueError(f"{name} has the shape {e['shape']}")
             found[name], end = (file, tuple(e["shape"]), e["dtype"], start), max(end, stop)
         if end != size:
             raise ValueError(f"{size} bytes, where its header says {end}")
