@@ -46,7 +46,8 @@ def table(model: BERT, names: set[str]) -> list[Row]:
 def read(c: Config, names: set[str]) -> Config:
     """The fields of a BERT."""
     only(c, "position_embedding_type", "absolute")
-    only(c, "is_decoder", False)
+    for name in ("is_decoder", "add_cross_attention"):
+        only(c, name, False)
     if (head := HEADS[FAMILY.architecture(c)]) == "masked":
         only(c, "tie_word_embeddings", True)
     return {

@@ -61,7 +61,7 @@ def family_of(config: Config, folder: Path) -> Family:
     """By config.json, which names one architecture."""
     known = {name: family for family in families() for name in family.architectures}
     names = _named(config)
-    found = [name for name in names if name in known]
+    found = [name for name in names if isinstance(name, str) and name in known]
     if not found:
         said = ", ".join(map(str, filter(None, names))) or "no architecture"
         ours = [name for name in known if name[0].isupper()]

@@ -69,7 +69,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """config.json of a folder."""
-    if not (folder / CONFIG).is_file():
+    try:
+        here = (folder / CONFIG).is_file()
+    except OSError as e:
+        raise UsageError(f"{folder} cannot be read ({e.strerror}): make it readable, or give another folder") from None
+    if not here:
         raise UsageError(f"{folder} has no config.json, which says what the model is: add the one of these weights")
     return read_json(folder / CONFIG)
 
@@ -150,8 +154,8 @@ class Tensors:
 
 def _header(file: Path) -> dict[str, tuple[Path, tuple[int, ...], str, int]]:
     """name -> (file, shape, dtype, first byte). UsageError where the file is not what its header says."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= min(size - 8, 2**27):
@@ -172,6 +176,8 @@ def _header(file: Path) -> dict[str, tuple[Path, tuple[int, ...], str, int]]:
             raise ValueError(f"{size} bytes, where its header says {end}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{file} is truncated or damaged ({e}): fetch it again") from None
+    except OSError as e:
+        raise UsageError(f"{file} cannot be read ({e.strerror}): put it right, or fetch it again") from None
     return found
 
 
