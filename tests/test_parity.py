@@ -317,6 +317,57 @@ def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureReque
     np.testing.assert_allclose(logits, np.array(expected, np.float32), atol=2e-5)
 
 
+NOTHING = {  # training's, the caller's, how it is computed, what tensors or inputs say themselves, of other heads
+    *("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "classifier_dropout"),
+    *("router_jitter_noise", "router_aux_loss_coef", "output_router_logits", "problem_type", "num_labels"),
+    *("use_cache", "return_dict", "output_hidden_states", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("decoder_start_token_id", "chunk_size_feed_forward", "reorder_and_upcast_attn", "pretraining_tp", "num_channels"),
+    *("initializer_range", "initializer_factor", "is_encoder_decoder", "use_mask_token", "num_stages", "image_size"),
+    *("encoder_stride", "pooler_act", "pooler_output_size", "apply_layernorm", "reshape_hidden_states"),
+    *("hidden_dropout", "summary_first_dropout", "summary_last_dropout", "summary_activation", "summary_type"),
+    *("summary_proj_to_labels", "summary_use_proj", "get_text_config", "text_config", "vision_config", "pooling"),
+    *("image_token_id", "mm_tokens_per_image", "default_theta"),
+}
+OF_OTHERS = {"T5ForConditionalGeneration": {"is_decoder"}}  # what each kind has no use for
+OF_OTHERS |= {kind: {"tie_word_embeddings"} for kind in families.families()[1].architectures if "Masked" not in kind}
+
+
+@pytest.mark.parametrize("kind", sorted({case.kind for case in CASES.values() if hasattr(transformers, case.kind)}))
+def test_what_they_read_of_config_json_is_read_here(kind: str) -> None:
+    """Or known to change nothing: a field that a later transformers reads fails here, and is then read or refused."""
+    import inspect
+    import re
+    import sys
+
+    class Seen(dict):
+        """Which of its keys were asked for."""
+
+        asked: set[str] = set()
+
+        def get(self, name: str, otherwise: Any = None) -> Any:
+            self.asked.add(name)
+            return super().get(name, otherwise)
+
+        def __or__(self, other: dict[str, Any]) -> "Seen":
+            return Seen(super().__or__(other))
+
+        def __contains__(self, name: object) -> bool:
+            self.asked.add(str(name))
+            return super().__contains__(name)
+
+    theirs = getattr(transformers, kind)
+    text = inspect.getsource(sys.modules[theirs.__module__])
+    own = {f.name for f in dataclasses.fields(theirs.config_class) if f.name in vars(theirs.config_class)}
+    fields = {f for f in own | {*re.findall(r"\bconfig\.([a-z]\w+)", text)} if not f.startswith("_")}
+    fields = {theirs.config_class.attribute_map.get(name, name) for name in fields}
+    Seen.asked = set()
+    for case in CASES.values():
+        if case.kind == kind:
+            config = Seen(theirs.config_class(**case.config).to_dict() | {"architectures": [kind]})
+            families.family_of(config, Path()).read(config, set())
+    assert sorted(fields - Seen.asked - NOTHING - OF_OTHERS.get(kind, set())) == []
+
+
 def test_routers_are_as_uneven_as_theirs() -> None:
     """Of one row and one layer, where both mean the same; with padding."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

@@ -127,6 +127,33 @@ def cut(folder: Path) -> None:
     (folder / store.WHOLE).write_bytes(data[:-10])
 
 
+def of(name: str, **changes: Any) -> Any:
+    """Another fixture, changed."""
+
+    def spoil(folder: Path) -> None:
+        unpacked(name, folder)
+        configured(folder, **changes)
+
+    return spoil
+
+
+def of_timm(**changes: Any) -> Any:
+    def spoil(folder: Path) -> None:
+        (folder / store.CONFIG).write_text(json.dumps(changes))
+
+    return spoil
+
+
+def no_index(folder: Path) -> None:
+    (folder / store.INDEX).write_text(json.dumps({"weight_map": ["model-2.safetensors"]}))
+
+
+def link_to_nothing(folder: Path) -> None:
+    (folder / store.WHOLE).unlink()
+    (folder / "model-1.safetensors").symlink_to("nowhere")
+
+
+LINEAR = {"type": "linear", "factor": 2.0}
 WRONG = {
     "unknown": (
         lambda f: configured(f, architectures=["FooModel"]),
@@ -150,6 +177,44 @@ WRONG = {
     "windows": (
         lambda f: configured(f, sliding_window=4, use_sliding_window=True, layer_types=["chunked_attention"] * 2),
         "layer_types = 'chunked_attention', which is not known here: only 'full_attention', 'sliding_attention'",
+    ),
+    "no_index": (no_index, "index.json does not say which file each tensor is in: fetch it again"),
+    "link": (
+        link_to_nothing,
+        r"model-1.safetensors cannot be read \(No such file or directory\): put it",
+    ),
+    "names": (lambda f: configured(f, architectures=[{}]), "names no architecture, which is not known here"),
+    "quantized": (
+        lambda f: configured(f, quantization_config={"quant_method": "gptq"}),
+        "says that the weights are quantized .*: give a folder of the same model with whole ones",
+    ),
+    "integers": (
+        lambda f: rewritten(f, **{"model.norm.weight": np.ones(16, np.int8)}),
+        r"describes \(1 of integers: model.norm.weight\)",
+    ),
+    "another_head": (
+        lambda f: configured(f, tie_word_embeddings=True),
+        "lm_head.weight in .* is not model.embed_tokens.weight, which its config.json says",
+    ),
+    "tied_no_more": (
+        of("bert_masked", tie_word_embeddings=False),
+        "tie_word_embeddings = False, which is not known here: only True",
+    ),
+    "rope_of_old": (of("mixtral", rope_parameters=None, rope_scaling=LINEAR), "rope_type = 'linear', which is not"),
+    "rope_first": (lambda f: configured(f, rope_scaling={"type": "dynamic"}), "rope_type = 'dynamic', which is not"),
+    "partial": (lambda f: configured(f, partial_rotary_factor=0.5), "partial_rotary_factor = 0.5, which is not known"),
+    "partial_gemma": (of("gemma", partial_rotary_factor=0.5), "partial_rotary_factor = 0.5, which is not known here"),
+    "two_numbers": (of("gpt2", num_attention_heads=2), "n_head = 4, which is not known here: only 2"),
+    "units": (of("t5", dense_act_fn="gelu"), "dense_act_fn = 'gelu', which is not known here: only 'relu'"),
+    "oblong": (of("vit", image_size=[12, 16]), r"image_size = \[12, 16\], which is not known here: only one side"),
+    "epsilon": (of("vit", layer_norm_eps="a"), "config.json and these fields make no ViT .*: correct them"),
+    "timms_pool": (
+        of_timm(architecture="resnet50", pretrained_cfg={"global_pool": "max"}),
+        "global_pool = 'max', which is not known here: only 'avg'",
+    ),
+    "timms_arguments": (
+        of_timm(architecture="vit_base_patch16_224", global_pool="token", model_args={"reg_tokens": 4}),
+        "gives vit_base_patch16_224 the arguments reg_tokens, which are not known here: only none are",
     ),
     "nonsense": (lambda f: configured(f, num_attention_heads="four"), "config.json and these fields make no GPT"),
 }
@@ -179,6 +244,22 @@ def test_what_is_no_folder(source: str, said: str, folder: Path, monkeypatch: py
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match=said):
         pretrained.load(source)
+
+
+def test_other_words_for_the_same(tmp_path: Path) -> None:
+    """Names that transformers takes too, and sides that are equal."""
+    for name, old, new in (
+        ("gpt2", "n_head", {"num_attention_heads": 4}),
+        ("t5", "num_heads", {"num_attention_heads": 3}),
+        ("mixtral", "num_local_experts", {"num_experts": 3}),
+        ("vit", "image_size", {"image_size": [12, 12], "patch_size": [4, 4]}),
+    ):
+        unpacked(name, tmp_path)
+        model, _ = pretrained.load(tmp_path)
+        config = json.loads((tmp_path / store.CONFIG).read_text())
+        config.pop(old)
+        (tmp_path / store.CONFIG).write_text(json.dumps(config | new))
+        assert pretrained.load(tmp_path)[0] == model
 
 
 def test_a_dtype_that_is_none(folder: Path) -> None:
@@ -211,6 +292,9 @@ def test_shards_with_an_index_are_one_file(folder: Path) -> None:
         pretrained.load(folder)
     index = {k: file for file, some in parts.items() for k, *_ in some}
     (folder / store.INDEX).write_text(json.dumps({"weight_map": index}))
+    twice = np.zeros(tensors.shape(names[0]), np.float32)  # of which the index names the other
+    row = (names[0], twice.shape, twice.dtype, lambda: twice)
+    store.write_tensors(folder / "model-2.safetensors", [*rows[5:], row])
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(folder)[1], variables)
 
 

@@ -43,7 +43,7 @@ class Block(nn.Module):
             last = n == len(forms) - 1
             y = normed(y, features, size, stride, f"{n}", train=self.train, zero=self.zero and last, dtype=self.dtype)
             y = y if last else nn.relu(y)
-        if x.shape != y.shape:
+        if self.stride > 1 or x.shape[-1] != F:
             x = normed(x, F, 1, self.stride, "shortcut", train=self.train, dtype=self.dtype)
         return nn.relu(x + y)
 

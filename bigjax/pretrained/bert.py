@@ -46,7 +46,10 @@ def table(model: BERT, names: set[str]) -> list[Row]:
 def read(c: Config, names: set[str]) -> Config:
     """The fields of a BERT."""
     only(c, "position_embedding_type", "absolute")
-    only(c, "is_decoder", False)
+    for name in ("is_decoder", "add_cross_attention"):
+        only(c, name, False)
+    if (head := HEADS[FAMILY.architecture(c)]) == "masked":
+        only(c, "tie_word_embeddings", True)
     return {
         "vocabulary": c.get("vocab_size", 30522),
         "layers": c.get("num_hidden_layers", 12),
@@ -58,7 +61,7 @@ def read(c: Config, names: set[str]) -> Config:
         "activation": unit_from(c, "hidden_act", "gelu"),
         "epsilon": c.get("layer_norm_eps", 1e-12),
         "dropout": c.get("hidden_dropout_prob", 0.1),
-        "head": (head := HEADS[FAMILY.architecture(c)]),
+        "head": head,
         "pooler": head != "none" or "pooler.dense.weight" in names,
         "outputs": labels(c),
     }
@@ -96,6 +99,9 @@ FAMILY = Family(
         r"\bembeddings\.position_ids$",
         r"^bert\.pooler\.",  # of heads that do not use it
         r"^cls\.seq_relationship\.",  # the other task of pretraining
-        r"^cls\.predictions\.decoder\.",  # written by some: the same numbers once more
+    ),
+    same=(
+        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
     ),
 )

@@ -3,7 +3,7 @@
 import jax
 
 from bigjax.models.convnext import SIZES, ConvNeXt
-from bigjax.pretrained.families import Config, Family, arguments, labels, labels_of, unit_from, unit_to
+from bigjax.pretrained.families import Config, Family, arguments, labels, labels_of, side, unit_from, unit_to
 from bigjax.pretrained.names import Row
 
 TIMM = {"depths": "stages", "dims": "widths", "patch_size": "patch", "ls_init_value": "layer_scale"}
@@ -62,7 +62,7 @@ def read(c: Config, names: set[str]) -> Config:
     return {
         "stages": tuple(c.get("depths", (3, 3, 9, 3))),
         "widths": tuple(c.get("hidden_sizes", (96, 192, 384, 768))),
-        "patch": c.get("patch_size", 4),
+        "patch": side(c, "patch_size", 4),
         "outputs": labels(c),
         "activation": unit_from(c, "hidden_act", "gelu"),
         "layer_scale": max(scale, 0.0),

@@ -28,8 +28,8 @@ class Family:
     architectures: what config.json calls them. kind: our class. read: config.json and the names of the tensors ->
     fields of ours. write: a model -> its config.json; UsageError where they have no such model. table: of a model, and
     the names of the tensors where there are some, which of their modules is which of ours. ours: their names in a file
-    -> those of the table (regular expressions). ignored: what a file may hold beside. inputs: shapes of what a model is
-    called with.
+    -> those of the table (regular expressions). same: what a file may hold once more, and which tensor
+    it must equal then. ignored: what a file may hold beside. inputs: shapes of what a model is called with.
     """
 
     architectures: tuple[str, ...]
@@ -39,6 +39,7 @@ class Family:
     table: Callable[[nn.Module, set[str]], list[Row]]
     inputs: Callable[[nn.Module], tuple[jax.ShapeDtypeStruct, ...]]
     ours: tuple[tuple[str, str], ...] = ()
+    same: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
 
     def architecture(self, config: Config) -> str:
@@ -60,13 +61,18 @@ def family_of(config: Config, folder: Path) -> Family:
     """By config.json, which names one architecture."""
     known = {name: family for family in families() for name in family.architectures}
     names = _named(config)
-    found = [name for name in names if name in known]
+    found = [name for name in names if isinstance(name, str) and name in known]
     if not found:
         said = ", ".join(map(str, filter(None, names))) or "no architecture"
         ours = [name for name in known if name[0].isupper()]
         raise UsageError(
             f"{folder}/config.json names {said}, which is not known here: {', '.join(ours)} are, and of timm "
             f"{', '.join(name for name in known if name not in ours)}"
+        )
+    if config.get("quantization_config"):
+        raise UsageError(
+            f"{folder}/config.json says that the weights are quantized (quantization_config), and such are not read: "
+            "give a folder of the same model with whole ones"
         )
     return known[found[0]]
 
@@ -90,8 +96,41 @@ def only(config: Config, name: str, *values: Any) -> Any:
     return value
 
 
-def arguments(config: Config, names: Config) -> Config:
-    """The fields that timm's config.json gives in `model_args`, of those in `names` (theirs -> ours)."""
+def renamed(config: Config, names: Config) -> Config:
+    """A config with what it gives by other names (other -> usual) under the usual ones too."""
+    given = {usual: config[other] for other, usual in names.items() if other in config}
+    for usual, value in given.items():
+        only(config, usual, value)
+    return config | given
+
+
+def side(config: Config, name: str, otherwise: int) -> int:
+    """config[name], pixels of a square: one number, or the same for both sides."""
+    value = config.get(name, otherwise)
+    sides = {*value} if isinstance(value, list | tuple) and len(value) == 2 else {value}
+    if len(sides) > 1 or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise UsageError(f"config.json says {name} = {value!r}, which is not known here: only one side, of pixels, is")
+    return sides.pop()
+
+
+def rotary(config: Config, base: float, *kinds: str) -> Config:
+    """How positions turn, as transformers 4 said it or as 5 does; `rope_type` is one of `kinds`."""
+    said = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    beside = {k: config[k] for k in ("rope_theta", "partial_rotary_factor") if config.get(k) is not None}
+    rope = {"rope_theta": base} | beside | said
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    only(rope, "rope_type", *kinds)
+    only(rope, "partial_rotary_factor", 1)
+    return rope
+
+
+def arguments(config: Config, names: Config, *, pool: str = "avg") -> Config:
+    """The fields that timm's config.json gives in `model_args`, of those in `names` (theirs -> ours).
+
+    pool: how these models make one row of an image, which they all do.
+    """
+    for said in (config, config.get("pretrained_cfg") or {}):
+        only(said, "global_pool", pool)
     given = config.get("model_args") or {}
     if unknown := sorted(given.keys() - names.keys()):
         raise UsageError(
@@ -109,7 +148,8 @@ def timm(architecture: str, outputs: int, **arguments: Any) -> Config:
 
 def unit_from(config: Config, name: str, otherwise: str) -> str:
     """Our name of the activation that config[name] names."""
-    return UNITS[only({name: otherwise} | config, name, *UNITS)]
+    unit = config.get(name, otherwise)
+    return UNITS[only({name: unit}, name, *UNITS)]
 
 
 def unit_to(activation: Any) -> str:

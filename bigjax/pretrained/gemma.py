@@ -32,10 +32,12 @@ def read(c: Config, names: set[str]) -> Config:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         only(c, name, None)
     rope = c.get("rope_parameters") or {}  # of transformers 5; before it each kind had a name of its own
-    far = {"rope_theta": c.get("rope_theta", 1e6)} | (c.get("rope_scaling") or {}) | (rope.get("full_attention") or {})
+    far = {"rope_theta": c.get("rope_theta", 1e6)} | (rope.get("full_attention") or {}) | (c.get("rope_scaling") or {})
     near = {"rope_theta": c.get("rope_local_base_freq", 1e4)} | (rope.get("sliding_attention") or {})
     far["rope_type"] = far.get("rope_type", far.get("type", "default"))
     only(near, "rope_type", "default")
+    for said in (c, near, far):
+        only(said, "partial_rotary_factor", 1, None)
     return {
         "vocabulary": c.get("vocab_size", 262_208),
         "layers": c.get("num_hidden_layers", 26),
@@ -113,4 +115,5 @@ FAMILY = Family(
     write=write,
     table=lambda model, names: TABLE,
     inputs=lambda model: (jax.ShapeDtypeStruct((1, 1), "int32"),),
+    same=(("lm_head.weight", "model.embed_tokens.weight"),),
 )

@@ -4,7 +4,7 @@ import jax
 
 from bigjax import UsageError
 from bigjax.models.gpt import GPT
-from bigjax.pretrained.families import UNITS, Config, Family, only, unit_from, unit_to
+from bigjax.pretrained.families import UNITS, Config, Family, only, renamed, rotary, unit_from, unit_to
 from bigjax.pretrained.names import Row
 
 GPT2: list[Row] = [
@@ -30,6 +30,8 @@ LLAMA: list[Row] = [
     ("lm_head", "unembedding", "linear"),
 ]
 TYPES = ("full_attention", "sliding_attention")
+OTHERS = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+OTHERS |= {"max_position_embeddings": "n_positions"}
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -40,6 +42,7 @@ def read(c: Config, names: set[str]) -> Config:
 
 
 def _gpt2(c: Config) -> Config:
+    c = renamed(c, OTHERS)
     only(c, "scale_attn_weights", True)
     only(c, "scale_attn_by_inverse_layer_idx", False)
     only(c, "add_cross_attention", False)
@@ -60,9 +63,10 @@ def _gpt2(c: Config) -> Config:
 def _llama(c: Config, kind: str) -> Config:
     only(c, "hidden_act", "silu")
     width, heads = c.get("hidden_size", 4096), c.get("num_attention_heads", 32)
-    rope = {"rope_theta": 10_000.0} | c | (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
-    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    names = {"default": (), "linear": ROPE[:1], "llama3": ROPE}[only(rope, "rope_type", "default", "linear", "llama3")]
+    context = c.get("max_position_embeddings", 2048 if kind == "LlamaForCausalLM" else 32768)
+    rope = {ROPE[3]: context} | rotary(c, 10_000.0, "default", "linear", "llama3")
+    rope |= {ROPE[3]: c[ROPE[3]]} if c.get(ROPE[3]) else {}
+    names = {"default": (), "linear": ROPE[:1], "llama3": ROPE}[rope["rope_type"]]
     biased = kind in ("LlamaForCausalLM", "Qwen3ForCausalLM") and c.get("attention_bias", False)
     window, windowed = _window(c, kind)
     return {
@@ -72,7 +76,7 @@ def _llama(c: Config, kind: str) -> Config:
         "heads": heads,
         "kv_heads": c.get("num_key_value_heads") or heads,
         "head": c.get("head_dim") or (128 if kind == "Qwen3ForCausalLM" else width // heads),
-        "context": c.get("max_position_embeddings", 2048 if kind == "LlamaForCausalLM" else 32768),
+        "context": context,
         "mlp": c.get("intermediate_size", 11008),
         "epsilon": c.get("rms_norm_eps", 1e-6),
         "tied": c.get("tie_word_embeddings", False),
@@ -181,5 +185,6 @@ FAMILY = Family(
     table=lambda model, names: GPT2 if model.position == "learned" else LLAMA,
     inputs=lambda model: (jax.ShapeDtypeStruct((1, 1), "int32"),),
     ours=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),  # as the first release of GPT-2's weights has them
+    same=(("lm_head.weight", "transformer.wte.weight"), ("lm_head.weight", "model.embed_tokens.weight")),
     ignored=(r"\.attn\.(masked_)?bias$", r"\.rotary_emb\.inv_freq$"),
 )  # fmt: skip

@@ -4,7 +4,7 @@ import jax
 
 from bigjax import UsageError
 from bigjax.models.inception import BLOCKS, STEM, V3, Inception, steps
-from bigjax.pretrained.families import Config, Family
+from bigjax.pretrained.families import Config, Family, arguments
 from bigjax.pretrained.names import Row
 
 
@@ -24,7 +24,7 @@ def table(model: Inception, names: set[str]) -> list[Row]:
 
 def read(c: Config, names: set[str]) -> Config:
     """The fields of an Inception: whether it has the second head, its tensors say."""
-    return {"outputs": c.get("num_classes", 1000), "aux": "AuxLogits.fc.weight" in names}
+    return {"outputs": c.get("num_classes", 1000), "aux": "AuxLogits.fc.weight" in names} | arguments(c, {})
 
 
 def write(model: Inception) -> Config:

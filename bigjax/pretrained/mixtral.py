@@ -3,7 +3,7 @@
 import jax
 
 from bigjax.models.mixtral import Mixtral
-from bigjax.pretrained.families import Config, Family, only
+from bigjax.pretrained.families import Config, Family, only, renamed, rotary
 from bigjax.pretrained.names import Row
 
 EXPERTS = {"w1": "gate", "w2": "down", "w3": "up"}
@@ -24,9 +24,8 @@ TABLE: list[Row] = [
 
 def read(c: Config, names: set[str]) -> Config:
     """The fields of a Mixtral."""
+    c = renamed(c, {"num_experts": "num_local_experts"})
     only(c, "hidden_act", "silu")
-    rope = {"rope_theta": 1e6} | c | (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
-    only(rope, "rope_type", "default")
     return {
         "vocabulary": c.get("vocab_size", 32_000),
         "layers": c.get("num_hidden_layers", 32),
@@ -39,7 +38,7 @@ def read(c: Config, names: set[str]) -> Config:
         "mlp": c.get("intermediate_size", 14_336),
         "context": c.get("max_position_embeddings", 131_072),
         "window": c.get("sliding_window"),
-        "rope_base": float(rope["rope_theta"]),
+        "rope_base": float(rotary(c, 1e6, "default")["rope_theta"]),
         "epsilon": c.get("rms_norm_eps", 1e-5),
         "tied": c.get("tie_word_embeddings", False),
     }
@@ -76,4 +75,5 @@ FAMILY = Family(
     write=write,
     table=lambda model, names: TABLE,
     inputs=lambda model: (jax.ShapeDtypeStruct((1, 1), "int32"),),
+    same=(("lm_head.weight", "model.embed_tokens.weight"),),
 )

@@ -89,7 +89,13 @@ def shapes_of(model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any
         zeros = (jax.numpy.zeros(s.shape, s.dtype) for s in inputs)
         return traced.init(jax.random.key(0), *zeros)
 
-    shapes = jax.eval_shape(init)
+    try:
+        shapes = jax.eval_shape(init)
+    except (TypeError, ValueError, ArithmeticError, flax.errors.FlaxError) as e:
+        said = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UsageError(
+            f"config.json and these fields make no {type(model).__name__} ({said}): correct them"
+        ) from None
     return shapes if traced == model else _unstacked(shapes)
 
 

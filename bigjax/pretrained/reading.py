@@ -14,7 +14,7 @@ from bigjax import UsageError, sharding
 from bigjax.pretrained import copying
 from bigjax.pretrained.families import Config, Family, family_of
 from bigjax.pretrained.names import Index, Source, flat, shapes_of, sources
-from bigjax.pretrained.store import Tensors, config_of, folder_of
+from bigjax.pretrained.store import INTEGERS, Tensors, config_of, folder_of
 
 KINDS = ("float32", "bfloat16", "float16")
 
@@ -106,16 +106,24 @@ def matched(
     for name in {name for source in found.values() if source.merged for name in source.theirs} & real.keys():
         tensors.merge(real[name], needed[name])
     missing = sorted(needed.keys() - real.keys())
-    extra = sorted(n for n in real.keys() - needed.keys() if not any(re.search(p, n) for p in family.ignored))
-    if getattr(model, "tied", False) and "lm_head.weight" in extra:  # written by some: the same numbers once more
-        extra.remove("lm_head.weight")
+    twice = {copy: first for copy, first in family.same if copy in real.keys() - needed.keys() and first in real}
+    for copy, first in twice.items():
+        if not tensors.equal(real[copy], real[first]):
+            raise UsageError(
+                f"{real[copy]} in {tensors.folder} is not {real[first]}, which its config.json says it is: set "
+                "tie_word_embeddings to false there, or get both from one place"
+            )
+    extra = real.keys() - needed.keys() - twice.keys()
+    extra = sorted(n for n in extra if not any(re.search(p, n) for p in family.ignored))
     shapes_there = {name: tensors.shape(real[name]) for name in needed.keys() & real.keys()}
     misshapen = [
         f"{name} {list(shape)} for {list(needed[name])}"
         for name, shape in shapes_there.items()
         if shape != needed[name]
     ]
+    whole = sorted(name for name in shapes_there if tensors.places[real[name]][2] in INTEGERS)
     wrong = {"missing": missing, "not of this model": extra, "of another shape": sorted(misshapen)}
+    wrong |= {"of integers": whole}
     if said := "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in wrong.items() if names):
         raise UsageError(
             f"the tensors in {tensors.folder} are not those that its config.json describes ({said}): get both from one "

@@ -4,7 +4,7 @@ import jax
 
 from bigjax import UsageError
 from bigjax.models.resnet import DEPTHS, ResNet
-from bigjax.pretrained.families import Config, Family, labels, labels_of, only
+from bigjax.pretrained.families import Config, Family, arguments, labels, labels_of, only
 from bigjax.pretrained.names import Row
 
 
@@ -35,7 +35,8 @@ def table(model: ResNet, names: set[str]) -> list[Row]:
 def read(c: Config, names: set[str]) -> Config:
     """The fields of a ResNet; of torchvision's and timm's names, from the architecture's own name."""
     if "architectures" not in c:
-        return DEPTHS[int(c["architecture"].removeprefix("resnet"))] | {"outputs": c.get("num_classes", 1000)}
+        depth = DEPTHS[int(c["architecture"].removeprefix("resnet"))]
+        return depth | {"outputs": c.get("num_classes", 1000)} | arguments(c, {})
     only(c, "hidden_act", "relu")
     only(c, "downsample_in_first_stage", False)
     only(c, "downsample_in_bottleneck", False)

@@ -19,6 +19,7 @@ DTYPES = {
     "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 Row = tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -68,7 +69,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """config.json of a folder."""
-    if not (folder / CONFIG).is_file():
+    try:
+        here = (folder / CONFIG).is_file()
+    except OSError as e:
+        raise UsageError(f"{folder} cannot be read ({e.strerror}): make it readable, or give another folder") from None
+    if not here:
         raise UsageError(f"{folder} has no config.json, which says what the model is: add the one of these weights")
     return read_json(folder / CONFIG)
 
@@ -80,12 +85,23 @@ class Tensors:
         self.folder = folder
         self.places: dict[str, tuple[Path, tuple[int, ...], str, int]] = {}
         self.maps: dict[Path, np.ndarray] = {}
-        for file in self._files():
-            self.places |= _header(folder / file)
+        index = self._index()
+        for file in self._files(index):
+            found = _header(folder / file)
+            self.places |= {name: place for name, place in found.items() if index.get(name, file) == file}
 
-    def _files(self) -> list[str]:
-        if (self.folder / INDEX).is_file():
-            files = sorted(set(read_json(self.folder / INDEX).get("weight_map", {}).values()))
+    def _index(self) -> dict[str, str]:
+        """Which file each tensor is in, where one says so."""
+        if not (self.folder / INDEX).is_file():
+            return {}
+        index = read_json(self.folder / INDEX).get("weight_map")
+        if not (isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())):
+            raise UsageError(f"{self.folder / INDEX} does not say which file each tensor is in: fetch it again")
+        return index
+
+    def _files(self, index: dict[str, str]) -> list[str]:
+        if index:
+            files = sorted(set(index.values()))
             if lost := [f for f in files if not (self.folder / f).is_file()]:
                 raise UsageError(f"{self.folder} lacks {', '.join(lost)}, of its {len(files)} files: fetch them")
             return files
@@ -102,6 +118,13 @@ class Tensors:
                 "you trust them, let transformers write safetensors, from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         raise UsageError(f"{self.folder} has no {WHOLE}: add the weights")
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same, a part at a time."""
+        a, b, rows = self.read(name), self.read(other), 1024
+        return a.shape == b.shape and all(
+            np.array_equal(a[n : n + rows], b[n : n + rows]) for n in range(0, len(a), rows)
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.places[name][1]
@@ -131,8 +154,8 @@ class Tensors:
 
 def _header(file: Path) -> dict[str, tuple[Path, tuple[int, ...], str, int]]:
     """name -> (file, shape, dtype, first byte). UsageError where the file is not what its header says."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= min(size - 8, 2**27):
@@ -146,11 +169,15 @@ def _header(file: Path) -> dict[str, tuple[Path, tuple[int, ...], str, int]]:
             start, stop = (8 + length + int(n) for n in e["data_offsets"])
             if stop - start != math.prod(e["shape"]) * np.dtype(DTYPES[e["dtype"]]).itemsize or start < 8 + length:
                 raise ValueError(f"{name} has a size that its shape does not have")
+            if not all(isinstance(n, int) and n >= 0 for n in e["shape"]):
+                raise ValueError(f"{name} has the shape {e['shape']}")
             found[name], end = (file, tuple(e["shape"]), e["dtype"], start), max(end, stop)
         if end != size:
             raise ValueError(f"{size} bytes, where its header says {end}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{file} is truncated or damaged ({e}): fetch it again") from None
+    except OSError as e:
+        raise UsageError(f"{file} cannot be read ({e.strerror}): put it right, or fetch it again") from None
     return found
 
 

@@ -3,10 +3,13 @@
 import jax
 
 from bigjax.models.t5 import T5
-from bigjax.pretrained.families import Config, Family, only
+from bigjax.pretrained.families import Config, Family, only, renamed
 from bigjax.pretrained.names import Row
 
 FORMS = {"relu": "relu", "gated-gelu": "geglu"}
+THEIRS = {"relu": ("relu", False), "gated-gelu": ("gelu_new", True)}  # as config.json may say it once more
+OTHERS = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+OTHERS |= {"head_dim": "d_kv"}
 
 
 def table(model: T5, names: set[str]) -> list[Row]:
@@ -28,6 +31,11 @@ def table(model: T5, names: set[str]) -> list[Row]:
 
 def read(c: Config, names: set[str]) -> Config:
     """The fields of a T5."""
+    c = renamed(c, OTHERS)
+    form = only(c, "feed_forward_proj", *FORMS)
+    for name, value in zip(("dense_act_fn", "is_gated_act"), THEIRS[form]):
+        only(c, name, value)
+    scaled = c.get("tie_word_embeddings") is not False
     return {
         "vocabulary": c.get("vocab_size", 32128),
         "layers": (layers := c.get("num_layers", 6)),
@@ -36,9 +44,9 @@ def read(c: Config, names: set[str]) -> Config:
         "heads": c.get("num_heads", 8),
         "head": c.get("d_kv", 64),
         "mlp": c.get("d_ff", 2048),
-        "activation": FORMS[only(c, "feed_forward_proj", *FORMS)],
+        "activation": FORMS[form],
         "tied": "lm_head.weight" not in names,
-        "scaled": c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)),
+        "scaled": bool(c.get("scale_decoder_outputs", scaled)),
         "buckets": c.get("relative_attention_num_buckets", 32),
         "distance": c.get("relative_attention_max_distance", 128),
         "epsilon": c.get("layer_norm_epsilon", 1e-6),
@@ -76,5 +84,6 @@ FAMILY = Family(
     write=write,
     table=table,
     inputs=lambda model: (jax.ShapeDtypeStruct((1, 1), "int32"),) * 2,
-    ignored=(r"^(en|de)coder\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias"),
+    same=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")),
+    ignored=(r"EncDecAttention\.relative_attention_bias",),
 )

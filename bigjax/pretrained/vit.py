@@ -6,7 +6,7 @@ import jax
 
 from bigjax import UsageError
 from bigjax.models.vit import ViT
-from bigjax.pretrained.families import Config, Family, labels, labels_of, only, unit_from, unit_to
+from bigjax.pretrained.families import Config, Family, arguments, labels, labels_of, only, side, unit_from, unit_to
 from bigjax.pretrained.names import Row
 
 KINDS = {
@@ -82,14 +82,13 @@ def table(model: ViT, names: set[str]) -> list[Row]:
 def read(c: Config, names: set[str]) -> Config:
     """The fields of a ViT; of timm's names, from the architecture's own name."""
     if "architectures" not in c:
-        size, patch, side = re.fullmatch(r"vit_(\w+)_patch(\d+)_(\d+)", c["architecture"]).groups()
+        size, patch, image = re.fullmatch(r"vit_(\w+)_patch(\d+)_(\d+)", c["architecture"]).groups()
         layers, width, heads = SIZES[size]
-        only(c, "global_pool", "token")
-        shape = {"layers": layers, "width": width, "heads": heads, "patch": int(patch), "image": int(side)}
-        return shape | {"outputs": c.get("num_classes", 1000)}
+        shape = {"layers": layers, "width": width, "heads": heads, "patch": int(patch), "image": int(image)}
+        return shape | {"outputs": c.get("num_classes", 1000)} | arguments(c, {}, pool="token")
     kind = FAMILY.architecture(c)
     shared = {
-        "image": c.get("image_size", 224),
+        "image": side(c, "image_size", 224),
         "layers": c.get("num_hidden_layers", 12),
         "width": c.get("hidden_size", 768),
         "heads": c.get("num_attention_heads", 12),
@@ -100,7 +99,7 @@ def read(c: Config, names: set[str]) -> Config:
     if kind in DINO:
         return shared | _dino(c, shared["width"], head=DINO[kind])
     return shared | {
-        "patch": c.get("patch_size", 16),
+        "patch": side(c, "patch_size", 16),
         "mlp": c.get("intermediate_size", 3072),
         "epsilon": c.get("layer_norm_eps", 1e-12),
         "teacher": KINDS[kind],
@@ -114,7 +113,7 @@ def _dino(c: Config, width: int, *, head: bool) -> Config:
     hidden, gated = int(width * c.get("mlp_ratio", 4)), c.get("use_swiglu_ffn", False)
     own = {"mlp": _gated(hidden), "activation": "swiglu"} if gated else {"mlp": hidden}
     return own | {
-        "patch": c.get("patch_size", 14),
+        "patch": side(c, "patch_size", 14),
         "layer_scale": c.get("layerscale_value", 1.0),
         "epsilon": c.get("layer_norm_eps", 1e-6),
         "pool": "both" if head else "token",
