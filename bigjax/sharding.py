@@ -224,19 +224,19 @@ def our_mesh() -> Any:
     return None if mesh.empty or "data" not in mesh.shape else mesh
 
 
-def constrain(x: jax.Array, axis: Literal["batch", "residual"]) -> jax.Array:
+def constrain(x: jax.Array, axis: Literal["batch", "residual", "heads"]) -> jax.Array:
     """Keeps an activation split as the batch is; without a mesh it does nothing.
 
     batch: its leading axis. residual: the stream between a Transformer's blocks, whose width is split over `tensor`
     too, so that what the backward pass needs of it is not kept whole on every device of that axis (as Megatron-LM's
-    sequence parallelism does along the length; Korthikanti et al. 2022).
+    sequence parallelism does along the length; Korthikanti et al. 2022). heads: a cache's, (batch, heads, …), too.
     """
     mesh = our_mesh()
     if mesh is None:
         return x
-    if axis == "residual" and mesh.shape["tensor"] > 1 and x.shape[-1] % mesh.shape["tensor"] == 0:
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), None, "tensor"))
-    return jax.lax.with_sharding_constraint(x, BATCH)
+    split = {"residual": (None, "tensor"), "heads": ("tensor",)}.get(axis, ())
+    whole = mesh.shape["tensor"] == 1 or x.shape[len(split)] % mesh.shape["tensor"]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH, *(() if whole else split)))
 
 
 def splits_rows_and_heads(batch: int, heads: int) -> bool:

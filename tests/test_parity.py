@@ -276,16 +276,41 @@ def test_rows_padded_on_the_left_are_those_moved_to_the_left(pair: Pair) -> None
     np.testing.assert_allclose(got[counts], expected[counts], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("pair", ["gpt2", "mistral", "qwen2_windows", "gemma", "mixtral"], indirect=True)
-def test_greedy_continuations_are_the_same(pair: Pair) -> None:
+WRITES = ["gpt2", "llama", "mistral", "qwen2_windows", "gemma", "mixtral", "t5", "t5_gated"]
+
+
+@pytest.mark.parametrize("pair", WRITES, indirect=True)
+def test_they_write_the_same(pair: Pair) -> None:
+    """Greedy and by beams, of prompts of three lengths at once, with a stop token; and one with a penalty."""
     from bigjax.use.generate import generate
 
-    prompt = batch(pair.case)["input_ids"][:1, :5]
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = pair.theirs.generate(torch.from_numpy(prompt), **options).numpy()
-    tokens = jnp.asarray(prompt, "int32")
-    got = generate(pair.model, pair.variables, tokens, length=6, key=jax.random.key(0), temperature=0)
-    np.testing.assert_array_equal(got, expected)
+    reads = pair.case.kind.startswith("T5")
+    random, lengths = np.random.default_rng(3), np.array([6, 4, 1])
+    prompts = random.integers(1, V, (3, 6))
+    real = np.arange(6)[None] < lengths[:, None]
+    shift = np.zeros(3, int) if reads else 6 - lengths  # they have padding before the tokens, and we behind them
+    theirs, mask = (np.stack([np.roll(r, n) for r, n in zip(x, shift)]) for x in (prompts * real, real))
+    theirs = {"input_ids": torch.from_numpy(theirs), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    first = pair.theirs.generate(**theirs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    stop = int(first[0, -3])
+    for beams, returned, penalty in ((1, 1, 1.0), (4, 3, 0.3), (3, 1, 2.0)):
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
+        options |= {"num_beams": beams, "num_return_sequences": returned, "length_penalty": penalty}
+        expected = pair.theirs.generate(**theirs, **options, output_scores=True, return_dict_in_generate=True)
+        begin = 1 if reads else 6
+        how = {"temperature": 0} if beams == 1 else {"beams": beams, "returned": returned, "length_penalty": penalty}
+        got = generate(pair.model, pair.variables, prompts, length=6, length_B=lengths, stop=stop, **how)
+        for row, size, whole in zip(got.tokens_RN, got.length_R, expected.sequences.numpy()):
+            assert whole[begin : begin + size].tolist() == row[:size].tolist()
+            assert size == 6 or row[size - 1] == stop
+        if beams > 1:
+            np.testing.assert_allclose(got.score_R, expected.sequences_scores.numpy(), rtol=1e-4, atol=1e-4)
+    one = {k: v[:1] for k, v in theirs.items()}
+    for how, same in (({"temperature": 0}, {}), ({"beams": 3}, {"num_beams": 3})):
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = pair.theirs.generate(**one, **options, **same, repetition_penalty=1.4).numpy()
+        got = generate(pair.model, pair.variables, prompts[:1], length=8, repetition_penalty=1.4, **how)
+        np.testing.assert_array_equal(got.tokens_RN, expected[:, -8:])
 
 
 def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureRequest) -> None:

@@ -105,13 +105,17 @@ def test_smollm2_gives_their_logits_and_goes_on_as_they_do(tmp_path: Path) -> No
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     model, variables = pretrained.load(tmp_path, scan=True)
     for prompt in prompts:
-        tokens = torch.tensor([prompt])
         with torch.no_grad():
-            expected = theirs(tokens).logits.numpy()
+            expected = theirs(torch.tensor([prompt])).logits.numpy()
         got = np.asarray(jax.jit(model.apply)(variables, jnp.asarray([prompt], "int32")))
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
-        more = theirs.generate(tokens, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0).numpy()
-        here = generate(
-            model, variables, jnp.asarray([prompt], "int32"), length=12, key=jax.random.key(0), temperature=0
-        )
-        np.testing.assert_array_equal(here, more)
+    size = max(map(len, prompts))
+    left, mask = (
+        torch.tensor([[0] * (size - len(p)) + row(p) for p in prompts]) for row in (list, lambda p: [1] * len(p))
+    )
+    right, lengths = np.array([p + [0] * (size - len(p)) for p in prompts], np.int32), [len(p) for p in prompts]
+    common = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for how, same in (({"temperature": 0}, {}), ({"beams": 3}, {"num_beams": 3})):
+        more = theirs.generate(left, attention_mask=mask, **common, **same)[:, size:].numpy()
+        here = generate(model, variables, right, length=12, length_B=np.array(lengths), **how)
+        np.testing.assert_array_equal(here.tokens_RN, more)

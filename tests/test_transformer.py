@@ -8,7 +8,8 @@ import pytest
 
 from bigjax import UsageError
 from bigjax.models.layers import OffsetRMSNorm
-from bigjax.models.transformer import Attention, FeedForward, empty_cache, rotary
+from bigjax.models.cache import empty_cache
+from bigjax.models.transformer import Attention, FeedForward, rotary
 from bigjax.ops.attention import attention
 
 B, L, M, H, G, K = 2, 3, 5, 4, 2, 6

@@ -155,8 +155,8 @@ def text_sample(
     def write(params: Params, model_state: ModelState, key: Key) -> str:
         mine = variables(params, model_state)
         with jax.transfer_guard("allow"):  # of the prompt and the temperature
-            tokens_BL = generate(model, mine, prompt_BL, length=length, key=key, temperature=temperature)
-        return speak(to_host(tokens_BL)[0])
+            new = generate(model, mine, prompt_BL, length=length, key=key, temperature=temperature)
+        return speak(np.concatenate([prompt_BL[0], to_host(new.tokens_RN)[0]]))
 
     return write
 

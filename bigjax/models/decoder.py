@@ -12,38 +12,63 @@ import numpy as np
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.models.cache import Caches, empty_cache
 from bigjax.models.layers import REMAT, dot_float32
-from bigjax.models.transformer import Cache, empty_cache
+
+
+def restarting(segments_BL: Array) -> Array:
+    """Positions (B, L) that begin again at 0 with each text of a row; segments: its number in the row."""
+    place_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32)[None], segments_BL.shape)
+    new_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1] - 1) != 0
+    return place_BL - jax.lax.cummax(jnp.where(new_BL, place_BL, 0), axis=1)
 
 
 class Decoder(nn.Module):
     """tokens_BL int32 -> logits_BLV float32, where position l sees tokens 0…l.
 
     A model that inherits from it and from its own `Spec` has the fields vocabulary, layers, width, heads, kv_heads,
-    head, context, tied, scan, remat and dtype; and `_run(tokens_BL, cache, position, train=) -> (logits_BLV, cache)`.
+    head, context, tied, scan, remat and dtype; and `_run(tokens_BL, cache, position, train=, at_B=) -> (logits_BLV,
+    cache)`, whose logits are those at `at_B` alone where that is given.
     """
 
-    def __call__(self, tokens_BL: Array, length_B: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(
+        self, tokens_BL: Array, length_B: Array | None = None, segments_BL: Array | None = None, *, train: bool = False
+    ) -> Array:
+        """segments_BL: which text of its row a token belongs to; each begins at position 0 and sees only itself."""
         if length_B is not None:  # whatever the padding holds, all results are the same
             real_BL = jnp.arange(tokens_BL.shape[1])[None] < length_B[:, None]
             tokens_BL = jnp.where(real_BL, tokens_BL, 0)
-        return self._run(tokens_BL, None, jnp.zeros((), jnp.int32), train=train)[0]
+        position = jnp.zeros((), jnp.int32) if segments_BL is None else restarting(segments_BL)
+        return self._run(tokens_BL, None, position, train=train)[0]
 
-    def decode(self, tokens_BL: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
-        """Logits of the tokens at `position`, `position` + 1, …, given what is cached before; the cache with them."""
-        return self._run(tokens_BL, cache, jnp.asarray(position, jnp.int32), train=False)
+    def decode(
+        self, tokens_BL: Array, cache: Caches, position: Array, at_B: Array | None = None
+    ) -> tuple[Array, Caches]:
+        """(logits_BLV, the cache with these tokens), given what is cached before them.
 
-    def empty_cache(self, batch: int, size: int) -> Cache:
-        """Room for `size` tokens in every layer: k and v, each (layers, batch, size, kv_heads, head)."""
-        one = empty_cache(batch, size, self.kv_heads or self.heads, self.head or self.width // self.heads, self.dtype)
-        return {n: jnp.broadcast_to(x, (self.layers, *x.shape)) for n, x in one.items()}
+        position: of the first, () or, where rows differ, (B,). at_B: the one token of each row whose logits are wanted,
+        (B, 1, V).
+        """
+        return self._run(tokens_BL, cache, jnp.asarray(position, jnp.int32), train=False, at_B=at_B)
+
+    def empty_cache(self, batch: int, size: int) -> Caches:
+        """Room for `size` tokens: of each layer k and v, (batch, kv_heads, size, head), stacked where layers are."""
+        shape = (batch, size, self.kv_heads or self.heads, self.head or self.width // self.heads, self.dtype)
+        layers = tuple(empty_cache(*shape) for _ in range(self.layers))
+        return jax.tree.map(lambda *x: jnp.stack(x), *layers) if self.scan else layers
+
+    def pick(self, cache: Caches, rows_R: Array) -> Caches:
+        """The cache of some rows, or of rows several times."""
+        return jax.tree.map(lambda x: jnp.take(x, rows_R, axis=int(self.scan)), cache)
 
     def _embedding(self) -> nn.Embed:
         init = nn.initializers.normal(0.02)
         return nn.Embed(self.vocabulary, self.width, embedding_init=init, dtype=self.dtype, name="embedding")
 
-    def _logits(self, x_BLD: Array, embed: nn.Embed) -> Array:
+    def _logits(self, x_BLD: Array, embed: nn.Embed, at_B: Array | None = None) -> Array:
         """By the embedding where the two are tied, else by a kernel of their own."""
+        if at_B is not None:
+            x_BLD = jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
         if self.tied:
             return dot_float32(x_BLD, embed.embedding.astype(self.dtype), (((2,), (1,)), ((), ())))
         fields = {"use_bias": False, "kernel_init": nn.initializers.normal(0.02), "dtype": self.dtype}
@@ -54,10 +79,10 @@ class Decoder(nn.Module):
         kind: type[nn.Module],
         fields: dict[str, Any],
         x_BLD: Array,
-        cache: Cache | None,
+        cache: Caches | None,
         position: Array,
         each: np.ndarray | None = None,
-    ) -> tuple[Array, Cache | None]:
+    ) -> tuple[Array, Caches | None]:
         """Through the layers, whose call is (x_BLD, cache, position, its entry of `each`) -> (x_BLD, cache)."""
         block = kind
         if self.remat != "none":
@@ -73,11 +98,11 @@ class Decoder(nn.Module):
             return stack(**fields, name="layers")(x_BLD, cache, position, each)
         caches = []
         for n in range(self.layers):
-            layer_cache = None if cache is None else {k: v[n] for k, v in cache.items()}
+            layer_cache = None if cache is None else cache[n]
             one = None if each is None else each[n]
             x_BLD, layer_cache = block(**fields, name=f"layer_{n}")(x_BLD, layer_cache, position, one)
             caches.append(layer_cache)
-        return x_BLD, None if cache is None else jax.tree.map(lambda *x: jnp.stack(x), *caches)
+        return x_BLD, None if cache is None else tuple(caches)
 
     def _check(self, tokens_BL: Array) -> None:
         name, D, H, G = type(self).__name__, self.width, self.heads, self.kv_heads or self.heads

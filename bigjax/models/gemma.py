@@ -13,9 +13,10 @@ from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.models.cache import Cache, Caches
 from bigjax.models.decoder import Decoder
 from bigjax.models.layers import fields_of
-from bigjax.models.transformer import Attention, Cache, FeedForward, norm
+from bigjax.models.transformer import Attention, FeedForward, norm
 from bigjax.sharding import constrain
 
 
@@ -95,7 +96,9 @@ class Gemma(Spec, Decoder):
     """
 
     @nn.compact
-    def _run(self, tokens_BL: Array, cache: Cache | None, position: Array, *, train: bool) -> tuple:
+    def _run(
+        self, tokens_BL: Array, cache: Caches | None, position: Array, *, train: bool, at_B: Array | None = None
+    ) -> tuple:
         self._check(tokens_BL)
         self._check_rotary()
         if self.period < 1:
@@ -106,7 +109,7 @@ class Gemma(Spec, Decoder):
         x_BLD, cache = self._stack(Block, fields_of(self, Spec), x_BLD, cache, position, near)
         x_BLD = normed(self, "norm")(x_BLD)
         self.sow("intermediates", "features", x_BLD)
-        return self._logits(x_BLD, embed), cache
+        return self._logits(x_BLD, embed, at_B), cache
 
 
 TINY = Gemma(vocabulary=11, layers=3, width=8, heads=2, head=6, mlp=12, context=6, window=2, period=2, rope_factor=2.0)

@@ -13,9 +13,10 @@ from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.models.cache import Cache, Caches, places
 from bigjax.models.decoder import Decoder
 from bigjax.models.layers import fields_of
-from bigjax.models.transformer import Attention, Cache, FeedForward, Scaling, norm
+from bigjax.models.transformer import Attention, FeedForward, Scaling, norm
 from bigjax.sharding import constrain
 
 
@@ -112,22 +113,23 @@ class GPT(Spec, Decoder):
     """
 
     @nn.compact
-    def _run(self, tokens_BL: Array, cache: Cache | None, position: Array, *, train: bool) -> tuple:
+    def _run(
+        self, tokens_BL: Array, cache: Caches | None, position: Array, *, train: bool, at_B: Array | None = None
+    ) -> tuple:
         self._check(tokens_BL)
         embed = self._embedding()
         x_BLD = constrain(embed(tokens_BL), "batch")
         if self.position == "learned":
-            positions_L = position + jnp.arange(tokens_BL.shape[1])
             init = nn.initializers.normal(0.02)
             positions = nn.Embed(self.context, self.width, embedding_init=init, dtype=self.dtype, name="positions")
-            x_BLD = x_BLD + positions(positions_L)[None]
+            x_BLD = x_BLD + positions(places(position, tokens_BL.shape[1]))
         x_BLD = nn.Dropout(self.dropout)(x_BLD, deterministic=not train)
         fields = fields_of(self, Spec) | {"deterministic": not train}
         windowed = None if self.windowed is None else np.array(self.windowed, bool)
         x_BLD, cache = self._stack(Block, fields, x_BLD, cache, position, windowed)
         x_BLD = norm(self.norm, bias=self.bias, dtype=self.dtype, epsilon=self.epsilon, name="norm")(x_BLD)
         self.sow("intermediates", "features", x_BLD)
-        return self._logits(x_BLD, embed), cache
+        return self._logits(x_BLD, embed, at_B), cache
 
     def _check(self, tokens_BL: Array) -> None:
         super()._check(tokens_BL)

@@ -135,6 +135,9 @@ def _dot_float32_tangent(dimensions: tuple, precision: lax.PrecisionLike, primal
 def stack(kind: type[nn.Module], *, layers: int, scan: bool, remat: str, **fields: Any) -> Callable[..., Array]:
     """x -> x through so many blocks, whose call is (x, *others) -> (x, None); each is given the same others.
 
+    With `each`, a tuple with an entry for each block (stacked, where `scan`), a block is called with its own too, last:
+    (x, *others, own) -> (x, new), and the result is x and all that is new.
+
     scan: by `nn.scan`, with parameters stacked on a leading axis under "layers"; else under "layer_0", … remat: of
     REMAT, what the backward pass computes again.
     """
@@ -143,14 +146,18 @@ def stack(kind: type[nn.Module], *, layers: int, scan: bool, remat: str, **field
     fields |= {"layers": layers, "scan": scan, "remat": remat}
     block = kind if remat == "none" else nn.remat(kind, policy=REMAT[remat], prevent_cse=not scan)
 
-    def call(x: Array, *others: Any) -> Array:
+    def call(x: Array, *others: Any, each: Any = None) -> Any:
+        own = () if each is None else (each,)
         if not scan:
+            new = []
             for n in range(layers):
-                x = block(**fields, name=f"layer_{n}")(x, *others)[0]
-            return x
+                x, one = block(**fields, name=f"layer_{n}")(x, *others, *(e[n] for e in own))
+                new.append(one)
+            return (x, tuple(new)) if own else x
         axes = {"variable_axes": {"params": 0, "intermediates": 0}, "split_rngs": {"params": True, "dropout": True}}
-        scanned = nn.scan(block, in_axes=(nn.broadcast,) * len(others), length=layers, **axes)
-        return scanned(**fields, name="layers")(x, *others)[0]
+        scanned = nn.scan(block, in_axes=(nn.broadcast,) * len(others) + (0,) * len(own), length=layers, **axes)
+        x, new = scanned(**fields, name="layers")(x, *others, *own)
+        return (x, new) if own else x
 
     return call
 

@@ -10,9 +10,10 @@ from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.models.cache import Cache, Caches
 from bigjax.models.decoder import Decoder
 from bigjax.models.layers import fields_of
-from bigjax.models.transformer import Attention, Cache, norm
+from bigjax.models.transformer import Attention, norm
 from bigjax.sharding import constrain
 
 
@@ -111,7 +112,9 @@ class Mixtral(Spec, Decoder):
     """
 
     @nn.compact
-    def _run(self, tokens_BL: Array, cache: Cache | None, position: Array, *, train: bool) -> tuple:
+    def _run(
+        self, tokens_BL: Array, cache: Caches | None, position: Array, *, train: bool, at_B: Array | None = None
+    ) -> tuple:
         self._check(tokens_BL)
         self._check_rotary()
         if not 1 <= self.chosen <= self.experts:
@@ -121,7 +124,7 @@ class Mixtral(Spec, Decoder):
         x_BLD, cache = self._stack(Block, fields_of(self, Spec), x_BLD, cache, position)
         x_BLD = norm("rms", bias=False, dtype=self.dtype, epsilon=self.epsilon, name="norm")(x_BLD)
         self.sow("intermediates", "features", x_BLD)
-        return self._logits(x_BLD, embed), cache
+        return self._logits(x_BLD, embed, at_B), cache
 
 
 TINY = Mixtral(vocabulary=11, layers=2, width=8, heads=2, kv_heads=1, experts=3, mlp=12, context=6)

@@ -4,15 +4,16 @@ B batch, L positions of the text read, M of the text written, D width, H heads, 
 Raffel et al. 2020 (1.0, the defaults); Shazeer 2020 (1.1: gated units, and an output kernel of its own).
 """
 
-import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.models.apart import Apart
+from bigjax.models.cache import empty_cache
 from bigjax.models.layers import dot_float32, fields_of, stack
 from bigjax.models.transformer import Attention, FeedForward, norm
 from bigjax.sharding import constrain
@@ -41,15 +42,24 @@ class Spec(nn.Module):
 
 
 class Block(Spec):
-    """Pre-norm: attention, with a memory to that too, then the mlp; returns (x_BLD, None) as `nn.scan` wants it."""
+    """Pre-norm: attention, with a memory to that too, then the mlp; returns (x_BLD, cache) as `nn.scan` wants it.
+
+    cache: `own`, of what is written, and `cross`, the memory's keys and values, {} before the first call.
+    """
 
     deterministic: bool = True
     causal: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, bias: Array, mask: Array | None, memory_BLD: Array | None = None
-    ) -> tuple[Array, None]:
+        self,
+        x_BLD: Array,
+        bias: Array,
+        mask: Array | None,
+        memory_BLD: Array | None = None,
+        position: Array | int = 0,
+        cache: Any = None,
+    ) -> tuple[Array, Any]:
         D, H, K = self.width, self.heads, self.head
         init = nn.initializers.normal
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
@@ -59,14 +69,19 @@ class Block(Spec):
         def normed(name: str) -> Array:
             return norm("rms", bias=False, dtype=self.dtype, epsilon=self.epsilon, name=name)(x_BLD)
 
+        own, cross = (None, None) if cache is None else (cache["own"], cache["cross"])
         attend = Attention(H, H, causal=self.causal, **fields, name="attention")
-        x_BLD = x_BLD + drop(attend(normed("attention_norm"), bias=bias, mask=None if self.causal else mask)[0])
-        if memory_BLD is not None:
+        options = {"bias": bias, "mask": None if self.causal else mask, "position": position}
+        y_BLD, own = attend(normed("attention_norm"), own, **options)
+        x_BLD = x_BLD + drop(y_BLD)
+        if memory_BLD is not None or cross:
             look = Attention(H, H, causal=False, **fields, name="cross")
-            x_BLD = x_BLD + drop(look(normed("cross_norm"), memory=memory_BLD, mask=mask)[0])
+            y_BLD, cross = look(normed("cross_norm"), cross, memory=cross or memory_BLD, mask=mask)
+            x_BLD = x_BLD + drop(y_BLD)
         inits = {"kernel_init": init(D**-0.5), "out_init": init(self.mlp**-0.5)}
         feed = FeedForward(self.mlp, self.activation, bias=False, dtype=self.dtype, **inits, name="mlp")
-        return x_BLD + drop(feed(normed("mlp_norm"))), None
+        x_BLD = x_BLD + drop(feed(normed("mlp_norm")))
+        return x_BLD, None if cache is None else {"own": own, "cross": cross}
 
 
 class Tower(Spec):
@@ -76,15 +91,21 @@ class Tower(Spec):
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x_BLD: Array, *others: Array | None) -> Array:
+    def __call__(
+        self, x_BLD: Array, mask: Array | None, memory_BLD: Array | None = None, position: Any = 0, cache: Any = None
+    ) -> Any:
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         init = nn.initializers.normal(self.width**-0.5)
-        table = nn.Embed(self.buckets, self.heads, embedding_init=init, dtype=self.dtype, name="positions")
-        which_LL = bucket(x_BLD.shape[1], self.buckets, self.distance, causal=self.causal)
-        bias_1HLL = jnp.moveaxis(table(jnp.asarray(which_LL)), -1, 0)[None]
-        fields = fields_of(self, Spec) | {"deterministic": self.deterministic, "causal": self.causal}
-        x_BLD = stack(Block, **fields)(drop(x_BLD), bias_1HLL, *others)
-        return drop(norm("rms", bias=False, dtype=self.dtype, epsilon=self.epsilon, name="norm")(x_BLD))
+        seen = {"distance": self.distance, "causal": self.causal}
+        apart = Apart(self.buckets, self.heads, embedding_init=init, dtype=self.dtype, **seen, name="positions")
+        blocks = stack(Block, **fields_of(self, Spec), deterministic=self.deterministic, causal=self.causal)
+        last = norm("rms", bias=False, dtype=self.dtype, epsilon=self.epsilon, name="norm")
+        if cache is None:
+            return drop(last(blocks(drop(x_BLD), apart(x_BLD.shape[1]), mask, memory_BLD)))
+        own = (cache if self.scan else cache[0])["own"]["k"]
+        bias = apart(x_BLD.shape[1], position=position, size=own.shape[-2])
+        x_BLD, cache = blocks(x_BLD, bias, mask, memory_BLD, position, each=cache)
+        return last(x_BLD), cache
 
 
 class T5(Spec):
@@ -105,12 +126,42 @@ class T5(Spec):
         logits_BMV = model.apply(variables, tokens_BL, decoder_tokens_BM, mask_BL)
     """
 
-    @nn.compact
     def __call__(
         self, tokens_BL: Array, decoder_tokens_BM: Array, mask_BL: Array | None = None, *, train: bool = False
     ) -> Array:
-        for tokens in (tokens_BL, decoder_tokens_BM):
-            if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        return self._run(tokens_BL, decoder_tokens_BM, mask_BL, train=train)
+
+    def encode(self, tokens_BL: Array, mask_BL: Array, cache: dict[str, Any]) -> dict[str, Any]:
+        """The cache, from `empty_cache`, with what is read in it."""
+        return cache | self._run(tokens_BL, None, mask_BL)
+
+    def decode(
+        self, tokens_BM: Array, cache: dict[str, Any], position: Array, at_B: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """(logits_BMV, the cache with these tokens), given what was read and is written before them.
+
+        The first are the start token, and maybe more, at position 0. at_B: as of `GPT`.
+        """
+        return self._run(None, tokens_BM, cache=cache, position=jnp.asarray(position, jnp.int32), at_B=at_B)
+
+    def empty_cache(self, batch: int, size: int) -> dict[str, Any]:
+        """Room for `size` tokens to be written, in every layer, stacked where layers are."""
+        shape = (batch, size, self.heads, self.head, self.dtype)
+        layers = tuple({"own": empty_cache(*shape), "cross": {}} for _ in range(self.decoder_layers or self.layers))
+        return {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers) if self.scan else layers}
+
+    def pick(self, cache: dict[str, Any], rows_R: Array) -> dict[str, Any]:
+        """The cache of some rows, or of rows several times."""
+        axes = {k: int(self.scan and k == "layers") for k in cache}
+        return {k: jax.tree.map(lambda x: jnp.take(x, rows_R, axis=axes[k]), v) for k, v in cache.items()}  # noqa: B023
+
+    @nn.compact
+    def _run(
+        self, tokens_BL: Any, written_BM: Any, mask_BL: Any = None, *, train: bool = False, cache: Any = None, **at: Any
+    ) -> Any:
+        """Logits; with nothing written the memory and its mask; with a cache, which has these, (logits, cache)."""
+        for tokens in (tokens_BL, written_BM):
+            if tokens is not None and (tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer)):
                 got = f"{tokens.dtype}{list(tokens.shape)}"
                 raise UsageError(f"a T5 takes integer tokens (batch, length), not {got}")
         if self.activation not in ("relu", "geglu"):
@@ -118,11 +169,21 @@ class T5(Spec):
         fields = fields_of(self, Spec) | {"deterministic": not train}
         init = nn.initializers.normal(1.0)
         embed = nn.Embed(self.vocabulary, self.width, embedding_init=init, dtype=self.dtype, name="embedding")
-        mask = None if mask_BL is None else mask_BL.astype(bool)[:, None, None]
-        memory_BLD = Tower(**fields, name="encoder")(constrain(embed(tokens_BL), "batch"), mask)
+        if cache is None:
+            mask = None if mask_BL is None else mask_BL.astype(bool)[:, None, None]
+            memory_BLD = Tower(**fields, name="encoder")(constrain(embed(tokens_BL), "batch"), mask)
+            if written_BM is None:
+                return {"memory": memory_BLD, "mask": mask}
         fields["layers"] = self.decoder_layers or self.layers
-        x_BMD = constrain(embed(decoder_tokens_BM), "batch")
-        x_BMD = Tower(**fields, causal=True, name="decoder")(x_BMD, mask, memory_BLD)
+        x_BMD, decoder = constrain(embed(written_BM), "batch"), Tower(**fields, causal=True, name="decoder")
+        if cache is None:
+            return self._logits(decoder(x_BMD, mask, memory_BLD), embed)
+        x_BMD, layers = decoder(x_BMD, cache["mask"], cache.get("memory"), at["position"], cache["layers"])
+        if at["at_B"] is not None:
+            x_BMD = jnp.take_along_axis(x_BMD, at["at_B"][:, None, None], axis=1)
+        return self._logits(x_BMD, embed), {"layers": layers, "mask": cache["mask"]}
+
+    def _logits(self, x_BMD: Array, embed: nn.Embed) -> Array:
         x_BMD = x_BMD * self.width**-0.5 if (self.tied if self.scaled is None else self.scaled) else x_BMD
         self.sow("intermediates", "features", x_BMD)
         if self.tied:
@@ -130,21 +191,6 @@ class T5(Spec):
         init = nn.initializers.normal(self.width**-0.5)
         options = {"use_bias": False, "kernel_init": init, "dtype": self.dtype, "dot_general": dot_float32}
         return nn.Dense(self.vocabulary, **options, name="unembedding")(x_BMD)
-
-
-def bucket(length: int, buckets: int, distance: int, *, causal: bool) -> np.ndarray:
-    """(L, L) int32: the bucket of each position as another sees it; of a decoder only what is not later has its own."""
-    away = np.arange(length)[None] - np.arange(length)[:, None]
-    first = np.zeros_like(away)
-    if causal:
-        away = np.maximum(-away, 0)
-    else:
-        buckets //= 2
-        first, away = np.where(away > 0, buckets, 0), np.abs(away)
-    exact = buckets // 2
-    wider = np.log(np.maximum(away, 1).astype(np.float32) / exact) / math.log(distance / exact) * (buckets - exact)
-    far = np.minimum(exact + wider.astype(np.int32), buckets - 1)
-    return (first + np.where(away < exact, away, far)).astype(np.int32)
 
 
 TINY = T5(vocabulary=11, layers=1, width=8, heads=2, head=3, mlp=12, buckets=4, distance=6)

@@ -10,34 +10,33 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array, lax
+from jax import Array
 from jax.nn.initializers import Initializer
 
 from bigjax import UsageError
+from bigjax.models.cache import Cache, places, within, written
 from bigjax.models.layers import OffsetRMSNorm, promoting
-from bigjax.ops.attention import attention, splash_attention
+from bigjax.ops.attention import attention, cached_attention, splash_attention, together
 from bigjax.sharding import splits_rows_and_heads
 
 Scaling = tuple[float | Array] | tuple[float, float, float, int]  # factor; or with low, high, context
-Cache = dict[str, Array]  # k and v, each (B, M, G, K): what Attention has seen so far
 
 UNITS = {"gelu": nn.gelu, "gelu_erf": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
 GATED = {"swiglu": nn.silu, "geglu": nn.gelu}
 _normal = nn.initializers.normal
 
 
-def rotary(
-    x_BLHK: Array, positions_L: Array, *, base: float | Array = 10_000.0, scaling: Scaling | None = None
-) -> Array:
+def rotary(x_BLHK: Array, positions: Array, *, base: float | Array = 10_000.0, scaling: Scaling | None = None) -> Array:
     """Turns each pair (i, i + K/2) of a head by position × base^(−2i/K) (RoFormer, Su et al. 2021).
 
-    Dot products of turned queries and keys depend on positions by their difference only. Angles are in float32.
+    Dot products of turned queries and keys depend on positions, (L,) or (B, L), by their difference only. Angles are in
+    float32.
     scaling: for contexts longer than in pretraining: all turns `factor` times slower (Chen et al. 2023); or only what
     turns less than `low` times in `context` positions, and what turns more than `high` times as before (Llama 3.1,
     Grattafiori et al. 2024).
     """
     half = x_BLHK.shape[-1] // 2
-    positions_L1 = positions_L.astype(jnp.float32)[:, None]
+    positions_BL1 = jnp.atleast_2d(positions).astype(jnp.float32)[..., None]
     frequency_K = base ** (-jnp.arange(half) / half)
     if scaling is not None:
         factor, *band = scaling
@@ -46,8 +45,8 @@ def rotary(
             low, high, context = band
             kept_K = jnp.clip((frequency_K * context / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
         frequency_K = frequency_K * (kept_K + (1.0 - kept_K) / factor)
-    angle_LK = positions_L1 * frequency_K[None]
-    cos, sin = jnp.cos(angle_LK)[None, :, None], jnp.sin(angle_LK)[None, :, None]
+    angle_BLK = positions_BL1 * frequency_K[None, None]
+    cos, sin = jnp.cos(angle_BLK)[:, :, None], jnp.sin(angle_BLK)[:, :, None]
     a, b = x_BLHK[..., :half].astype(jnp.float32), x_BLHK[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
@@ -69,14 +68,16 @@ def norm(kind: str, *, bias: bool, dtype: str, name: str, epsilon: float | None 
 class Attention(nn.Module):
     """Self-attention with kernels q, k, v, o: x_BLD -> (y_BLD, cache).
 
-    With a cache (from `empty_cache`), x are the tokens at `position`, `position` + 1, …: their keys and values are
-    written there, and each looks at everything up to itself. Without, x are all tokens from position 0, and the cache
-    returned is None. kernel: "plain", or "splash" (for TPU), which shapes that it does not suit leave to the plain one.
+    With a cache (from `empty_cache`), x are the tokens at `position`, `position` + 1, …, (B,) where rows differ: their
+    keys and values are written there, and each looks at everything up to itself. Without, x are all tokens from
+    position 0, and the cache returned is None. kernel: "plain", or "splash" (for TPU), which shapes that it does not
+    suit leave to the plain one.
     qkv_bias: None for as `bias` says. qk_norm: an RMSNorm over each head of q and k (Henry et al. 2020), or which kind
     of `norm`. window: how many positions, itself among them, one looks at. rope_base, rope_scaling, epsilon: of
     `rotary` and of that norm; these and window may be arrays, where layers differ. memory: what is looked at in place
-    of x. bias (of a call): (1, H, L, M), added to the scores. scale: of the scores; None for 1 / √K. q_init: None for
-    kernel_init.
+    of x; called with the cache {}, its keys and values are returned, to be given as the memory from then on. bias (of a
+    call): (1, H, L, M), added to the scores. scale: of the scores; None for 1 / √K. q_init: None for
+    kernel_init. position: without a cache it may be (B, L), of rows with several texts, which don't see one another.
     """
 
     heads: int
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         *,
         position: Array | int = 0,
         mask: Array | None = None,
-        memory: Array | None = None,
+        memory: Array | Cache | None = None,
         bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         B, L, D = x_BLD.shape
@@ -117,45 +118,41 @@ class Attention(nn.Module):
             dense = nn.Dense(heads * K, use_bias=biased, dtype=self.dtype, kernel_init=init, name=name)
             return dense(x).reshape(B, x.shape[1], heads, K)
 
-        seen = x_BLD if memory is None else memory
-        q, k, v = project("q", H, x_BLD, self.q_init or self.kernel_init), project("k", G, seen), project("v", G, seen)
+        seen, kept = (x_BLD if memory is None else memory), isinstance(memory, dict)
+        q = project("q", H, x_BLD, self.q_init or self.kernel_init)
+        k, v = (memory["k"], memory["v"]) if kept else (project("k", G, seen), project("v", G, seen))
         if self.qk_norm:
             norms = {"bias": False, "dtype": self.dtype, "epsilon": self.epsilon}
             kind = self.qk_norm if isinstance(self.qk_norm, str) else "rms"
             q, k = norm(kind, **norms, name="q_norm")(q), norm(kind, **norms, name="k_norm")(k)
         q = q if self.scale is None else q * (self.scale * K**0.5)
         if self.rotary:
-            positions_L, turning = position + jnp.arange(L), {"base": self.rope_base, "scaling": self.rope_scaling}
-            q, k = rotary(q, positions_L, **turning), rotary(k, positions_L, **turning)
+            positions = places(position, L)
+            turning = {"base": self.rope_base, "scaling": self.rope_scaling}
+            q, k = rotary(q, positions, **turning), rotary(k, positions, **turning)
         causal, window = self.causal, self.window
-        if cache is not None:
-            k, v = (
-                lax.dynamic_update_slice(cache[n], x.astype(cache[n].dtype), (0, position, 0, 0))
-                for n, x in (("k", k), ("v", v))
-            )
-            cache = {"k": k, "v": v}
-            mask, causal = within(k.shape[1], position, L, window), False
+        if cache is None and jnp.ndim(position) == 2:
+            mask = together(position, mask)
+        if kept:
+            cache = memory
+        elif cache is not None and memory is not None:
+            cache = {"k": jnp.swapaxes(k, 1, 2), "v": jnp.swapaxes(v, 1, 2)}
+        elif cache is not None:
+            cache = {"k": written(cache["k"], k, position), "v": written(cache["v"], v, position)}
+            mask = within(cache["k"].shape[2], position, L, window)
         elif causal and window is not None and not (isinstance(window, int) and window >= L):
             near = within(L, 0, L, window)
             mask = near if mask is None else mask & near
-        if self.kernel == "splash" and causal and mask is bias is None and L % 128 == 0 and splits_rows_and_heads(B, G):
+        if cache is not None:
+            y_BLHK = cached_attention(q, cache["k"], cache["v"], mask=mask, bias=bias)
+        elif (
+            self.kernel == "splash" and causal and mask is bias is None and L % 128 == 0 and splits_rows_and_heads(B, G)
+        ):
             y_BLHK = splash_attention(q, k, v)
         else:
             y_BLHK = attention(q, k, v, mask=mask, causal=causal, bias=bias)
         out = nn.Dense(D, use_bias=self.bias, dtype=self.dtype, kernel_init=self.out_init, name="o")
         return out(y_BLHK.reshape(B, L, H * K)), cache
-
-
-def within(M: int, position: Array | int, L: int, window: int | Array | None = None) -> Array:
-    """(1, 1, L, M): of M positions those not later than `position` + l, and fewer than `window` before it."""
-    seen_LM = jnp.arange(M)[None] <= position + jnp.arange(L)[:, None]
-    if window is not None:
-        seen_LM &= jnp.arange(M)[None] > position + jnp.arange(L)[:, None] - window
-    return seen_LM[None, None]
-
-
-def empty_cache(batch: int, size: int, kv_heads: int, head: int, dtype: str) -> Cache:
-    return {n: jnp.zeros((batch, size, kv_heads, head), dtype) for n in ("k", "v")}
 
 
 def unit(activation: str | Callable[[Array], Array]) -> Callable[[Array], Array]:

@@ -50,6 +50,29 @@ def attention(
     return jnp.swapaxes(y_BGRLK.reshape(B, H, L, K), 1, 2)
 
 
+def cached_attention(
+    q_BLHK: Array, k_BGMK: Array, v_BGMK: Array, *, mask: Array | None = None, bias: Array | None = None
+) -> Array:
+    """As `attention`, of keys and values as a cache has them, each head's in one piece: a step moves none of them.
+
+    mask: (B or 1, 1, L, M); bias: (B or 1, H, L, M).
+    """
+    B, L, H, K = q_BLHK.shape
+    G, M = k_BGMK.shape[1:3]
+    q_BGRLK = jnp.swapaxes(q_BLHK * K**-0.5, 1, 2).reshape(B, G, H // G, L, K)
+    mask = None if mask is None else mask[:, :, None]
+    bias = None if bias is None else bias.reshape(bias.shape[0], G, H // G, L, M)
+    y_BHLK = _attend(q_BGRLK, k_BGMK, v_BGMK, mask, bias).reshape(B, H, L, K)
+    return jnp.swapaxes(y_BHLK, 1, 2)
+
+
+def together(position_BL: Array, mask: Array | None = None) -> Array:
+    """(B, 1, L, L): of positions that begin again at 0 with each text of a row, those of the same text; and `mask`."""
+    begin_BL = jnp.arange(position_BL.shape[1])[None] - position_BL
+    same = (begin_BL[:, :, None] == begin_BL[:, None])[:, None]
+    return same if mask is None else mask & same
+
+
 def _attend(q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask: Array | None, bias: Array | None) -> Array:
     B, G, R, L, K = q_BGRLK.shape
     M = k_BGMK.shape[2]
