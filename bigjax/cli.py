@@ -1,4 +1,4 @@
-"""The verbs of an experiment script: train (the default), evaluate, report."""
+"""The verbs of an experiment script: train (the default), evaluate, plan, sample, report."""
 
 import dataclasses
 import sys
@@ -16,6 +16,7 @@ VERBS = {
     "train": "train to the end (the default); resume what was interrupted, show what is finished",
     "evaluate": "evaluate the newest checkpoint of the working directory on the test split, or on other --data",
     "plan": "what a run would need on a TPU slice, and what bounds it there: compiled here, on a machine without one",
+    "sample": "write on from a prompt, with the model of the working directory",
     "report": "write report.html again from the files of the working directory",
 }
 
@@ -34,9 +35,12 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
     name = Path(getattr(sys.modules[build.__module__], "__file__", "notebook")).stem
     with words.by_flags(), words.leaving():
         verb = flags.take_verb(arguments, Config, VERBS, script=f"{name}.py")
-        prog = f"{name}.py {verb}"
-        about = f"{VERBS[verb]}.\n\nVerbs: {' | '.join(VERBS)}"
-        config, plans = parse(Config, verb, prog=prog, description=about, args=arguments)
+        about = {"prog": f"{name}.py {verb}", "description": f"{VERBS[verb]}.\n\nVerbs: {' | '.join(VERBS)}"}
+        if verb == "sample":
+            from bigjax.tools.sample import of_script
+
+            return of_script(arguments, name=name, **about)
+        config, plans = parse(Config, verb, args=arguments, **about)
         if verb == "evaluate":
             config, build = as_trained(Config, build, config, name=name, arguments=arguments)
         config = flags.settle(config, Config())
@@ -66,9 +70,7 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
 
     check(config)
     if verb == "report":
-        if processes.first():
-            print(report.write_report(home_of(config, name)))
-        return
+        return print(report.write_report(home_of(config, name))) if processes.first() else None
     waits = verb == "train" and processes.first() and sys.stdout.isatty()
     with Display(enabled=waits) as display, display.phase("reading data"):
         experiment = dataclasses.replace(build(config), name=name)

@@ -205,6 +205,8 @@ class Experiment:
     gallery: pictures or text for the report, made at evaluation steps.
     on_log: called on process 0 with (step, split, values) of each line of the log; if it returns True the run ends
         there, evaluated, saved, with a result.
+    tokenizer: of a model that writes, kept in the working directory for the verb sample: `bytes`, characters by number,
+        or a folder with tokenizer.json.
     rules: which parts of the state are split over which mesh axes (bigjax.sharding).
     """
 
@@ -221,6 +223,7 @@ class Experiment:
     gallery: Mapping[str, Callable[[Params, ModelState, Key], Pictures | str]] = field(default_factory=dict)
     on_log: OnLog | None = None
     published: Sequence[Published] = ()
+    tokenizer: Any = None
     rules: sharding.Rules = sharding.RULES
     facts: Mapping[str, Any] = field(default_factory=dict)  # of the data (a hash, a version): recorded in result.json
 

@@ -93,7 +93,7 @@ def test_report_is_written_again(home, capsys):
     assert "<h1>test_cli</h1>" in page.read_text()
 
 
-@pytest.mark.parametrize("arguments", ["--help", *(f"{verb} --help" for verb in cli.VERBS)])
+@pytest.mark.parametrize("arguments", ["--help", *(f"{verb} --help" for verb in cli.VERBS if verb != "sample")])
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(Config, build, arguments.split())
@@ -102,6 +102,15 @@ def test_help(arguments, capsys):
     verb = arguments.split()[0] if " " in arguments else "train"
     assert f"test_cli.py {verb}" in out and cli.VERBS[verb].split(";")[0].split()[-1] in out
     for words in (*cli.VERBS, "--learning-rate", "--mesh.data", "--no-resume", "--batch-size", "runs/NAME"):
+        assert words in out, words
+
+
+def test_help_of_sample_has_its_own_flags(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(Config, build, ["sample", "--help"])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 0 and err == "" and "test_cli.py sample" in out and "--learning-rate" not in out
+    for words in (*cli.VERBS, "--prompt", "--top-p", "--chat", "--workdir", "runs/NAME"):
         assert words in out, words
 
 

@@ -18,6 +18,7 @@ from bigjax.look import flags
 from bigjax.models import MLP, Discriminator
 from bigjax.tools import commands as module
 from bigjax.tools import models
+from bigjax.tools.sample import OfScript
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SHELL = {"export", "gcloud", "ssh-add"}  # of others: not looked at
@@ -79,6 +80,9 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         Config, arguments = load(path.stem).Config, [word for word in words[2:] if word != "--help"]
         verb = flags.take_verb(arguments, Config, cli.VERBS)
         assert verb in cli.VERBS
+        if verb == "sample":
+            tyro.cli(OfScript, args=arguments)
+            return
         cli.parse(Config, verb, args=arguments)
     else:
         assert words[0] in SHELL or "=" in words[0], words

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bigjax import UsageError
-from bigjax.models.layers import OffsetRMSNorm
 from bigjax.models.cache import empty_cache
+from bigjax.models.layers import OffsetRMSNorm
 from bigjax.models.transformer import Attention, FeedForward, rotary
 from bigjax.ops.attention import attention
 

@@ -29,6 +29,11 @@ class Tokenizer:
     special: Mapping[str, str]
     template: str | None = None
 
+    @property
+    def size(self) -> int:
+        """How many tokens there are, special ones too."""
+        return self.coder.get_vocab_size()
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text; `special`: with those that the model was trained to see around it."""
         return self.coder.encode(text, add_special_tokens=special).ids

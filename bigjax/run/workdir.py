@@ -18,7 +18,7 @@ from bigjax import UsageError, place
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.metrics import Metrics
 from bigjax.program import Program
-from bigjax.run import alike, machine, processes, source
+from bigjax.run import alike, machine, processes, source, spoken
 from bigjax.run.atomic import write_whole
 from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
@@ -33,10 +33,10 @@ FREE = {
 LENGTH = ("steps", "epochs", "minutes")  # may differ with --extend
 OURS = (
     "metrics.jsonl", "result.json", "report.html", "checkpoints", "gallery", "tensorboard", "profile", "source.patch",
-    "config.json",
+    "tokenizer", "config.json",
 )  # fmt: skip
 NORMS = re.compile("(grad|param|update)_norm/")  # of layers: in the log alone
-UNBEGUN = {".lock", ".writable", "source.patch", "config.json"}  # what a kill in the first moment leaves
+UNBEGUN = {".lock", ".writable", "source.patch", "tokenizer", "config.json"}  # what a kill in the first moment leaves
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -63,6 +63,7 @@ def describe(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
         **for_report(experiment, config, settings(config), settings(type(config)())),
         "steps": None,  # settled when training starts
         "models": {k: module_spec(m) for k, m in experiment.task.models.items()},
+        "tokenizer": spoken.described(experiment.tokenizer),
         "versions": source.versions(),
         "git_commit": source.commit(),
         "git_repository": str(source.repository() or "") or None,
@@ -196,6 +197,7 @@ def _open(
                 "name an empty or new folder"
             )
         (workdir / "source.patch").write_text(source.edits())
+        spoken.keep(experiment.tokenizer, workdir)
         write_json(path, description)
         return None
     record = read_config(workdir)

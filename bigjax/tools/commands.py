@@ -10,6 +10,7 @@ import tyro
 
 from bigjax.run import processes, source, words
 from bigjax.sharding import DistributedConfig
+from bigjax.tools.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def main() -> None:
             | Annotated[Checkpoints, tyro.conf.subcommand("checkpoints")]
             | Annotated[Prepare, tyro.conf.subcommand("prepare")]
             | Annotated[Pretrained, tyro.conf.subcommand("pretrained")]
+            | Annotated[Sample, tyro.conf.subcommand("sample")]
         ]
         | Annotated[None, tyro.conf.subcommand("version")],
         prog="python -m bigjax",
@@ -95,6 +97,10 @@ def main() -> None:
             from bigjax.pretrained import reading
 
             print("\n".join(f"{what:<14}{value}" for what, value in reading.described(command.folder)))
+        elif isinstance(command, Sample):
+            from bigjax.tools import sample
+
+            sample.sample(command.folder, command)
         else:
             from bigjax.tools import prepare
 

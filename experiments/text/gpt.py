@@ -69,8 +69,7 @@ def build(c: Config) -> Experiment:
         print("no accelerator here: this is the tiny model; give --model for another", file=sys.stderr)
     preset = PRESETS[c.model or ("tiny" if small else "gpt2_124m")]
     length = c.context or preset["context"]
-    here = "splash" if backend == "tpu" else "plain"
-    attention = here if c.attention == "auto" else c.attention
+    attention = ("splash" if backend == "tpu" else "plain") if c.attention == "auto" else c.attention
     how = {"attention": attention, "split_residual": c.split_residual, "scan": c.scan, "remat": c.remat}
     model = GPT(**preset | {"context": length}, **how, dtype=c.dtype)
     if c.eval_data is not None:
@@ -78,12 +77,13 @@ def build(c: Config) -> Experiment:
     if c.data == "random":
         random_NL = np.random.default_rng(c.seed).integers(0, model.vocabulary, (1024, length + 1), dtype=np.int32)
         train, test = {"tokens": random_NL}, {"tokens": random_NL[:8]}
-        bytes_a_token, gallery = None, {}
+        bytes_a_token, gallery, tokenizer = None, {}, None
     else:
         data = tokens.load(c.data, vocabulary=model.vocabulary)
         train = tokens.Windows(data.train, length=length, stride=length, once=False)
         test = tokens.Windows(data.test, length=length, before=data.facts["before"])
         bytes_a_token, known = data.facts["bytes_a_token"], data.facts["corpus_sha256"] is not None
+        tokenizer = data.facts["tokenizer"] or ("bytes" if known else None)
         prompt, speak = data.test[:16], speaker(data.facts["tokenizer"], known=known)
         gallery = {"sample": text_sample(model, prompt, speak=speak, length=200)}
     return Experiment(
@@ -92,6 +92,7 @@ def build(c: Config) -> Experiment:
         train=train,
         test=test,
         gallery=gallery,
+        tokenizer=tokenizer,
     )
 
 

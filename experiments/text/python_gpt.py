@@ -77,6 +77,7 @@ def build(c: Config) -> Experiment:
         train=data.train,
         test=text.byte_windows(data.test, length=c.context, stride=max(c.context // 2, 1)),
         gallery={"sample": text_sample(model, list(prompt), speak=speaker(None), length=SAMPLE)},
+        tokenizer="bytes",
         facts=data.facts,
         published=published,
     )

@@ -1,0 +1,32 @@
+"""The tokenizer that a run keeps, so that what its model writes can be read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from bigjax import UsageError, place
+
+FOLDER = "tokenizer"
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def described(tokenizer: Any) -> str | list[str] | None:
+    """What config.json says of `Experiment.tokenizer`: bytes; the characters; or that it is in the folder."""
+    if tokenizer is None or tokenizer == "bytes":
+        return tokenizer
+    return list(tokenizer) if isinstance(tokenizer, Sequence) and not isinstance(tokenizer, str) else FOLDER
+
+
+def keep(tokenizer: Any, workdir: epath.Path) -> None:
+    """Copies the files of a tokenizer, given as its folder or its tokenizer.json, into a working directory."""
+    if described(tokenizer) != FOLDER:
+        return
+    source = place(tokenizer)
+    folder = source if source.is_dir() else source.parent
+    if not (folder / FILES[0]).exists():
+        raise UsageError(f"the tokenizer {tokenizer} has no {FILES[0]}: give the folder that has it")
+    (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / name).exists():
+            (workdir / FOLDER / name).write_bytes((folder / name).read_bytes())
