@@ -2,10 +2,10 @@
 
     python bench/decode.py        # writes experiments/results/decode.json; ten minutes, on a quiet machine
 
-Greedy, in float32, on two threads each: 128 new tokens behind prompts of 32, for 1 and 8 rows, in turn. Of transformers
-it is `generate` with its cache and the attention that it chooses itself. Each runs in a process of its own, which stays:
-the other waits. Seconds are medians of whole calls, prompt included; the first call of each compiles or warms up. Peak
-memory is a process's highest resident size, which has the weights (548 MB with the output kernel tied) in it.
+Greedy, in float32, on two threads each: 128 new tokens behind prompts of 32, for 1 and 8 rows, in turn. Of
+transformers it is `generate` with its cache and the attention that it chooses itself. Each runs in a process of its
+own, and the other waits. Seconds are medians of whole calls, prompt included; the first call of each compiles or warms
+up. Peak memory is a process's highest resident size, which has the weights (498 MB) in it.
 """
 
 import json
@@ -62,7 +62,7 @@ def theirs(smoke: bool) -> Any:
 
 
 def serve(side: str, smoke: bool) -> None:
-    """Runs in a process of its own: a number of rows on each line of input, seconds and peak memory on one of output."""
+    """Runs in a process of its own: a number of rows on a line of input, seconds and peak memory on one of output."""
     write = {"ours": ours, "theirs": theirs}[side](smoke)
     for line in sys.stdin:
         begin = time.perf_counter()

@@ -98,7 +98,8 @@ def talk(model: nn.Module, variables: Any, tokenizer: Any, said: Sequence[str], 
     from bigjax.use import text
 
     messages: list[dict[str, str]] = []
-    tokenizer.chat([{"role": "user", "content": ""}])  # whether it can at all, before anything is typed
+    if getattr(tokenizer, "template", None) is None:
+        tokenizer.chat([])  # says so, before anything is typed
     for n, line in enumerate(iter(said) if said else typed()):
         messages.append({"role": "user", "content": line})
         prompt = tokenizer.chat(messages)
