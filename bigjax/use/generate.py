@@ -85,8 +85,8 @@ def generate(
         length_penalty=length_penalty, returned=returned, start=start,
     )  # fmt: skip
     if not len(job.prompt_BL):
-        rows = jnp.zeros((0,), jnp.int32)
-        return Generated(jnp.zeros((0, length), jnp.int32), rows, rows.astype(jnp.float32))
+        none = np.zeros((0, length), np.int32)
+        return Generated(*jax.device_put((none, none[:, 0], none[:, 0].astype(np.float32))))
     if beams > 1:
         from bigjax.use.beams import search
 
@@ -213,7 +213,7 @@ def _written(
         token_R=token_R,
         done_R=state.done_R | stops(token_R, options["stop_S"]),
         tokens_RN=jax.lax.dynamic_update_slice(state.tokens_RN, token_R[:, None], (0, state.t)),
-        length_R=state.length_R + ~state.done_R,
+        length_R=state.length_R + (~state.done_R).astype(jnp.int32),
         score_R=state.score_R + jnp.where(state.done_R, 0.0, gain_R),
         seen_RV=seen_RV,
         cache=state.cache,
