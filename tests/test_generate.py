@@ -77,7 +77,7 @@ def test_cached_decoding_gives_the_tokens_of_uncached_decoding(name):
     alone = [greedy(model, variables, row[:n], steps=8) for row, n in zip(np.asarray(prompt_BL), LENGTHS)]
     padding = np.arange(L)[None] >= LENGTHS[:, None]
     for filled in (0, 7):
-        prompts = jnp.where(padding, filled, prompt_BL)
+        prompts = np.where(padding, filled, prompt_BL)
         got = generate(model, variables, prompts, length=8, length_B=LENGTHS, temperature=0)
         np.testing.assert_array_equal(got.tokens_RN, [tokens for tokens, _ in alone])
         np.testing.assert_allclose(got.score_R, [sum(gains) for _, gains in alone], rtol=1e-4, atol=1e-4)
@@ -91,11 +91,12 @@ def test_a_rows_draws_are_its_own():
     how = {"length": 8, "key": jax.random.key(5), "temperature": 0.8, "top_k": 6, "top_p": 0.9}
     whole = generate(model, variables, prompt_BL, **how)
     next_of, tokens = logits_of(model, variables, prompt_BL[0], steps=8), []
+    draw = jax.jit(functools.partial(sample, temperature=0.8, top_k=6, top_p=0.9))
     for t in range(8):
         key = jax.random.fold_in(how["key"], t)
-        tokens.append(int(sample(jnp.asarray(next_of([tokens])), key, temperature=0.8, top_k=6, top_p=0.9)[0]))
+        tokens.append(int(draw(jnp.asarray(next_of([tokens])), key)[0]))
     np.testing.assert_array_equal(whole.tokens_RN[0], tokens)
-    others = generate(model, variables, jnp.concatenate([prompt_BL[:1], prompt_BL[2:] - 1]), **how)
+    others = generate(model, variables, prompt_BL.at[1:].add(-1), **how)
     np.testing.assert_array_equal(others.tokens_RN[0], tokens)
     again = generate(model, variables, prompt_BL, **how | {"key": jax.random.key(6)})
     assert (again.tokens_RN != whole.tokens_RN).any()
@@ -212,12 +213,13 @@ def test_sample_follows_temperature_top_k_top_p_and_min_p():
 # ---- beams
 
 
-@pytest.mark.parametrize("name", ["llama scanned", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_as_many_beams_as_there_are_texts_find_the_best_of_all(name):
     """Best by score / length ** penalty of all that end with the stop token or are as long as they may be."""
     model, variables = build(name)
     length, stop, penalty = 3, 4, 0.5
-    for row, n in ((2, 4), (0, 3)):
+    found_short = False
+    for row, n in ((2, 4), (0, 3))[: 2 if name == "gpt2" else 1]:
         prompt = np.asarray(prompt_BL)[row, :n]
         next_of, found, open_ = logits_of(model, variables, prompt, steps=length), [], {(): 0.0}
         for t in range(length):
@@ -237,7 +239,8 @@ def test_as_many_beams_as_there_are_texts_find_the_best_of_all(name):
         np.testing.assert_allclose(got.score_R[:5], [score for score, _ in best], rtol=1e-4)
         for tokens, size, (_, text) in zip(got.tokens_RN, got.length_R, best):
             assert tuple(tokens[:size].tolist()) == text and (tokens[size:] == stop).all()
-    assert any(len(text) < length for _, text in best)
+        found_short |= any(len(text) < length for _, text in best)
+    assert found_short
 
 
 # ---- meshes

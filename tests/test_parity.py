@@ -291,11 +291,13 @@ def test_they_write_the_same(pair: Pair) -> None:
     shift = np.zeros(3, int) if reads else 6 - lengths  # they have padding before the tokens, and we behind them
     theirs, mask = (np.stack([np.roll(r, n) for r, n in zip(x, shift)]) for x in (prompts * real, real))
     theirs = {"input_ids": torch.from_numpy(theirs), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-    first = pair.theirs.generate(**theirs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    common = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    common |= {"decoder_start_token_id": 0} if reads else {}
+    first = pair.theirs.generate(**theirs, **common, eos_token_id=None)
     stop = int(first[0, -3])
-    for beams, returned, penalty in ((1, 1, 1.0), (4, 3, 0.3), (3, 1, 2.0)):
-        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
-        options |= {"num_beams": beams, "num_return_sequences": returned, "length_penalty": penalty}
+    for beams, returned, penalty in ((1, 1, 1.0), (4, 3, 0.3)):
+        options = {**common, "eos_token_id": stop, "num_beams": beams, "num_return_sequences": returned}
+        options |= {"length_penalty": penalty}
         expected = pair.theirs.generate(**theirs, **options, output_scores=True, return_dict_in_generate=True)
         begin = 1 if reads else 6
         how = {"temperature": 0} if beams == 1 else {"beams": beams, "returned": returned, "length_penalty": penalty}
@@ -307,10 +309,11 @@ def test_they_write_the_same(pair: Pair) -> None:
             np.testing.assert_allclose(got.score_R, expected.sequences_scores.numpy(), rtol=1e-4, atol=1e-4)
     one = {k: v[:1] for k, v in theirs.items()}
     for how, same in (({"temperature": 0}, {}), ({"beams": 3}, {"num_beams": 3})):
-        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        expected = pair.theirs.generate(**one, **options, **same, repetition_penalty=1.4).numpy()
-        got = generate(pair.model, pair.variables, prompts[:1], length=8, repetition_penalty=1.4, **how)
-        np.testing.assert_array_equal(got.tokens_RN, expected[:, -8:])
+        if not reads and not pair.case.kind.startswith("GPT2"):  # whatever the model is, it is the same
+            continue
+        expected = pair.theirs.generate(**one, **common, **same, eos_token_id=None, repetition_penalty=1.4).numpy()
+        got = generate(pair.model, pair.variables, prompts[:1], length=6, repetition_penalty=1.4, **how)
+        np.testing.assert_array_equal(got.tokens_RN, expected[:, -6:])
 
 
 def test_the_golden_fixtures_are_theirs(pair: Pair, request: pytest.FixtureRequest) -> None:

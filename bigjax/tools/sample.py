@@ -20,7 +20,7 @@ class Options:
     """Write on from a prompt, with the model of a run or a pretrained one."""
 
     prompt: Several = ()  # what to go on with; given several times, each by itself
-    length: int = 100  # tokens at most
+    length: int | None = None  # tokens at most; 100, or for which the context has room
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int | None = None  # among so many likeliest
     top_p: float | None = None  # among the fewest that have this share of the probability together

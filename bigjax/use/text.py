@@ -54,7 +54,7 @@ def complete(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    length: int = 100,
+    length: int | None = None,
     stop_strings: Sequence[str] = (),
     special: bool = True,
     **options: Any,
@@ -62,8 +62,8 @@ def complete(
     """What a model writes after each prompt (of `returned` rows one after the other), without the prompt.
 
     A text ends before the first of the stop strings, at a stop token (the tokenizer's end of a text, unless options
-    have `stop`), or after `length` tokens. special: whether prompts are given the tokens that the model was trained to
-    see around a text. options: of `generate`.
+    have `stop`), or after `length` tokens: None for 100, or for which the context has room. special: whether prompts
+    are given the tokens that the model was trained to see around a text. options: of `generate`.
 
         complete(model, variables, tokenizer, ["The capital of France is"], temperature=0)
     """
@@ -71,6 +71,7 @@ def complete(
         return []
     before, options = _prepared(model, tokenizer, prompts, stop_strings, special, options)
     prompt_BL, length_B = _rows(before)
+    length = fitting(model, length_B) if length is None else length
     options |= {"length": length, "length_B": length_B}
     before = [row for row in _begun(model, before) for _ in range(options.get("returned", 1))]
 
@@ -99,7 +100,7 @@ def stream(
     tokenizer: Any,
     prompt: str,
     *,
-    length: int = 100,
+    length: int | None = None,
     stop_strings: Sequence[str] = (),
     special: bool = True,
     **options: Any,
@@ -113,7 +114,9 @@ def stream(
     if options.get("returned", 1) > 1:
         raise UsageError(f"returned {options['returned']}: one text is streamed, so use complete for more")
     before, options = _prepared(model, tokenizer, [prompt], stop_strings, special, options)
-    job, [begun] = asked(model, variables, _rows(before)[0], length=length, **options), _begun(model, before)
+    prompt_BL, length_B = _rows(before)
+    length = fitting(model, length_B) if length is None else length
+    job, [begun] = asked(model, variables, prompt_BL, length=length, **options), _begun(model, before)
 
     def pieces() -> Iterator[str]:
         shown, new = 0, []
@@ -181,6 +184,12 @@ def _prepared(
     if empty := [n for n, row in enumerate(rows, 1) if not row]:
         raise UsageError(f"prompt {empty[0]} of {len(rows)} is empty: give it at least a character")
     return rows, {"stop": tokenizer.id("eos_token"), **options}
+
+
+def fitting(model: nn.Module, length_B: np.ndarray, most: int = 100) -> int:
+    """So many new tokens, or fewer, where the context has room for no more; 1 where it has none."""
+    context = None if hasattr(model, "encode") else getattr(model, "context", None)
+    return most if context is None else max(1, min(most, context - int(length_B.max())))
 
 
 def _begun(model: nn.Module, rows: list[list[int]]) -> list[list[int]]:
