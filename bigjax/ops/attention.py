@@ -59,11 +59,16 @@ def cached_attention(
     """
     B, L, H, K = q_BLHK.shape
     G, M = k_BGMK.shape[1:3]
-    q_BGRLK = jnp.swapaxes(q_BLHK * K**-0.5, 1, 2).reshape(B, G, H // G, L, K)
-    mask = None if mask is None else mask[:, :, None]
-    bias = None if bias is None else bias.reshape(bias.shape[0], G, H // G, L, M)
-    y_BHLK = _attend(q_BGRLK, k_BGMK, v_BGMK, mask, bias).reshape(B, H, L, K)
-    return jnp.swapaxes(y_BHLK, 1, 2)
+    q_BGQK = jnp.swapaxes(q_BLHK * K**-0.5, 1, 2).reshape(B, G, H // G * L, K)
+    # keys are the left factor: as the right one XLA would turn them around, a copy of the cache in every step on CPU
+    score_BGMQ = jnp.matmul(k_BGMK, jnp.swapaxes(q_BGQK, 2, 3), preferred_element_type=jnp.float32)
+    score_BGRLM = jnp.swapaxes(score_BGMQ, 2, 3).reshape(B, G, H // G, L, M)
+    if bias is not None:
+        score_BGRLM = score_BGRLM + bias.reshape(bias.shape[0], G, H // G, L, M).astype(jnp.float32)
+    if mask is not None:
+        score_BGRLM = jnp.where(mask[:, :, None], score_BGRLM, jnp.finfo(jnp.float32).min)
+    weight_BGQM = jax.nn.softmax(score_BGRLM, axis=-1).astype(v_BGMK.dtype).reshape(B, G, H // G * L, M)
+    return jnp.swapaxes((weight_BGQM @ v_BGMK).reshape(B, H, L, K), 1, 2)
 
 
 def together(position_BL: Array, mask: Array | None = None) -> Array:

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
+from bigjax.sharding import everywhere, our_mesh
 
 LEAST = 16  # tokens that a prompt is padded to at least
 
@@ -106,9 +107,13 @@ def asked(
     # Traced unless they change the program, so that trying another temperature, p or stop token compiles nothing.
     options = {k: v for k, v in options.items() if v is not None}
     prompt_BL = np.pad(prompt_BL[:, :L].astype(np.int32), ((0, 0), (0, padded - L)))
-    on_device = jax.device_put((prompt_BL, length_B, position, options))
-    prompt_BL, length_B, position, options = on_device
+    prompt_BL, length_B, position, options, key = put((prompt_BL, length_B, position, options, key))
     return Job(model, variables, prompt_BL, length_B, position, key, options, length, size, top_k, beams, returned)
+
+
+def put(tree: Any) -> Any:
+    """On the device, or on all of the mesh that is set."""
+    return jax.device_put(tree, everywhere(jax.sharding.get_mesh()) if our_mesh() else None)
 
 
 def check_prompts(model: nn.Module, prompt_BL: np.ndarray, length_B: np.ndarray | None, *, length: int) -> int | None:

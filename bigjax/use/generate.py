@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from bigjax.use.asked import Job, asked
+from bigjax.use.asked import Job, asked, put
 from bigjax.use.draws import penalized, sample, stops
 
 
@@ -112,7 +112,7 @@ def read(job: Job) -> tuple[Array, Any]:
 
 def go_on(job: Job, state: State, until: int) -> State:
     """Writes on, up to that many tokens of each row, or until all have ended. The state given is used up."""
-    until = jax.device_put(np.int32(until))
+    until = put(np.int32(until))
     return _loop(job.model, job.variables, state, job.position, until, job.key, job.options, top_k=job.top_k)
 
 

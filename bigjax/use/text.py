@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from bigjax import UsageError
 from bigjax.use import generate as writing
-from bigjax.use.asked import asked
+from bigjax.use.asked import asked, put
 
 CHUNK = 16  # tokens between two looks for a stop string
 
@@ -90,7 +90,7 @@ def complete(
         done_R = jax.device_get(state.done_R) | np.array([ended for _, ended in found])
         if done_R.all():
             break
-        state = state._replace(done_R=jax.device_put(done_R))
+        state = state._replace(done_R=put(done_R))
     return [text for text, _ in found]
 
 
