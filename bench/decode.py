@@ -44,7 +44,12 @@ def ours(smoke: bool) -> Any:
 
 def theirs(smoke: bool) -> Any:
     import numpy as np
+    import importlib.util
+
     import torch
+
+    looked_for = importlib.util.find_spec  # transformers imports torchvision where it is, also one of another torch
+    importlib.util.find_spec = lambda name, *more: None if name == "torchvision" else looked_for(name, *more)
     import transformers
 
     torch.set_num_threads(THREADS)
