@@ -43,9 +43,9 @@ def ours(smoke: bool) -> Any:
 
 
 def theirs(smoke: bool) -> Any:
-    import numpy as np
     import importlib.util
 
+    import numpy as np
     import torch
 
     looked_for = importlib.util.find_spec  # transformers imports torchvision where it is, also one of another torch
