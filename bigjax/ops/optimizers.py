@@ -110,6 +110,21 @@ def lars(
     )
 
 
+def max_norm(limit: float, pattern: str) -> optax.GradientTransformation:
+    """Last in a chain: of kernels whose path matches, what leads to one output keeps a norm of at most `limit` (Kim
+    2014, section 2.1).
+    """
+
+    def one(u: jax.Array, p: jax.Array) -> jax.Array:
+        norm = jax.numpy.linalg.norm(p + u, axis=tuple(range(p.ndim - 1)), keepdims=True)
+        return (p + u) * (limit / jax.numpy.maximum(norm, limit)) - p
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return jax.tree.map(one, updates, params), state
+
+    return optax.masked(optax.GradientTransformation(lambda params: optax.EmptyState(), update), mask(pattern))
+
+
 @dataclass(frozen=True)
 class SGD:
     """SGD with momentum under a schedule: a group of flags; called with the run's number of updates, it is the
