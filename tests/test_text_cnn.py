@@ -50,7 +50,7 @@ def test_is_the_papers_equations(variables) -> None:
 def test_padding_never_wins(variables) -> None:
     """Nor has it a gradient; whatever the padding holds and however long it is."""
     biased = jax.tree_util.tree_map_with_path(
-        lambda path, x: x - 4.0 if path[-1].key == "bias" else x, variables
+        lambda path, x: x + 4.0 if path[-1].key == "bias" else x, variables
     )  # the zeros behind a row are above all that is in it
     for given in (variables, biased):
         expected = features(given, TOKENS_BL, LENGTH_B)
