@@ -62,3 +62,11 @@ def rows_of(split: Split, *, seed: int, batch_size: int) -> Callable[[int], np.n
 def width(split: Split, row_B: np.ndarray) -> int | None:
     """What a global batch of these rows is cut to, in all processes; None where it is not."""
     return split.width(row_B) if isinstance(split, ByLength) else None
+
+
+def width_of(split: Split, *, seed: int, batch_size: int) -> Callable[[int], int | None]:
+    """n -> what global batch n is cut to."""
+    if not isinstance(split, ByLength):
+        return lambda n: None
+    rows = rows_of(split, seed=seed, batch_size=batch_size)
+    return lambda n: split.width(rows(n))

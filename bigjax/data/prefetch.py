@@ -96,12 +96,12 @@ class Shapes:
 
     def __init__(self, program: Program) -> None:
         self.widths: set[int | None] = set()
-        self.split, self.rows = program.train, order_of(program)
+        self.width = order.width_of(program.train, **order_of(program))
 
     def new(self, n: int) -> bool:
         """Whether batch `n` is the first of its shape; `widths` then has it."""
         before = len(self.widths)
-        self.widths.add(order.width(self.split, self.rows(n)))
+        self.widths.add(self.width(n))
         return len(self.widths) > before
 
     def all(self) -> int:
@@ -109,14 +109,14 @@ class Shapes:
         return 1 + max(n for n in range(POOL) if self.new(n))
 
 
-def order_of(program: Program) -> Callable[[int], Any]:
-    """n -> the rows of global batch n."""
-    return order.rows_of(program.train, seed=program.config.seed, batch_size=program.config.batch_size)
+def order_of(program: Program) -> dict[str, int]:
+    """What decides which rows are in which batch."""
+    return {"seed": program.config.seed, "batch_size": program.config.batch_size}
 
 
 def doing(program: Program, step: int) -> str:
     """What the watchdog says of the update after `step`."""
-    rows = order_of(program)(step)
+    rows = order.rows_of(program.train, **order_of(program))(step)
     return f"update {step + 1} (batch {step}: examples {', '.join(map(str, rows[:8]))}, ...)"
 
 

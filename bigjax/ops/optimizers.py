@@ -9,7 +9,7 @@ import jax
 import optax
 
 from bigjax.experiment import Fraction, NonNegative, Positive
-from bigjax.optim import NO_DECAY, Schedule, mask, path_string, schedule
+from bigjax.optim import NO_DECAY, Schedule, adamw, mask, path_string, schedule
 
 
 def stacked(path: tuple[Any, ...]) -> int:
@@ -108,6 +108,16 @@ def lars(
         optax.scale_by_learning_rate(learning_rate),
         optax.trace(momentum, nesterov),
     )
+
+
+def as_transformers(
+    steps: int, *, peak: float = 5e-5, warmup: int = 500, weight_decay: float = 0.01
+) -> optax.GradientTransformation:
+    """AdamW as the Trainer of transformers has it: up in a line over `warmup` updates, down in a line to the end, the
+    gradient clipped to 1. Its own defaults are no warm-up and no decay.
+    """
+    up, down = optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
+    return adamw(optax.join_schedules([up, down], [warmup]), weight_decay=weight_decay, clip=1.0)
 
 
 def max_norm(limit: float, pattern: str) -> optax.GradientTransformation:
