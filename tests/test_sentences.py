@@ -123,7 +123,7 @@ def test_glue_through_tfds_has_published_numbers(tmp_path: Path, monkeypatch: py
         lambda f: {
             "sentence": f.Text(),
             "label": f.ClassLabel(names=["negative", "positive"]),
-            "idx": f.Scalar("int32"),
+            "idx": f.Scalar(np.int32),
         },
         {"train": rows, "validation": rows[:6], "test": [row | {"label": -1} for row in rows]},
         config="sst2",
