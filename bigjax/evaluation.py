@@ -48,10 +48,7 @@ def evaluator(
         exact = lambda x: x.astype(np.float64 if np.issubdtype(x.dtype, np.floating) else np.int64)  # noqa: E731
         return jax.tree.map(exact, jax.device_get(part))
 
-    def evaluate(params: Params, model_state: ModelState, split: Split) -> Metrics:
-        return reduce(partial(jax.tree.map, np.add), map(widened, parts(params, model_state, split)))
-
-    return evaluate
+    return lambda *given: reduce(partial(jax.tree.map, np.add), map(widened, parts(*given)))
 
 
 def evaluation(

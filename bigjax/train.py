@@ -171,7 +171,7 @@ def loop(
     hooks: list[OnLog],
 ) -> Run:
     """From where `start` stands to the end: updates, log windows, evaluations, checkpoints, the result."""
-    from bigjax.data.prefetch import doing, next_batch
+    from bigjax.data.prefetch import Shapes, doing, next_batch
     from bigjax.look.diagnose import blame, layer_rows
     from bigjax.look.gallery import draw
     from bigjax.look.report import write_report
@@ -197,7 +197,7 @@ def loop(
             log, display, clock, hooks, program, forgiven=forgiven, dropped=dropped, attempt=signalled.attempt
         )
         measure = evaluator(experiment.task, batch_size=config.batch_size, seed=config.seed, mesh=program.mesh)
-        under_way: deque[Any] = deque()  # updates that the device has not finished
+        under_way, shapes = deque[Any](), Shapes(program)  # updates that the device has not finished; batches' shapes
         measured: tuple[dict[str, dict[str, float]], Metrics] = ({}, {})
 
         def judge(*, tell: bool = True) -> bool:
@@ -216,7 +216,7 @@ def loop(
         if ((owed := lines.owes(step)) or step == program.steps) and not judge(tell=owed):
             raise Interrupted(signalled(step), f"at step {step}, which is saved")
         while step < program.steps and not lines.ends:
-            compiling = step == first  # the first update alone: so the time to compile is known
+            compiling = shapes.new(step)  # such an update alone: so the time to compile is known
             display.phase("compiling" if compiling else "training")
             with clock.timing("compile" if compiling else "train"), watching(partial(doing, program, step), UPDATE):
                 batch = signalled.attempt(next_batch, batches, program, step)
@@ -274,7 +274,7 @@ def loop(
             values={"train": folder.last_line(home, "train"), **measured[0]},
             counts=measured[1],
             seconds=clock.all(),
-            examples=(step - first - 1) * config.batch_size,  # the first update's time is in `compile`
+            examples=(step - first - len(shapes.widths)) * config.batch_size,  # the time of these is in `compile`
         )
         if processes.first():
             folder.write_json(home / "result.json", result)

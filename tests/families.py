@@ -27,6 +27,7 @@ from bigjax.models import (
     Inception,
     Mixtral,
     ResNet,
+    TextCNN,
     ViT,
 )
 from bigjax.models.convnext import ConvNeXt
@@ -106,6 +107,11 @@ FAMILIES = {
     "lstm_images": Family(LSTM(hidden=(6,), outputs=3, dropout=0.1), partial(classify, classes=3)),
     "lstm_tokens": Family(
         LSTM(vocabulary=11, embedding=4, hidden=(6,), pool="mean", outputs=1, dropout=0.1),
+        partial(classify, classes=2, inputs=fields("tokens", "length")),
+        data=texts,
+    ),
+    "text_cnn": Family(
+        TextCNN(vocabulary=11, embedding=4, widths=(2, 3), maps=4, outputs=2, dropout=0.1),
         partial(classify, classes=2, inputs=fields("tokens", "length")),
         data=texts,
     ),

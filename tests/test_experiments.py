@@ -21,9 +21,11 @@ from bigjax.run.workdir import difference
 pytestmark = pytest.mark.usefixtures("drawn")
 SCRIPTS = {p.stem: p for p in sorted((REPOSITORY / "experiments").glob("*/*.py"))}
 SMALL = {  # flags that make two steps quick; nothing that changes what runs
+    "bert_classify": "--layers 1 --width 16 --heads 2 --length 32".split(),
     "gpt": ["--model", "tiny"],
     "pretrain": ["--model", "bert_tiny"],
     "python_gpt": ["--layers", "1", "--width", "32", "--context", "64"],
+    "text_cnn": "--embedding 8 --maps 4 --length 64".split(),
 }
 
 

@@ -44,10 +44,10 @@ def written(page: Path, folder: Path) -> list[str]:
     return rest
 
 
-def hub_folder(folder: Path) -> None:
+def hub_folder(folder: Path, model: str = "gpt2") -> None:
     """As from the hub: weights, and a tokenizer."""
     folder.mkdir()
-    unpacked("gpt2", folder)
+    unpacked(model, folder)
     train_tokenizer(["hello world"], kind="words", vocabulary=9).save(str(folder / "tokenizer.json"))
 
 
@@ -58,6 +58,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     config = RunConfig(workdir="runs/mnist_cnn", steps=2, batch_size=8, compilation_cache=False)
     train.fit(tiny_experiment(), config, quiet=True)
     hub_folder(tmp_path / "folder")
+    hub_folder(tmp_path / "sentences", "bert")
     names = {"__name__": page.stem}
     for text in written(page, tmp_path):
         exec(compile(text.replace("steps=200", "steps=4"), str(page), "exec"), names)

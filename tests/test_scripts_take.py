@@ -73,9 +73,13 @@ KINDS = (
     "columns of numbers", "texts of classes", "texts in a table", "pairs", "tokens", "text",
 )  # fmt: skip
 VISION = ("mnist_cnn", "mnist_lstm", "mnist_mlp", "resnet_classify", "vit_classify")
+TEXTS = ("bert_classify", "text_cnn", "text_lstm")
 CLASSIFIERS = ", ".join(["mnist_gan.py", *(f"experiments/vision/{name}.py" for name in VISION)])
 TAKING = {  # of some fields the scripts, as a user is told them
-    ("text", "label"): "use experiments/text/text_lstm.py for those, or give other data",
+    (
+        "text",
+        "label",
+    ): f"use {', '.join(f'experiments/text/{name}.py' for name in TEXTS)} for those, or give other data",
     ("image", "label"): f"use experiments/generate/{CLASSIFIERS} for those, or",
     ("x", "target"): "use experiments/tables/diabetes_linear.py for those, or",
     ("tokens",): "use experiments/text/gpt.py, experiments/text/pretrain.py for those, or",

@@ -6,7 +6,7 @@ n.
 
 A split is a mapping of arrays with equal leading axes (in memory), or a random-access reader with `__len__` and
 `__getitem__(int) -> dict[str, array]` for what must be read and decoded: Grain does that in threads, by index, in the
-same order.
+same order. Of rows that have lengths (`ByLength`) each batch is of like ones, and cut: as pure a function.
 """
 
 import hashlib
@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 
 from bigjax import UsageError
+from bigjax.data.lengths import ByLength
+from bigjax.data.order import batch_rows as batch_rows
+from bigjax.data.order import generator, rows_of, width
 from bigjax.data.prefetch import told
 from bigjax.data.readers import View, gathered, stack
 from bigjax.experiment import Split, size_of
@@ -28,6 +31,7 @@ READ_THREADS, READ_AHEAD = 16, 128  # examples read at once, and kept ready, fro
 ENDLESS = 2**40  # batches
 
 Batch = dict[str, np.ndarray]
+Chosen = tuple[np.ndarray, np.ndarray, int | None]  # rows, mask, what they are cut to
 Transform = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
 
 
@@ -66,32 +70,6 @@ class Named(dict[str, np.ndarray]):
         self.names = names
 
 
-@lru_cache(maxsize=3)  # a batch can straddle two epochs, and reading ahead is in the next one
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    rows = _generator(seed, epoch).permutation(size)
-    rows.flags.writeable = False
-    return rows
-
-
-def _generator(seed: int, stream: int, row: int = -1) -> np.random.Generator:
-    """Philox keyed by (seed, stream); rows start in disjoint blocks of its counter, apart from the one of the "
-    "permutation (-1)."""
-    key = np.array([seed % 2**64, stream], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, row + 1, 0, 0], np.uint64)))
-
-
-def batch_rows(n: int, *, seed: int, batch_size: int, size: int) -> np.ndarray:
-    """The data-set rows of global batch `n`: (batch_size,) int64.
-
-    Position p = n·batch_size + j is place p mod `size` in epoch p div `size`; each epoch is a permutation of all rows,
-    so that every example is seen exactly once an epoch, and batches straddle epochs: nothing is dropped.
-    """
-    epoch_B, place_B = np.divmod(np.arange(n * batch_size, (n + 1) * batch_size, dtype=np.int64), size)
-    return np.concatenate([_permutation(seed, int(e), size)[place_B[epoch_B == e]] for e in np.unique(epoch_B)]).astype(
-        np.int64
-    )
-
-
 def batches(
     split: Split,
     *,
@@ -106,7 +84,7 @@ def batches(
     Each has the split's fields, `index` (B,) int32 (row in the data set) and `mask` (B,) float32 (ones).
     `transform(example, generator)` changes an example on the host (decoding, crops of varying size); its generator is a
     Philox one keyed by (seed, epoch, row), so what it draws depends neither on the batch size nor on the number of
-    processes. UsageError: no examples; a batch larger than the data.
+    processes. UsageError: no examples; a batch larger than the data; a transform of rows that have lengths.
     """
     size = size_of(split)
     if not 1 <= batch_size <= size:
@@ -115,16 +93,20 @@ def batches(
             f"to {size}"
         )
     mine = np.arange(batch_size) if rows is None else rows
+    if isinstance(split, ByLength) and transform is not None:
+        raise UsageError("rows by length are cut by lengths that a transform may change: leave one of the two out")
+    global_rows = rows_of(split, seed=seed, batch_size=batch_size)
 
-    def chosen(n: int) -> tuple[np.ndarray, np.ndarray]:
-        return batch_rows(n, seed=seed, batch_size=batch_size, size=size)[mine], np.ones(len(mine), np.float32)
+    def chosen(n: int) -> Chosen:
+        row_B = global_rows(n)
+        return row_B[mine], np.ones(len(mine), np.float32), width(split, row_B)
 
     change = None
     if transform is not None:
 
         def change(example: dict[str, np.ndarray], n: int, j: int, row: int) -> dict[str, np.ndarray]:
             epoch = (n * batch_size + int(mine[j])) // size
-            return transform(example, _generator(seed, epoch, row))
+            return transform(example, generator(seed, epoch, row))
 
     return _generate(split, chosen, range(start, ENDLESS), len(mine), change)
 
@@ -139,25 +121,27 @@ def eval_batches(split: Split, *, batch_size: int, rows: np.ndarray | None = Non
         raise UsageError(f"cannot evaluate in batches of {batch_size}: pass --batch-size with a number from 1")
     mine = np.arange(batch_size) if rows is None else rows
 
-    def chosen(n: int) -> tuple[np.ndarray, np.ndarray]:
-        row_B = n * batch_size + mine
-        return np.where(row_B < size, row_B, 0), (row_B < size).astype(np.float32)
+    def chosen(n: int) -> Chosen:
+        place_B = np.arange(n * batch_size, (n + 1) * batch_size)
+        row_B = np.where(place_B < size, place_B, 0)
+        return row_B[mine], (place_B < size).astype(np.float32)[mine], width(split, row_B)
 
     return _generate(split, chosen, range(-(-size // batch_size)), len(mine), None)
 
 
 def _generate(split: Split, rows: Callable, numbers: range, local: int, change: Callable | None) -> Iterator[Batch]:
-    """One batch for each of `numbers`; `rows(n)` says which rows and masks, `change(example, n, j, row)` is the "
-    "host transform."""
+    """One batch for each of `numbers`; `rows(n)` says which rows and masks, and what they are cut to, `change(example,
+    n, j, row)` is the host transform."""
     if isinstance(split, Mapping) and change is None:
         for n in numbers:
-            row_B, mask_B = rows(n)
-            yield _numbered({name: array[row_B] for name, array in split.items()}, row_B, mask_B)
+            row_B, mask_B, size = rows(n)
+            fields = split if size is None else split.narrow(size)
+            yield _numbered({name: array[row_B] for name, array in fields.items()}, row_B, mask_B)
         return
     rows = lru_cache(maxsize=64)(rows)  # Grain asks for every example by itself
     with closing(_read(split, rows, numbers, local, change)) as examples:
         for n in numbers:
-            row_B, mask_B = rows(n)
+            row_B, mask_B, _ = rows(n)
             yield _numbered(stack(list(itertools.islice(examples, local)), row_B), row_B, mask_B)
 
 
@@ -197,6 +181,11 @@ def example(split: Split) -> dict[str, np.ndarray]:
     return {name: array[0] for name, array in split.items()} if isinstance(split, Mapping) else split[0]
 
 
+def whole(split: Split) -> Split:
+    """The same rows, of which no batch is cut."""
+    return dict(split) if isinstance(split, ByLength) else split
+
+
 def in_memory(split: Split) -> Mapping[str, np.ndarray]:
     """A split with all its examples read."""
     return split if isinstance(split, Mapping) else gathered(split.__getitem__, range(size_of(split)))
@@ -206,6 +195,8 @@ def take(split: Split, rows: np.ndarray) -> Split:
     """The given rows of a split: copied arrays, or an index view of a reader."""
     if not isinstance(split, Mapping):
         return View(split, rows)
+    if isinstance(split, ByLength):
+        return split.part(rows)
     fields = {k: v[rows] for k, v in split.items()}
     return Named(fields, split.names[rows]) if isinstance(split, Named) else fields
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bigjax import UsageError
-from bigjax.experiment import size_of
+from bigjax.data import order
+from bigjax.data.lengths import POOL
 from bigjax.program import Program
 
 END = object()
@@ -90,12 +91,32 @@ class Prefetcher(Iterator[Any], contextlib.AbstractContextManager):
         self.close(0.5 if kind and issubclass(kind, KeyboardInterrupt) else 30)
 
 
+class Shapes:
+    """Which of the batches that follow one another have a shape that none before had: their updates are compiled."""
+
+    def __init__(self, program: Program) -> None:
+        self.widths: set[int | None] = set()
+        self.width = order.width_of(program.train, **order_of(program))
+
+    def new(self, n: int) -> bool:
+        """Whether batch `n` is the first of its shape; `widths` then has it."""
+        before = len(self.widths)
+        self.widths.add(self.width(n))
+        return len(self.widths) > before
+
+    def all(self) -> int:
+        """How many batches from the first on have all the shapes that a pool of them has."""
+        return 1 + max(n for n in range(POOL) if self.new(n))
+
+
+def order_of(program: Program) -> dict[str, int]:
+    """What decides which rows are in which batch."""
+    return {"seed": program.config.seed, "batch_size": program.config.batch_size}
+
+
 def doing(program: Program, step: int) -> str:
     """What the watchdog says of the update after `step`."""
-    from bigjax.data import pipeline
-
-    size = size_of(program.train)
-    rows = pipeline.batch_rows(step, seed=program.config.seed, batch_size=program.config.batch_size, size=size)
+    rows = order.rows_of(program.train, **order_of(program))(step)
     return f"update {step + 1} (batch {step}: examples {', '.join(map(str, rows[:8]))}, ...)"
 
 

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from bigjax.experiment import Fraction, NonNegative, Positive
-from bigjax.optim import NO_DECAY, Schedule, mask, path_string, schedule
+from bigjax.optim import NO_DECAY, Schedule, adamw, mask, path_string, schedule
 
 
 def stacked(path: tuple[Any, ...]) -> int:
@@ -108,6 +108,31 @@ def lars(
         optax.scale_by_learning_rate(learning_rate),
         optax.trace(momentum, nesterov),
     )
+
+
+def as_transformers(
+    steps: int, *, peak: float = 5e-5, warmup: int = 500, weight_decay: float = 0.01
+) -> optax.GradientTransformation:
+    """AdamW as the Trainer of transformers has it: up in a line over `warmup` updates, down in a line to the end, the
+    gradient clipped to 1. Its own defaults are no warm-up and no decay.
+    """
+    up, down = optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
+    return adamw(optax.join_schedules([up, down], [warmup]), weight_decay=weight_decay, clip=1.0)
+
+
+def max_norm(limit: float, pattern: str) -> optax.GradientTransformation:
+    """Last in a chain: of kernels whose path matches, what leads to one output keeps a norm of at most `limit` (Kim
+    2014, section 2.1).
+    """
+
+    def one(u: jax.Array, p: jax.Array) -> jax.Array:
+        norm = jax.numpy.linalg.norm(p + u, axis=tuple(range(p.ndim - 1)), keepdims=True)
+        return (p + u) * (limit / jax.numpy.maximum(norm, limit)) - p
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return jax.tree.map(one, updates, params), state
+
+    return optax.masked(optax.GradientTransformation(lambda params: optax.EmptyState(), update), mask(pattern))
 
 
 @dataclass(frozen=True)

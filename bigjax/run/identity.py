@@ -47,6 +47,8 @@ def fingerprint_of(split: Any) -> dict[str, Any]:
         sums, row = {i: checksum(row) for i, row in read.items()}, next(iter(read.values()), {})
     fields = {k: str(np.asarray(v).dtype) + str(list(np.shape(v))) for k, v in sorted(row.items())}
     fields = {k: "text" if v[:2] in ("ob", "<U") else v for k, v in fields.items()}
+    if sizes := getattr(split, "sizes", None):  # its batches are of rows of like length
+        fields["by length"] = f"cut to {', '.join(map(str, sizes))}"
     return {"rows": size, "fields": fields, "checksums": sums}
 
 

@@ -65,9 +65,11 @@ class Lines:
         self.rates = learning_rates(program.experiment.transformations(program.steps))
 
     def begin(self, step: int, waited: float) -> None:
-        """What is done counts neither for the speed nor for the wait for data: it compiled."""
-        self.mark, self.waited = (self.clock.seconds["train"], step), waited
-        self.display.begin(step, self.program.steps)
+        """What is done counts neither for the speed nor, at first, for the wait for data: it compiled."""
+        if self.mark is None:
+            self.waited = waited
+            self.display.begin(step, self.program.steps)
+        self.mark = (self.clock.seconds["train"], step)
         if step == 1:  # once a run
             for line in only_here(self.program.experiment.task.models):
                 self.display.line(line)

@@ -34,7 +34,8 @@ def classify(
         training only.
     l1, l2: terms l1 Σ|w| + l2 Σw² of the training loss. A batch mixed by `augment_images(mixup=…)` is trained towards
     both labels. Evaluation: loss, accuracy, top-k accuracy where there are more than k classes, counts by class,
-    calibration. UsageError: logits for another number of classes, a label that is none of them.
+    calibration. Of tokens both tell the share of padding. UsageError: logits for another number of classes, a label
+    that is none of them.
     """
     if classes == 1:
         raise UsageError(
@@ -59,12 +60,13 @@ def classify(
             target_BC = share_B1 * target_BC + (1 - share_B1) * jax.nn.one_hot(batch["label_mix"], classes)
         target_BC = optax.smooth_labels(target_BC, label_smoothing)
         loss_B = optax.softmax_cross_entropy(logits_BC, target_BC)
-        return loss_B, jnp.ones_like(loss_B), accuracy(logits_BC, batch["label"])
+        return loss_B, jnp.ones_like(loss_B), accuracy(logits_BC, batch["label"]) | padding(batch)
 
     def evaluate(logits: Array, batch: Batch) -> tuple[Array, Array, dict]:
         logits_BC, label_B = class_logits(logits), batch["label"]
         prediction_B, confidence_B = logits_BC.argmax(-1), jax.nn.softmax(logits_BC).max(-1)
-        out = accuracy(logits_BC, label_B) | confusion.class_counts(prediction_B, label_B, classes=classes)
+        out = accuracy(logits_BC, label_B) | padding(batch)
+        out |= confusion.class_counts(prediction_B, label_B, classes=classes)
         out |= confusion.calibration(confidence_B, prediction_B == label_B)
         if classes > top_k:
             _, best_BK = jax.lax.top_k(logits_BC, top_k)
@@ -87,3 +89,11 @@ def classify(
 
     options = {"summarize": confusion.summarize_classes, "details": confusion.class_details, "check": check}
     return one_player(model, per_example, inputs=inputs, evaluate=evaluate, l1=l1, l2=l2, **options)
+
+
+def padding(batch: Batch) -> dict[str, tuple[Array, Array]]:
+    """The share of `tokens` (B, L) behind the `length` (B,) of their rows, as a metric; nothing of other batches."""
+    if not {"tokens", "length"} <= batch.keys():
+        return {}
+    places_B = jnp.full(batch["length"].shape, batch["tokens"].shape[1], jnp.float32)
+    return {"padding_share": (places_B - batch["length"].astype(jnp.float32), places_B)}

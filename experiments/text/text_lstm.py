@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from bigjax import cli, optim
-from bigjax.data import reading, sources, text
+from bigjax.data import reading, sentences, sources
 from bigjax.data.augment import drop_tokens
 from bigjax.experiment import Experiment, Fraction, Positive, Published, RunConfig
 from bigjax.models import LSTM
@@ -21,10 +21,16 @@ from bigjax.tasks import classify
 TAKES = ("text", "label")
 ROWS = {
     "text_lstm": {"data": "python_topics", "metric": "eval/macro_f1", "seeds": 3},
+    "text_lstm_sst2": {
+        "arguments": "--data sst2/train.jsonl --eval-data sst2/test.jsonl --length 64 --by-length",
+        "data": "SST-2, sentences, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
+    },
     "text_lstm_imdb": {"arguments": "--data imdb --length 400", "data": "imdb_reviews", "metric": "eval/accuracy"},
-}
+}  # fmt: skip
 
+TAI = "Tai et al. 2015, 2-layer LSTM on SST-2, as quoted by paperswithcode.com"
 DAI = "Dai & Le, Semi-supervised sequence learning, NIPS 2015: LSTM with tuning and dropout, test error 13.50 %"
+PUBLISHED = {"imdb": (0.865, DAI), "sst2": (0.863, TAI)}
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,7 @@ class Config(RunConfig):
     steps: int | None = 1000
     batch_size: int = 64
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=1e-2, clip=1.0)
-    tokenizer: Literal["words", "bpe", "wordpiece"] = "words"  # trained on the training texts
-    tokenizer_file: str | None = None  # any tokenizer.json instead
-    vocabulary: Annotated[int, Positive] = 8000  # tokens at most
-    length: Annotated[int, Positive] = 280  # tokens at most
+    words: cli.Flat[sentences.Words] = sentences.Words(by_length=False)
     embedding: Annotated[int, Positive] = 100  # numbers a token is given
     hidden: Annotated[tuple[int, ...], Positive] = (200,)  # units of each layer
     bidirectional: bool = False  # read each text backwards too
@@ -51,15 +54,10 @@ class Config(RunConfig):
 def build(c: Config) -> Experiment:
     options = {"eval_data": c.eval_data, "split_seed": c.split_seed, "takes": TAKES, **vars(c.columns)}
     data = sources.load(c.data, **options).in_memory()
-    texts = list(data.train["text"])
-    if c.tokenizer_file:
-        tokenizer = text.load_tokenizer(c.tokenizer_file)
-    else:
-        tokenizer = text.train_tokenizer(texts, kind=c.tokenizer, vocabulary=c.vocabulary)
-
-    train, test = text.encode_splits(tokenizer, data, length=c.length)
+    coder = c.words.coder(data)
+    train, test = c.words.splits(coder, data)
     model = LSTM(
-        vocabulary=tokenizer.get_vocab_size(),
+        vocabulary=coder.get_vocab_size(),
         embedding=c.embedding,
         hidden=c.hidden,
         bidirectional=c.bidirectional,
@@ -77,7 +75,7 @@ def build(c: Config) -> Experiment:
         train=train,
         test=test,
         class_names=data.class_names,
-        published=[Published("eval/accuracy", 0.865, DAI)] if c.data == "imdb" else [],
+        published=[Published("eval/accuracy", *known) for name, known in PUBLISHED.items() if name in c.data],
     )
 
 
