@@ -220,8 +220,8 @@ def test_functions_and_the_first_lines_of_their_docstrings() -> None:
             "async def readLines2(self, path, *, HTTPPort=(1, 2)) -> list[str]:\n    # why\n    return open(path)"
         ),
         "Take what is inside.": (
-            'def outer(a_b: int = 3,\n          c=")"):\n    def inner():\n        """\n        Another one within it.\n'
-            '        """\n    return inner'
+            'def outer(a_b: int = 3,\n          c=")"):\n    def inner():\n        """\n'
+            '        Another one within it.\n        """\n    return inner'
         ),
         "Another one within it.": "def inner():",
     }
