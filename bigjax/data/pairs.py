@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 END = "[END]"
 ENDS = (END, "</s>", "<eos>", "<|endoftext|>", "[SEP]")  # what tokenizers call it
-COVERED, MULTIPLE = 0.98, 8  # a length that isn't told holds this share of the texts to train on, and is a multiple
+COVERED, MULTIPLE, MOST = (
+    0.98,
+    8,
+    128,
+)  # a length that isn't told holds this share of the training texts, up to the most
 
 
 def train_coder(data: Dataset, *, vocabulary: int, lower_case: bool = False) -> "Tokenizer":
@@ -93,7 +97,7 @@ def encode(
 ) -> Encoded:
     """The pairs of both splits as tokens; what is cut or left out is said on stderr, once a split.
 
-    length, target_length: of tokens, at most; None for what holds nearly all of the training split. A longer source is
+    length, target_length: of tokens, at most; None for what holds nearly all of the training split, up to MOST. A longer source is
     cut; a pair with a longer target is not trained on, and in the test split that target is cut for the loss alone. So
     is a pair left out, of both splits, if one of its texts has no tokens. prefix: goes before each source.
     """
@@ -131,7 +135,7 @@ def encode(
 
 
 def _covering(length_N: np.ndarray) -> int:
-    return int(-(-np.quantile(length_N, COVERED, method="higher") // MULTIPLE) * MULTIPLE)
+    return min(int(-(-np.quantile(length_N, COVERED, method="higher") // MULTIPLE) * MULTIPLE), MOST)
 
 
 def _filled(rows: Sequence[list[int]], length: int, end: int) -> tuple[np.ndarray, np.ndarray]:
