@@ -97,9 +97,9 @@ def encode(
 ) -> Encoded:
     """The pairs of both splits as tokens; what is cut or left out is said on stderr, once a split.
 
-    length, target_length: of tokens, at most; None for what holds nearly all of the training split, up to MOST. A longer source is
-    cut; a pair with a longer target is not trained on, and in the test split that target is cut for the loss alone. So
-    is a pair left out, of both splits, if one of its texts has no tokens. prefix: goes before each source.
+    length, target_length: of tokens, at most; None for what holds nearly all of the training split, up to MOST. A
+    longer source is cut; a pair with a longer target is not trained on, and in the test split that target is cut for
+    the loss alone. A pair with an empty text is left out of either split. prefix: goes before each source.
     """
     end, sizes, out = ended(coder, where=data.name), (length, target_length), {}
     for split, rows in (("train", data.train), ("test", data.test)):

@@ -41,9 +41,7 @@ class Config(RunConfig):
     tokenizer_file: str | None = None  # any tokenizer.json instead; else one is trained on the training split
     vocabulary: Annotated[int, Within(259)] = 6000  # tokens at most that are trained, for both sides
     lower_case: bool = False  # of all texts, and BLEU and chrF take no notice of it
-    length: Annotated[int | None, Positive] = (
-        None  # tokens of a source at most; else what holds 98 % of them, up to 128
-    )
+    length: Annotated[int | None, Positive] = None  # tokens of a source at most; else 98 % of them fit, up to 128
     target_length: Annotated[int | None, Positive] = None  # tokens of a target at most; likewise
     layers: Annotated[int | None, Positive] = None  # of the encoder, as many of the decoder; 4; the folder's
     width: Annotated[int | None, Positive] = None  # numbers a token is carried by; 128; the folder's
