@@ -13,6 +13,7 @@ import numpy as np
 
 from bigjax import UsageError
 from bigjax.data import text
+from bigjax.data.lengths import ByLength
 from bigjax.data.pipeline import Dataset
 
 if TYPE_CHECKING:
@@ -45,16 +46,6 @@ def lowered(coder: "Tokenizer") -> "Tokenizer":
 
     first = [library.normalizers.Lowercase(), *([coder.normalizer] if coder.normalizer else [])]
     coder.normalizer = library.normalizers.Sequence(first)
-    return coder
-
-
-def fitting(coder: "Tokenizer", vocabulary: int, *, where: object) -> "Tokenizer":
-    """The tokenizer, if a model of such a vocabulary can read all of its tokens. UsageError: it can't."""
-    if (size := coder.get_vocab_size()) > vocabulary:
-        raise UsageError(
-            f"the tokenizer of {where} has {size:,} tokens, the model's vocabulary is {vocabulary:,}: give the "
-            "tokenizer.json that the model was trained with"
-        )
     return coder
 
 
@@ -132,6 +123,14 @@ def encode(
         fields = {"tokens": tokens, "length": read, "target": target, "target_length": written}
         out[split] = fields, [rows["source"][n] for n in keep], [rows["target"][n] for n in keep]
     return Encoded(out["train"][0], *out["test"], end)
+
+
+def by_length(fields: dict[str, np.ndarray]) -> ByLength:
+    """Pairs in batches of like length: both sides are cut to it where they have the same room, else what is read."""
+    if fields["tokens"].shape == fields["target"].shape:
+        longer_N = np.maximum(fields["length"], fields["target_length"])
+        return ByLength(fields, cut=("tokens", "target"), lengths=longer_N)
+    return ByLength(fields)
 
 
 def _covering(length_N: np.ndarray) -> int:

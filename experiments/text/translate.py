@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from bigjax import cli, optim, pretrained
-from bigjax.data import docstrings, pairs, reading, sources
+from bigjax.data import docstrings, pairs, reading, sentences, sources
 from bigjax.data.text import load_tokenizer
 from bigjax.experiment import Experiment, Fraction, NonNegative, Positive, Published, RunConfig, Within
 from bigjax.look import texts
@@ -71,7 +71,7 @@ def build(c: Config) -> Experiment:
     coder = pairs.lowered(coder) if c.lower_case else coder
     fresh = T5(vocabulary=coder.get_vocab_size(), head=shape["width"] // shape["heads"], **shape)
     model = (begun.model if begun else fresh).clone(dropout=c.dropout, dtype=c.dtype)
-    pairs.fitting(coder, model.vocabulary, where=c.tokenizer_file or c.pretrained)
+    sentences.fitting(coder, model.vocabulary, where=c.tokenizer_file or c.pretrained)
     rows = pairs.encode(coder, data, length=c.length, target_length=c.target_length, prefix=c.prefix)
     judge, published = texts.scores(rows.references, lower_case=c.lower_case), []
     search = {"length": rows.test["target"].shape[1], "beams": c.beams, "length_penalty": c.length_penalty}
@@ -84,7 +84,7 @@ def build(c: Config) -> Experiment:
     return Experiment(
         task=sequence_to_sequence(model, label_smoothing=c.label_smoothing),
         tx=c.adamw,
-        train=rows.train,
+        train=pairs.by_length(rows.train),
         test=rows.test,
         initial=begun,
         evaluators={"written": texts.written(write, rows.test, judge.score)},
