@@ -24,7 +24,7 @@ SMALL = {  # flags that make two steps quick; nothing that changes what runs
     "gpt": ["--model", "tiny"],
     "pretrain": ["--model", "bert_tiny"],
     "python_gpt": ["--layers", "1", "--width", "32", "--context", "64"],
-    "translate": "--layers 1 --width 16 --heads 2 --mlp 16 --vocabulary 300 --length 16 --target-length 8 "
+    "translate": "--layers 1 --width 16 --heads 2 --mlp 16 --vocabulary 600 --length 16 --target-length 32 "
     "--beams 2 --batch-size 8".split(),
 }
 
