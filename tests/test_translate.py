@@ -18,7 +18,7 @@ from test_experiments import load, run
 from test_user_files import said_by, written
 from tfds_fixture import build_set
 
-from bigjax import UsageError
+from bigjax import UsageError, pretrained
 from bigjax.data import docstrings, pairs, sources, text
 from bigjax.data.pipeline import Dataset
 from bigjax.look import texts
@@ -316,6 +316,25 @@ def test_what_is_written_is_scored_and_shown(tmp_path: Path, monkeypatch: pytest
     multi30k = captions(tmp_path / "en_de_test_2016.jsonl")
     published = module.build(module.Config(**flags | {"eval_data": multi30k, "target_length": 32})).published
     assert [(p.metric, p.value) for p in published] == [("eval/bleu", 41.02)]
+
+
+def test_weights_of_a_t5_bring_its_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu", reason='pip install -e ".[text]"')
+    path, module = captions(tmp_path / "p.jsonl"), load("translate")
+    coder = pairs.train_coder(dataset(), vocabulary=400)
+    model = TINY.clone(vocabulary=coder.get_vocab_size() + 3)
+    variables = jax.jit(model.init)(KEY, *(jnp.zeros((1, 2), jnp.int32),) * 2)
+    pretrained.save(tmp_path / "t5", model, variables)
+    coder.save(str(tmp_path / "t5" / "tokenizer.json"))
+    flags = {"data": path, "eval_data": path, "pretrained": str(tmp_path / "t5")}
+    made = module.build(module.Config(**flags, dropout=0.1))
+    assert made.task.models["model"] == model.clone(dropout=0.1) and made.initial.model.layers == model.layers
+    assert made.train["tokens"].max() < coder.get_vocab_size()
+    larger = pairs.train_coder(sources.load("python_docstrings"), vocabulary=2000)
+    larger.save(str(tmp_path / "larger.json"))
+    said = said_by(module.build, module.Config(**flags, tokenizer_file=str(tmp_path / "larger.json")))
+    assert f"larger.json has {larger.get_vocab_size():,} tokens, the model's vocabulary is {model.vocabulary}" in said
+    assert "holds a T5 with layers 1, not 3" in said_by(module.build, module.Config(**flags, layers=3))
 
 
 @pytest.mark.slow
