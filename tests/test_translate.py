@@ -328,12 +328,13 @@ def test_weights_of_a_t5_bring_its_tokens(tmp_path: Path) -> None:
     coder.save(str(tmp_path / "t5" / "tokenizer.json"))
     flags = {"data": path, "eval_data": path, "pretrained": str(tmp_path / "t5")}
     made = module.build(module.Config(**flags, dropout=0.1))
-    assert made.task.models["model"] == model.clone(dropout=0.1) and made.initial.model.layers == model.layers
+    assert made.task.models["model"] == made.initial.model.clone(dropout=0.1)
+    assert made.initial.model.vocabulary == model.vocabulary and made.initial.model.width == model.width
     assert made.train["tokens"].max() < coder.get_vocab_size()
-    larger = pairs.train_coder(sources.load("python_docstrings"), vocabulary=2000)
-    larger.save(str(tmp_path / "larger.json"))
+    coder.add_special_tokens([f"<extra_{n}>" for n in range(9)])
+    coder.save(str(tmp_path / "larger.json"))
     said = said_by(module.build, module.Config(**flags, tokenizer_file=str(tmp_path / "larger.json")))
-    assert f"larger.json has {larger.get_vocab_size():,} tokens, the model's vocabulary is {model.vocabulary}" in said
+    assert f"larger.json has {coder.get_vocab_size():,} tokens, the model's vocabulary is {model.vocabulary}" in said
     assert "holds a T5 with layers 1, not 3" in said_by(module.build, module.Config(**flags, layers=3))
 
 

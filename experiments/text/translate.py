@@ -26,7 +26,7 @@ ROWS = {  # docs/translate.md says of which files
         "arguments": "--data multi30k/en_de_train.jsonl --eval-data multi30k/en_de_test_2016.jsonl --lower-case",
         "data": "Multi30k, own .jsonl", "metric": "eval/bleu",
     },
-    "translate_docstrings": {"data": "python_docstrings", "metric": "eval/rouge_l"},
+    "translate_docstrings": {"arguments": "--length 64", "data": "python_docstrings", "metric": "eval/rouge_l"},
 }  # fmt: skip
 SMALL = {"layers": 4, "width": 128, "heads": 4, "mlp": 256}
 WU = "Wu et al. 2021, Transformer-Tiny, lower-cased, beam 5: README-baseline.md of github.com/LividWo/Revisit-MMT"
