@@ -22,7 +22,7 @@ def test_scores_are_their_definitions() -> None:
     found = told.score(["a b c d z", "k l m n"])
     assert found["bleu"] == pytest.approx(100 * (8 / 9 * 6 / 7 * 4 / 5 * 2 / 3) ** 0.25)
     assert found["rouge_l"] == pytest.approx(100 * (4 / 5 + 1) / 2)
-    assert 80 < found["chrf"] < 100
+    assert 50 < found["chrf"] < 100
     assert told.score(["a b c d e", "k l m n"]) == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 100})
     assert told.score(["", ""]) == {"bleu": 0, "chrf": 0, "rouge_l": 0}
     short = told.score(["a b c d", "k l m n"])["bleu"]  # nothing wrong, but the brevity penalty
@@ -39,14 +39,14 @@ def test_lower_case_and_punctuation() -> None:
     assert "|case:lc|" in lower.signatures["chrf"] and "|case:mixed|" in mixed.signatures["chrf"]
     assert "|tok:13a|" in lower.signatures["bleu"] and "nrefs:1|" in lower.signatures["bleu"]
     assert lower.signatures["rouge_l"].startswith("rougeLsum|f:1|stemmer:yes|mean|rouge-score:")
-    assert texts.scores(["我们走"], tokenize="zh").score(["我们走"])["bleu"] > 0
+    assert texts.scores(["我们走了"], tokenize="zh").score(["我们走了"])["bleu"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
     ("references", "how", "said"),
     [
         ([], {}, "there is no reference to score texts by"),
-        (["a"], {"tokenize": "nonsense"}, "BLEU is not tokenized by 'nonsense': use 13a, "),
+        (["a"], {"tokenize": "nonsense"}, "BLEU is not tokenized by 'nonsense' here: use 13a, "),
     ],
 )
 def test_mistakes_are_named(references: list[str], how: dict[str, Any], said: str) -> None:

@@ -243,7 +243,7 @@ def test_pairs_of_a_tfds_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"de": german, "en": english, "id": n} for n, (german, english) in enumerate(zip(GERMAN, ENGLISH))]
-    features = lambda f: {"de": f.Text(), "en": f.Text(), "id": f.Scalar("int32")}  # noqa: E731
+    features = lambda f: {"de": f.Text(), "en": f.Text(), "id": f.Scalar(np.int32)}  # noqa: E731
     splits = {"train": rows, "test": rows[:2]}
     build_set(tmp_path, "wmt14_translate", "1.0.0", features, splits, config="de-en", supervised=("de", "en"))
     build_set(tmp_path, "news_commentary", "1.0.0", features, splits)

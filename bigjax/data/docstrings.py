@@ -31,10 +31,10 @@ def documented(file: bytes) -> Iterator[tuple[str, str]]:
     """(a function without its docstring, the docstring's first line) for each whose line has WORDS of letters."""
     content = file.decode("utf-8", "replace")
     lines = content.splitlines()
-    for node in ast.walk(ast.parse(content)):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not (doc := ast.get_docstring(node)):
-            continue
-        first = doc.strip().splitlines()[0].strip() if doc.strip() else ""
+    found = (n for n in ast.walk(ast.parse(content)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    for node in sorted(found, key=lambda node: node.lineno):
+        doc = (ast.get_docstring(node) or "").strip()
+        first = doc.splitlines()[0].strip() if doc else ""
         if len(re.findall(r"[A-Za-z]{2,}", first)) < WORDS or first.startswith(">>>"):
             continue
         there, margin = node.body[0], node.col_offset

@@ -20,6 +20,7 @@ from bigjax.sharding import to_host
 from bigjax.task import Key, ModelState, Params, variables
 
 NEEDED = 'scores of generated text need the package {}: pip install -e ".[text]"'
+TOKENIZE = ("13a", "intl", "char", "zh")  # that need no other package
 SHOWN = 400  # characters of a text in a sample
 
 
@@ -48,10 +49,9 @@ def scores(references: Sequence[str], *, lower_case: bool = False, tokenize: str
     references = list(references)
     if not references:
         raise UsageError("there is no reference to score texts by: give a test split that is not empty")
-    try:
-        bleu = BLEU(lowercase=lower_case, tokenize=tokenize, references=[references])
-    except ValueError as e:
-        raise UsageError(f"BLEU is not tokenized by {tokenize!r}: use 13a, intl, char, zh, ja-mecab or ko-mecab") from e
+    if tokenize not in TOKENIZE:
+        raise UsageError(f"BLEU is not tokenized by {tokenize!r} here: use {', '.join(TOKENIZE)}")
+    bleu = BLEU(lowercase=lower_case, tokenize=tokenize, references=[references])
     chrf, rouge = CHRF(lowercase=lower_case, references=[references]), RougeScorer(["rougeLsum"], use_stemmer=True)
 
     def score(texts: Sequence[str]) -> dict[str, float]:
