@@ -26,6 +26,8 @@ SMALL = {  # flags that make two steps quick; nothing that changes what runs
     "pretrain": ["--model", "bert_tiny"],
     "python_gpt": ["--layers", "1", "--width", "32", "--context", "64"],
     "text_cnn": "--embedding 8 --maps 4 --length 64".split(),
+    "translate": "--layers 1 --width 16 --heads 2 --mlp 16 --vocabulary 600 --length 16 --target-length 32 "
+    "--beams 2 --batch-size 8".split(),
 }
 
 
@@ -58,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-LONG = {"mnist_gan", "python_gpt"}  # to compile: a minute and more
+LONG = {"mnist_gan", "python_gpt", "translate"}  # to compile: a minute and more
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SCRIPTS])

@@ -148,7 +148,7 @@ def as_users() -> Iterator[None]:
     """Without the settings of the tests' own programs, nor a cache for what is compiled for a TPU."""
     changes = {"disable_most_optimizations": False, "enable_compilation_cache": False}
     changes |= {"numpy_rank_promotion": "allow", "numpy_dtype_promotion": "standard"}
-    before = {k: getattr(jax.config, f"jax_{k}") for k in changes}
+    before = {k: jax.config.values[f"jax_{k}"] for k in changes}
     for k, v in changes.items():
         jax.config.update(f"jax_{k}", v)
     yield

@@ -83,7 +83,7 @@ TAKING = {  # of some fields the scripts, as a user is told them
     ("image", "label"): f"use experiments/generate/{CLASSIFIERS} for those, or",
     ("x", "target"): "use experiments/tables/diabetes_linear.py for those, or",
     ("tokens",): "use experiments/text/gpt.py, experiments/text/pretrain.py for those, or",
-    ("source", "target"): "and target: give other data",
+    ("source", "target"): "use experiments/text/translate.py for those, or",
 }
 
 

@@ -20,7 +20,7 @@ SENTENCES = [
     "ünïcödé 漢字 → naïve café",
     "def f(x):\n    return x + 1\n",
 ] * 5
-TRAIN_FILES, TEST_FILES = text._modules(held_out=False), text._modules(held_out=True)
+TRAIN_FILES, TEST_FILES = text.listed(held_out=False), text.listed(held_out=True)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_corpus_is_the_same_each_time_and_splits_by_file(corpus):
 
 
 def test_corpus_hash_covers_both_sides(monkeypatch, corpus):
-    read = text._read
+    read = text.read_modules
     for side in (TRAIN_FILES, TEST_FILES):
         change = {side: lambda files: [files[0] + b"#", *files[1:]]}
         monkeypatch.setattr(text, "_read", lambda files, c=change: c.get(files, lambda x: x)(read(files)))
@@ -52,8 +52,8 @@ def test_no_held_out_file_repeats_one_of_training():
         words = file.decode("utf-8").split()
         return {hash(tuple(words[i : i + 8])) for i in range(len(words) - 7)}
 
-    held_out = [shingles(file) for file in text._read(TEST_FILES)]
-    for name, file in zip(TRAIN_FILES, text._read(TRAIN_FILES), strict=True):
+    held_out = [shingles(file) for file in text.read_modules(TEST_FILES)]
+    for name, file in zip(TRAIN_FILES, text.read_modules(TRAIN_FILES), strict=True):
         seen = shingles(file)
         for other, mine in zip(TEST_FILES, held_out, strict=True):
             assert len(mine & seen) <= 0.12 * min(len(mine), len(seen)) + 20, (name, other)
@@ -79,7 +79,7 @@ def test_topics_are_balanced_and_share_no_file(corpus):
         (topics.train, TRAIN_FILES, corpus.test),
         (topics.test, TEST_FILES, corpus.train),
     ):
-        sources = "\0".join(f.decode() for f in text._read(f for f in files if f.split(".")[0] == "asyncio"))
+        sources = "\0".join(f.decode() for f in text.read_modules(f for f in files if f.split(".")[0] == "asyncio"))
         pieces = split["text"][split["label"] == asyncio]
         assert all(piece in sources and sources[sources.index(piece) - 1] in "\n\0" for piece in pieces)
         assert len(set(pieces)) == len(pieces) and not any(piece.encode() in others for piece in pieces)

@@ -88,10 +88,17 @@ def _python_topics() -> Dataset:
     return text.python_topics()
 
 
+def _python_docstrings() -> Dataset:
+    from bigjax.data import docstrings
+
+    return docstrings.python_docstrings()
+
+
 SETS: dict[str, Callable[[], Dataset]] = {
     "mnist5k": _mnist5k,
     "digits": _digits,
     "diabetes": _diabetes,
     "mnist1d": _mnist1d,
     "python_topics": _python_topics,
+    "python_docstrings": _python_docstrings,
 }

@@ -42,6 +42,14 @@ class Text(Sets):
 
 
 @dataclass(frozen=True)
+class Pair(Sets):
+    """Which columns of a .csv or .jsonl, or which features of a TFDS set, are read."""
+
+    source: str | None = None  # what is read, else the column called source, or the input that a TFDS set names
+    target: str | None = None  # what is to be written, else the column called target, or the output that a set names
+
+
+@dataclass(frozen=True)
 class Columns(Text):
     """Which columns of a .csv or .jsonl, or which features of a TFDS set, are read."""
 

@@ -40,10 +40,13 @@ def load(
     image_feature: str | None = None,
     text_feature: str | None = None,
     label_feature: str | None = None,
+    source: str | None = None,
+    target: str | None = None,
     undecoded: bool = False,
 ) -> Dataset:
-    """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, a name in `tfds.NAMES`,
-    `tfds:NAME`, or a path (~ is expanded, file:/// and gs:// are read); a TFDS set on disk by its name alone, too.
+    """The data called `name`: `mnist5k`, `digits`, `diabetes`, `mnist1d`, `python_topics`, `python_docstrings`, a name
+    in `tfds.NAMES`, `tfds:NAME`, or a path (~ is expanded, file:/// and gs:// are read); a TFDS set on disk by its name
+    alone, too.
 
     Own data: `.npz` with `image` (N,H,W[,C]) or `x` (N,D) and integer `label` (0, 1, ..., whose names are in
     `class_names` (C,), if given; without them any from 0, which are renumbered) or float `target`; a folder of images
@@ -57,6 +60,7 @@ def load(
     takes: the fields that are needed; data without them are refused, with the script that takes those (`takes.check`).
     background, resize, the columns, split and the features: as in `reading`, whose groups of flags they are; a
         `label_column` is the target where a target is taken. UsageError: one of them says nothing about these data.
+    source, target: the column of a file, or the feature of a TFDS set, that is it where pairs of texts are taken.
     undecoded: a folder of images is read by index, each an `Undecoded` of any size.
     """
     wanted = "target" if "target" in takes and "label" not in takes else "label"
@@ -65,7 +69,13 @@ def load(
     how["undecoded"] = undecoded
     how["columns"] = {"text": text_column, wanted: label_column}
     names = [name] if eval_data is None else [name, eval_data]
+    pair = {"source": source, "target": target}
+    for field in (field for field, given in pair.items() if given is not None):
+        if not any(_tfds(n) or n.lower().endswith((".csv", ".jsonl")) for n in names):
+            raise UsageError(f"--{field} is for .csv, .jsonl and TFDS, and {' and '.join(names)} is none: leave it out")
     _of_use(names, columns=(text_column, label_column), background=background, features=features, split=split)
+    if "source" in takes:
+        how |= {"features": features | pair, "columns": how["columns"] | pair}
     data = _counted(replace(_open(name, **how, part="train" if eval_data is not None else None), name=name))
     if eval_data is not None:
         other = _open(eval_data, **how, part="test")

@@ -32,17 +32,17 @@ def python_corpus() -> Dataset:
 
     Results can be compared only where the fact `corpus_sha256` is the same. `UsageError` names a missing module.
     """
-    train, test = (b"".join(_read(_modules(held_out=held_out))) for held_out in (False, True))
+    train, test = (b"".join(read_modules(listed(held_out=held_out))) for held_out in (False, True))
     digest = hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(test).digest()).hexdigest()
     return Dataset(train, test, name="python", facts={"corpus_sha256": digest})
 
 
-def _modules(*, held_out: bool) -> tuple[str, ...]:
+def listed(*, held_out: bool) -> tuple[str, ...]:
     lines = Path(__file__).with_name("python_corpus.txt").read_text("utf-8").splitlines()
     return tuple(m.removesuffix("*") for m in lines if not m.startswith("#") and m.endswith("*") == held_out)
 
 
-def _read(modules: Iterable[str]) -> list[bytes]:
+def read_modules(modules: Iterable[str]) -> list[bytes]:
     root, files = Path(sysconfig.get_paths()["stdlib"]), []
     for module in modules:
         stem = root.joinpath(*module.split("."))
@@ -66,8 +66,8 @@ def python_topics(*, length: int = 1600, train_size: int = 1000, test_size: int 
         raise UsageError("length, train_size and test_size of the topics must be at least 1: give larger ones")
     splits = []
     for held_out, size in ((False, train_size), (True, test_size)):
-        modules = _modules(held_out=held_out)
-        files = [_read(m for m in modules if m.split(".")[0] == topic) for topic in TOPICS]
+        modules = listed(held_out=held_out)
+        files = [read_modules(m for m in modules if m.split(".")[0] == topic) for topic in TOPICS]
         text = np.array([piece for topic in files for piece in _pieces(topic, length, size)], object)
         splits.append({"text": text, "label": np.repeat(np.arange(len(TOPICS), dtype=np.int32), size)})
     return Dataset(*splits, len(TOPICS), TOPICS)

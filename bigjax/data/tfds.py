@@ -18,7 +18,12 @@ from bigjax.experiment import Split
 
 NAMES = {"mnist": "mnist", "cifar10": "cifar10", "imdb": "imdb_reviews", "lm1b": "lm1b"}  # short names
 IN_MEMORY = 2 * 2**30  # bytes: sets that are larger when decoded stay on disk and are read by index
-KINDS = {"image": "mnist5k", "label": "python_topics", "text": "python"}  # an embedded set that has this field
+KINDS = {  # an embedded set that has this field
+    "image": "mnist5k",
+    "label": "python_topics",
+    "text": "python",
+    "source": "python_docstrings",
+}
 
 
 def known(name: str) -> bool:

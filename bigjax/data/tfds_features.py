@@ -10,6 +10,7 @@ from bigjax import UsageError
 from bigjax.data.files import few, image_form
 
 FIELDS = ("image", "text", "label")
+PAIR = ("source", "target")
 SYNONYMS = {
     "image": ("img", "picture", "images", "photo"),
     "text": ("sentence", "review", "content", "document", "review_body"),
@@ -38,6 +39,8 @@ def chosen(name: str, info: Any, *, given: Mapping[str, str | None], takes: Sequ
     UsageError: there is no such feature, or it is not of the field's kind.
     """
     features, found, notes = dict(info.features), {}, []
+    if "source" in takes:
+        return _pair(name, features, info.supervised_keys or (), given)
     wanted = {"label" if field == "target" else field for field in takes}
     for field in FIELDS:
         feature = given.get(field)
@@ -80,6 +83,27 @@ def chosen(name: str, info: Any, *, given: Mapping[str, str | None], takes: Sequ
             notes.append(f"{name}: images of 16 bits become 8")
     shapes = {field: tuple(features[f].shape) if field == "image" else () for field, f in found.items()}
     return Fields(found, shapes, names, decodes, tuple(notes))
+
+
+def _pair(name: str, features: Any, supervised: Sequence[Any], given: Mapping[str, str | None]) -> Fields:
+    """The texts that are read and written: those that are told, else the set's own input and output."""
+    texts = [n for n, feature in features.items() if _kind(feature) == "text"]
+    usual = [n for n in supervised if isinstance(n, str) and n in texts]
+    told = {field: feature for field in PAIR if (feature := given.get(field)) is not None}
+    for field, feature in told.items():
+        if feature not in texts:
+            raise UsageError(f"--{field} {feature}: {name} has {described(features)}: name one that is text")
+    found = {}
+    for field in PAIR:
+        free = [n for n in usual if n not in (*told.values(), *found.values())]
+        found[field] = told.get(field) or next(iter(free), None)
+    if None in found.values() or len({*found.values()}) < 2:
+        raise UsageError(
+            f"{name} has {described(features)}: name the text that is read by --source, and another that is to be "
+            "written by --target"
+        )
+    note = f"{name}: its {found['source']} is read and its {found['target']} written; --source and --target name others"
+    return Fields(found, dict.fromkeys(PAIR, ()), None, False, () if len(told) == 2 else (note,))
 
 
 def _names(name: str, features: Any, found: dict[str, str], takes: Sequence[str]) -> tuple[str, ...] | None:

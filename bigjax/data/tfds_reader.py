@@ -61,10 +61,10 @@ class TfdsReader:
                 read["image"] = (self._undecoded if self._later else self._image)(read["image"], row)
             if "label" in read:
                 read["label"] = self._class(read["label"])
-            if "target" in read:
+            if "target" in read and "source" not in read:
                 read["target"] = np.float32(read["target"])
-            if "text" in read:
-                read["text"] = _text(read["text"])
+            texts = tfds_features.PAIR if "source" in read else ("text",)
+            read |= {field: _text(read[field]) for field in texts if field in read}
             return read
 
         return self._tried(values, row)
@@ -133,7 +133,8 @@ def in_memory(reader: TfdsReader, *, most: int) -> Split:
     """A split in memory; the reader itself where it holds more than so many bytes, or images of several sizes."""
     if (shape := reader.shapes.get("image")) is None:
         rows = np.unique(np.linspace(0, len(reader) - 1, SAMPLE).astype(int))
-        size = sum(len(reader.any(int(row))["text"].encode()) for row in rows) / len(rows)
+        texts = (v for row in rows for v in reader.any(int(row)).values() if isinstance(v, str))
+        size = sum(len(v.encode()) for v in texts) / len(rows)
     else:
         size = math.inf if None in shape else math.prod(shape)
     return reader if size * len(reader) > most else gathered(reader.any, range(len(reader)))

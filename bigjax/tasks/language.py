@@ -17,9 +17,17 @@ from bigjax.task import Batch, Task, forward, one_player
 from bigjax.tasks.routing import imbalance, routed
 
 
-def token_losses(logits_BLV: Array, target_BL: Array, weight_BL: Array) -> tuple[Array, Array, dict]:
-    """A `PerExample`'s rows: the cross-entropy in nats of the targets with weight 1, and how many of them are right."""
+def token_losses(
+    logits_BLV: Array, target_BL: Array, weight_BL: Array, *, smoothing: float = 0.0
+) -> tuple[Array, Array, dict]:
+    """A `PerExample`'s rows: the cross-entropy in nats of the targets with weight 1, and how many of them are right.
+
+    smoothing: share of each target that is spread over the whole vocabulary.
+    """
     loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, target_BL)
+    if smoothing:
+        own_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
+        loss_BL = loss_BL + smoothing * (own_BL - logits_BLV.mean(-1))
     right_BL = (logits_BLV.argmax(-1) == target_BL).astype(jnp.float32) * weight_BL
     count_B = weight_BL.sum(-1)
     return (loss_BL * weight_BL).sum(-1), count_B, {"accuracy": (right_BL.sum(-1), count_B)}

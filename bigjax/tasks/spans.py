@@ -15,6 +15,7 @@ from jax import Array
 from bigjax import UsageError
 from bigjax.task import Batch, Key, Task, row_keys
 from bigjax.tasks.masked import Corrupt, fields_there, real_tokens, restored
+from bigjax.tasks.sequences import shifted
 
 SHARE, MEAN = 0.15, 3.0
 
@@ -110,7 +111,7 @@ def hide_spans(*, sentinels: Sequence[int], end: int, share: float = SHARE, mean
             batch["tokens"], real_tokens(batch), row_keys(key, batch["index"])
         )
         out = {**batch, "tokens": read_BI, "target": target_BM, "weight": counts_BM.astype(jnp.float32)}
-        out["decoder_tokens"] = jnp.pad(target_BM, ((0, 0), (1, 0)))[:, :-1]
+        out["decoder_tokens"] = shifted(target_BM)
         return out | {"real": real_BI} if "length" in batch else out
 
     return corrupt
