@@ -16,6 +16,13 @@ from bigjax.models.layers import REMAT, dot_float32
 from bigjax.models.transformer import Cache, empty_cache
 
 
+def restarting(segments_BL: Array) -> Array:
+    """Positions (B, L) that begin again at 0 with each text of a row; segments: its number in the row."""
+    place_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32)[None], segments_BL.shape)
+    new_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1] - 1) != 0
+    return place_BL - jax.lax.cummax(jnp.where(new_BL, place_BL, 0), axis=1)
+
+
 class Decoder(nn.Module):
     """tokens_BL int32 -> logits_BLV float32, where position l sees tokens 0…l.
 
@@ -23,11 +30,15 @@ class Decoder(nn.Module):
     head, context, tied, scan, remat and dtype; and `_run(tokens_BL, cache, position, train=) -> (logits_BLV, cache)`.
     """
 
-    def __call__(self, tokens_BL: Array, length_B: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(
+        self, tokens_BL: Array, length_B: Array | None = None, segments_BL: Array | None = None, *, train: bool = False
+    ) -> Array:
+        """segments_BL: which text of its row a token belongs to; each begins at position 0 and sees only itself."""
         if length_B is not None:  # whatever the padding holds, all results are the same
             real_BL = jnp.arange(tokens_BL.shape[1])[None] < length_B[:, None]
             tokens_BL = jnp.where(real_BL, tokens_BL, 0)
-        return self._run(tokens_BL, None, jnp.zeros((), jnp.int32), train=train)[0]
+        position = jnp.zeros((), jnp.int32) if segments_BL is None else restarting(segments_BL)
+        return self._run(tokens_BL, None, position, train=train)[0]
 
     def decode(self, tokens_BL: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
         """Logits of the tokens at `position`, `position` + 1, …, given what is cached before; the cache with them."""

@@ -117,10 +117,10 @@ class GPT(Spec, Decoder):
         embed = self._embedding()
         x_BLD = constrain(embed(tokens_BL), "batch")
         if self.position == "learned":
-            positions_L = position + jnp.arange(tokens_BL.shape[1])
+            places = position if position.ndim == 2 else position + jnp.arange(tokens_BL.shape[1])
             init = nn.initializers.normal(0.02)
             positions = nn.Embed(self.context, self.width, embedding_init=init, dtype=self.dtype, name="positions")
-            x_BLD = x_BLD + positions(positions_L)[None]
+            x_BLD = x_BLD + positions(jnp.atleast_2d(places))
         x_BLD = nn.Dropout(self.dropout)(x_BLD, deterministic=not train)
         fields = fields_of(self, Spec) | {"deterministic": not train}
         windowed = None if self.windowed is None else np.array(self.windowed, bool)

@@ -15,7 +15,7 @@ from jax.nn.initializers import Initializer
 
 from bigjax import UsageError
 from bigjax.models.layers import OffsetRMSNorm, promoting
-from bigjax.ops.attention import attention, splash_attention
+from bigjax.ops.attention import attention, splash_attention, together
 from bigjax.sharding import splits_rows_and_heads
 
 Scaling = tuple[float | Array] | tuple[float, float, float, int]  # factor; or with low, high, context
@@ -27,17 +27,18 @@ _normal = nn.initializers.normal
 
 
 def rotary(
-    x_BLHK: Array, positions_L: Array, *, base: float | Array = 10_000.0, scaling: Scaling | None = None
+    x_BLHK: Array, positions: Array, *, base: float | Array = 10_000.0, scaling: Scaling | None = None
 ) -> Array:
     """Turns each pair (i, i + K/2) of a head by position × base^(−2i/K) (RoFormer, Su et al. 2021).
 
-    Dot products of turned queries and keys depend on positions by their difference only. Angles are in float32.
+    Dot products of turned queries and keys depend on positions, (L,) or (B, L), by their difference only. Angles are in
+    float32.
     scaling: for contexts longer than in pretraining: all turns `factor` times slower (Chen et al. 2023); or only what
     turns less than `low` times in `context` positions, and what turns more than `high` times as before (Llama 3.1,
     Grattafiori et al. 2024).
     """
     half = x_BLHK.shape[-1] // 2
-    positions_L1 = positions_L.astype(jnp.float32)[:, None]
+    positions_BL1 = jnp.atleast_2d(positions).astype(jnp.float32)[..., None]
     frequency_K = base ** (-jnp.arange(half) / half)
     if scaling is not None:
         factor, *band = scaling
@@ -46,8 +47,8 @@ def rotary(
             low, high, context = band
             kept_K = jnp.clip((frequency_K * context / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
         frequency_K = frequency_K * (kept_K + (1.0 - kept_K) / factor)
-    angle_LK = positions_L1 * frequency_K[None]
-    cos, sin = jnp.cos(angle_LK)[None, :, None], jnp.sin(angle_LK)[None, :, None]
+    angle_BLK = positions_BL1 * frequency_K[None, None]
+    cos, sin = jnp.cos(angle_BLK)[:, :, None], jnp.sin(angle_BLK)[:, :, None]
     a, b = x_BLHK[..., :half].astype(jnp.float32), x_BLHK[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
@@ -76,7 +77,7 @@ class Attention(nn.Module):
     of `norm`. window: how many positions, itself among them, one looks at. rope_base, rope_scaling, epsilon: of
     `rotary` and of that norm; these and window may be arrays, where layers differ. memory: what is looked at in place
     of x. bias (of a call): (1, H, L, M), added to the scores. scale: of the scores; None for 1 / √K. q_init: None for
-    kernel_init.
+    kernel_init. position: without a cache it may be (B, L), of rows with several texts, which don't see one another.
     """
 
     heads: int
@@ -125,9 +126,12 @@ class Attention(nn.Module):
             q, k = norm(kind, **norms, name="q_norm")(q), norm(kind, **norms, name="k_norm")(k)
         q = q if self.scale is None else q * (self.scale * K**0.5)
         if self.rotary:
-            positions_L, turning = position + jnp.arange(L), {"base": self.rope_base, "scaling": self.rope_scaling}
-            q, k = rotary(q, positions_L, **turning), rotary(k, positions_L, **turning)
+            positions = position if jnp.ndim(position) == 2 else position + jnp.arange(L)
+            turning = {"base": self.rope_base, "scaling": self.rope_scaling}
+            q, k = rotary(q, positions, **turning), rotary(k, positions, **turning)
         causal, window = self.causal, self.window
+        if cache is None and jnp.ndim(position) == 2:
+            mask = together(position, mask)
         if cache is not None:
             k, v = (
                 lax.dynamic_update_slice(cache[n], x.astype(cache[n].dtype), (0, position, 0, 0))

@@ -50,6 +50,13 @@ def attention(
     return jnp.swapaxes(y_BGRLK.reshape(B, H, L, K), 1, 2)
 
 
+def together(position_BL: Array, mask: Array | None = None) -> Array:
+    """(B, 1, L, L): of positions that begin again at 0 with each text of a row, those of the same text; and `mask`."""
+    begin_BL = jnp.arange(position_BL.shape[1])[None] - position_BL
+    same = (begin_BL[:, :, None] == begin_BL[:, None])[:, None]
+    return same if mask is None else mask & same
+
+
 def _attend(q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask: Array | None, bias: Array | None) -> Array:
     B, G, R, L, K = q_BGRLK.shape
     M = k_BGMK.shape[2]
