@@ -26,9 +26,7 @@ GATED = {"swiglu": nn.silu, "geglu": nn.gelu}
 _normal = nn.initializers.normal
 
 
-def rotary(
-    x_BLHK: Array, positions: Array, *, base: float | Array = 10_000.0, scaling: Scaling | None = None
-) -> Array:
+def rotary(x_BLHK: Array, positions: Array, *, base: float | Array = 10_000.0, scaling: Scaling | None = None) -> Array:
     """Turns each pair (i, i + K/2) of a head by position × base^(−2i/K) (RoFormer, Su et al. 2021).
 
     Dot products of turned queries and keys depend on positions, (L,) or (B, L), by their difference only. Angles are in
