@@ -1,7 +1,7 @@
 """Any model with most of it frozen: low-rank adapters beside its matrices (LoRA), or some of its parameters trained.
 
-A, B: the two factors of an adapter, (…, inputs, rank) and (…, rank, outputs), with the leading axes of a stack of layers
-or experts. Source: Hu et al. 2021.
+A, B: the two factors of an adapter, (…, inputs, rank) and (…, rank, outputs), with the leading axes of a stack of
+layers or experts. Source: Hu et al. 2021.
 """
 
 import re

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,6 @@ import flax
 import flax.linen as nn
 import jax
 import numpy as np
-from dataclasses import dataclass
 
 from bigjax import UsageError, place
 from bigjax.experiment import NonNegative, Positive

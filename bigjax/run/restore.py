@@ -130,7 +130,8 @@ def begun(state: TrainState, program: Program, *, tell: Callable[[str], None]) -
 def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
     """The state with those parameters of another run whose path and shape are the same, and lines that say which.
 
-    What is frozen (`models.adapt`), here or there, is among them. A shape in which neighbouring axes are one, as heads are merged, counts as the same.
+    What is frozen (`models.adapt`), here or there, is among them. A shape in which neighbouring axes are one, as heads
+    are merged, counts as the same.
 
     Raises UsageError where the source has no checkpoint, or nothing fits.
     """
