@@ -5,6 +5,7 @@ B batch, L positions.
 
 import dataclasses
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,9 @@ def test_only_what_is_named_changes(name: str) -> None:
     after = leaves(state)
     assert losses[-1] < losses[0] - 1e-3
     changed = {k for k in before if not np.array_equal(before[k], after[k])}
-    search = dict.fromkeys(before) if named is None else {k: 0 for k in before if __import__("re").search(named, k)}
-    still = {k for k in search if k.endswith("k/bias")}  # a key's bias has no gradient but rounding
-    assert changed | still == set(search) | (still & set(before)) and moments == set(search)
-    assert sum(x.size for x in before.values()) == sum(x.size for x in after.values())
+    wanted = {k for k in before if re.search(named or "", k)}
+    still = {k for k in wanted if k.endswith("k/bias")}  # a key's bias has no gradient but rounding
+    assert wanted - still <= changed <= wanted and moments == wanted
 
 
 def test_no_gradient_of_what_is_frozen_is_computed() -> None:
@@ -125,7 +125,7 @@ def test_a_model_begins_as_it_was_and_is_merged_as_it_is(model: Any, inputs: Any
     adapted, tokens = Adapted(model, on=on, rank=2), [jnp.asarray(ROWS[: s[0], : s[1]]) for s in inputs]
     variables = jax.jit(adapted.init)(jax.random.key(0), *tokens)
     plain = jax.jit(model.init)(jax.random.key(0), *tokens)["params"]
-    chex.assert_trees_all_equal({k: v for k, v in flat(variables["frozen"]).items()}, flat(plain))
+    chex.assert_trees_all_equal(flat(variables["frozen"]), flat(plain))
     assert all(ADAPTER.search(where) for where in flat(variables["params"]))
     apply, before = jax.jit(adapted.apply), jax.jit(model.apply)({"params": plain}, *tokens)
     np.testing.assert_array_equal(apply(variables, *tokens), before)
