@@ -33,7 +33,7 @@ def test_a_text_to_evaluate_on(tmp_path: Path) -> None:
     data = characters.load(name, eval_data=other, length=7, stride=7)
     assert {data.class_names[t] for t in data.test["tokens"][:, 1:].ravel() if t} == {"ß"}
     assert np.sum(data.test["length"] - 1) == 20
-    assert "has 10 characters to train on: give more, or lower --context 10" in said_by(
+    assert "has 9 characters to train on: give more, or lower --context 10" in said_by(
         characters.load, str(written(tmp_path / "short.txt", "0123456789a")), length=10, stride=5
     )
 

@@ -121,6 +121,7 @@ def test_documents(tmp_path: Path) -> None:
     assert sorted([*data.train, *data.test]) == sorted(f"row {n}" for n in range(20))
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters on chats; what was before training is recorded beside; they are saved apart, and merged for others."""
     monkeypatch.chdir(tmp_path)

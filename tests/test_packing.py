@@ -23,7 +23,7 @@ from bigjax.tasks import next_token
 
 SIZE = {"vocabulary": 23, "layers": 2, "width": 16, "heads": 4, "context": 12}
 MODELS = {
-    "gpt2": GPT(**SIZE),
+    "gpt2": GPT(**SIZE | {"layers": 1}),
     "llama": GPT(**SIZE, kv_heads=2, position="rotary", norm="rms", bias=False, window=3, scan=True, remat="full"),
     "gemma": Gemma(**SIZE | {"layers": 3, "kv_heads": 2, "head": 4, "mlp": 24}, window=3, period=2),
 }
@@ -44,7 +44,7 @@ def loss_of(model: Any, params: Any, split: dict[str, np.ndarray]) -> tuple[jax.
     return next_token(model).losses["model"](params, {"model": {}}, numbered(split), jax.random.key(0))[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_loss_and_gradient_are_those_of_each_text_by_itself(name: str) -> None:
     """Alone a text is a row at position 0, in the model as it always was."""
     model, texts = MODELS[name], documents(7, 5, 9, 3, 2, 4)
@@ -58,7 +58,7 @@ def test_loss_and_gradient_are_those_of_each_text_by_itself(name: str) -> None:
     sums = jax.jit(jax.value_and_grad(partial(loss_of, model), has_aux=True))
     (apart, count), apart_grads = sums(params, alone)
     (together, same), grads = sums(params, packed)
-    assert count == same == sum(counts[1:].sum() for _, counts in texts)
+    assert int(count) == int(same) == sum(int(counts[1:].sum()) for _, counts in texts)
     np.testing.assert_allclose(together, apart, rtol=1e-5)
     chex.assert_trees_all_close(grads, apart_grads, rtol=1e-4, atol=1e-5)
 
