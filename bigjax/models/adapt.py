@@ -4,6 +4,7 @@ A, B: the two factors of an adapter, (…, inputs, rank) and (…, rank, outputs
 layers or experts. Source: Hu et al. 2021.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,6 @@ from flax import linen as nn
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.task import mode
 
 ADAPTER = re.compile(r"lora_[ab]$")
 STACKS = {"layers", "experts"}  # parts of a path whose leading axis counts matrices
@@ -101,7 +101,7 @@ class Adapted(nn.Module):
     @nn.nowrap
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Without `train` where the model takes none."""
-        takes = given.get("method") is not None or mode(type(self.model).__call__, True)
+        takes = given.get("method") is not None or "train" in inspect.signature(type(self.model).__call__).parameters
         return {k: v for k, v in given.items() if k != "train" or takes}
 
     @nn.nowrap
