@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-LONG = {"char_gpt", "mnist_gan", "python_gpt"}  # to compile: a minute and more
+LONG = {"char_gpt", "gpt_finetune", "mnist_gan", "python_gpt"}  # to compile: a minute and more
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SCRIPTS])
