@@ -293,7 +293,8 @@ def on_eight_devices() -> None:
     from bigjax.program import Program
     from bigjax.sharding import MeshConfig, make_mesh
 
-    given = experiment(Adapted(STACK.clone(width=32, vocabulary=18), on=ALL, rank=4, train="embedding"), tx=optax.sgd(0.1))
+    model = STACK.clone(width=32, vocabulary=18)
+    given = experiment(Adapted(model, on=ALL, rank=4, train="embedding"), tx=optax.sgd(0.1))
     results = []
     for config, devices in ((MeshConfig(data=2, fsdp=2, tensor=2), 8), (MeshConfig(), 1)):
         mesh = make_mesh(config, batch_size=8, devices=jax.devices()[:devices])
