@@ -30,9 +30,9 @@ Rules = Sequence[tuple[str, Spec]]
 
 RULES: Rules = (
     # Transformers: q, k, v, up, gate by their outputs, o and down by their inputs, the vocabulary by its tokens
-    (r"\b(q|k|v|up|gate)/kernel$", (None, "tensor")),
+    (r"\b(q|k|v|up|gate)/(kernel|lora_b)$", (None, "tensor")),
     (r"\b(q|k|v|up|gate)/bias$", ("tensor",)),
-    (r"\b(o|down)/kernel$", ("tensor", None)),
+    (r"\b(o|down)/(kernel|lora_a)$", ("tensor", None)),
     (r"\bunembedding/kernel$", (None, "tensor")),
     (r"\bembedding/embedding$", ("tensor", None)),
     # recurrent layers by their units; gates have an axis of their own

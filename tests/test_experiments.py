@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("drawn")
 SCRIPTS = {p.stem: p for p in sorted((REPOSITORY / "experiments").glob("*/*.py"))}
 SMALL = {  # flags that make two steps quick; nothing that changes what runs
     "bert_classify": "--layers 1 --width 16 --heads 2 --length 32".split(),
+    "char_gpt": ["--layers", "1", "--width", "32", "--batch-size", "512"],
     "gpt": ["--model", "tiny"],
+    "gpt_finetune": ["--context", "64", "--batch-size", "256"],
     "pretrain": ["--model", "bert_tiny"],
     "python_gpt": ["--layers", "1", "--width", "32", "--context", "64"],
     "text_cnn": "--embedding 8 --maps 4 --length 64".split(),
@@ -60,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-LONG = {"mnist_gan", "python_gpt", "translate"}  # to compile: a minute and more
+LONG = {"char_gpt", "gpt_finetune", "mnist_gan", "python_gpt", "translate"}  # to compile: a minute and more
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SCRIPTS])

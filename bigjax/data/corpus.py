@@ -24,7 +24,7 @@ def load(name: str, *, length: int, batch_size: int, eval_data: str | None = Non
     """
     if not in_one_piece(name):
         data = sources.load(name, eval_data=eval_data, **options)
-        return Dataset(text.Passages(data.train, length=length), text.lines(_texts(data.test)), name=name)
+        return Dataset(text.Passages(data.train, length=length), text.lines(texts(data.test)), name=name)
     if eval_data is None:
         train, test = parts(name)
     elif in_one_piece(eval_data):
@@ -54,10 +54,14 @@ def whole(name: str) -> bytes:
     """All of a text in one piece; of a folder the files in the order of their names, each with a newline at its end."""
     if name == "python":
         return b"".join(parts(name))
-    path = located(name)
-    if not path.is_dir():
-        return read(path)
-    return b"".join(content if content.endswith(b"\n") else content + b"\n" for content in map(read, _files(path)))
+    if not located(name).is_dir():
+        return read(located(name))
+    return b"".join(content if content.endswith(b"\n") else content + b"\n" for content in files(name))
+
+
+def files(name: str) -> list[bytes]:
+    """The texts of a folder, in the order of their names."""
+    return [read(path) for path in _files(located(name))]
 
 
 def last_tenth(name: str, lines: Sequence[bytes]) -> tuple[bytes, bytes]:
@@ -94,5 +98,6 @@ def _files(folder: epath.Path) -> list[epath.Path]:
     return sorted((p for p in folder.iterdir() if p.suffix.lower() == ".txt"), key=lambda p: p.name)
 
 
-def _texts(split: Split) -> Sequence[str]:
+def texts(split: Split) -> Sequence[str]:
+    """Those of data with `text`, read now."""
     return split["text"] if isinstance(split, Mapping) else [split[row]["text"] for row in range(len(split))]

@@ -99,6 +99,7 @@ def _facts(result: Mapping[str, Any], record: Mapping[str, Any], *, seed: object
     commit = (record.get("git_commit") or "")[:10]
     facts = {
         "parameters": result.get("parameters"),
+        "of these trained": result.get("trained_parameters"),
         "updates": result.get("step"),
         "seed": result.get("seed", seed),
         "dropped as non-finite": result.get("skipped") or None,

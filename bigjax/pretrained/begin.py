@@ -10,6 +10,7 @@ tensors is part of the run's identity.
 
 import dataclasses
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 
 from bigjax import UsageError
+from bigjax.models.adapt import ADAPTER
 from bigjax.pretrained.families import Config, family_of
 from bigjax.pretrained.names import flat, shapes_of
 from bigjax.pretrained.reading import array, matched, model_of
@@ -50,24 +52,34 @@ class Weights:
         """The state with the folder's parameters and statistics, and a line that says so.
 
         A head is left as initialized where the folder has none, or one of another shape: for as many classes it is
-        kept, also if they are others. UsageError: anything else doesn't fit.
+        kept, also if they are others. What is frozen is the folder's too, and adapters begin as initialized
+        (`models.adapt`). UsageError: anything else doesn't fit, or a frozen head would be new.
         """
         collections = {"params": state.params[player], **state.model_state.get(player, {})}
-        ours = flat({k: v for k, v in collections.items() if k in ("params", "batch_stats")})
+        every = flat({k: v for k, v in collections.items() if k in ("params", "batch_stats", "frozen")})
+        plain = {where: re.sub("^frozen/", "params/", where) for where in every if not ADAPTER.search(where)}
+        ours = {where: every[where] for where in plain}
         stacked = any("layers" in where.split("/") for where in ours)
         model = self.model.clone(scan=stacked) if hasattr(self.model, "scan") else self.model
         tensors, family = Tensors(self.folder), family_of(config_of(self.folder), self.folder)
         shapes = shapes_of(model, family.inputs(model))
         found, real = matched(family, model, tensors, shapes)
         there = {where: leaf.shape for where, leaf in flat(shapes).items()}
-        lacking = [where for where, leaf in ours.items() if there.get(where) != leaf.shape]
+        lacking = [where for where, leaf in ours.items() if there.get(plain[where]) != leaf.shape]
         if odd := [where for where in lacking if not HEADS & {*where.split("/")}]:
-            told = ", ".join(f"{where} {list(ours[where].shape)} ({there.get(where, 'none')} there)" for where in odd)
+            told = ", ".join(
+                f"{where} {list(ours[where].shape)} ({there.get(plain[where], 'none')} there)" for where in odd
+            )
             raise UsageError(f"the weights in {self.folder} are not those of this model: {told}; give others")
+        if new := [where.removeprefix("frozen/") for where in lacking if where.startswith("frozen/")]:
+            told, ask = ", ".join(new), "|".join(sorted(HEADS & {*"/".join(new).split("/")}))
+            raise UsageError(f"{told} would be new, and frozen as it is: train it too, --train '{ask}'")
         taken = {
-            where: array(leaf, found[where], tensors, real) for where, leaf in ours.items() if where not in lacking
+            where: array(leaf, found[plain[where]], tensors, real)
+            for where, leaf in ours.items()
+            if where not in lacking
         }
-        trees = flax.traverse_util.unflatten_dict({**ours, **taken}, sep="/")
+        trees = flax.traverse_util.unflatten_dict({**every, **taken}, sep="/")
         params = {**state.params, player: trees.pop("params")}
         model_state = {**state.model_state, player: {**state.model_state.get(player, {}), **trees}}
         ema = jax.tree.map(jax.numpy.copy, averages_of(params, model_state)) if state.ema else state.ema

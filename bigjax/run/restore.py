@@ -11,10 +11,10 @@ from etils import epath
 
 from bigjax import UsageError, place
 from bigjax.metrics import Metrics
-from bigjax.optim import path_string
 from bigjax.program import Program
 from bigjax.run import manifest
 from bigjax.run.checkpoint import Checkpoints, to_stderr
+from bigjax.run.frozen import frozen_of, name_of
 from bigjax.run.modules import module_from
 from bigjax.run.workdir import read_config
 from bigjax.step import TrainState, averages_of
@@ -130,7 +130,8 @@ def begun(state: TrainState, program: Program, *, tell: Callable[[str], None]) -
 def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
     """The state with those parameters of another run whose path and shape are the same, and lines that say which.
 
-    A shape in which neighbouring axes are one, as heads are merged, counts as the same.
+    What is frozen (`models.adapt`), here or there, is among them. A shape in which neighbouring axes are one, as heads
+    are merged, counts as the same.
 
     Raises UsageError where the source has no checkpoint, or nothing fits.
     """
@@ -139,29 +140,33 @@ def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
     step = checkpoints.newest(tell=to_stderr)
     if step is None:
         raise UsageError(f"--init-from {source} holds no checkpoint: give a run that saved one")
-    saved = checkpoints.shapes(step)["state"]["params"]
-    there = {path_string(path): s for path, s in jax.tree.leaves_with_path(saved)}
-    here = {path_string(path): x for path, x in jax.tree.leaves_with_path(state.params)}
+    saved = checkpoints.shapes(step)["state"]
+    saved = {"params": saved["params"], "model_state": frozen_of(saved.get("model_state") or {})}
+    there = {name_of(path): s for path, s in jax.tree.leaves_with_path(saved)}
+    ours = {"params": state.params, "model_state": frozen_of(state.model_state)}
+    here = {name_of(path): x for path, x in jax.tree.leaves_with_path(ours)}
     taken = {k for k, x in here.items() if k in there and regrouped(there[k].shape, x.shape)}
     if not taken:
         raise UsageError(f"--init-from {source}: none of its parameters has a path and shape of this model")
     same = {k: x.sharding for k, x in here.items() if k in taken and there[k].shape == x.shape}
 
     def placed(path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=same.get(path_string(path), s.sharding))
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=same.get(name_of(path), s.sharding))
 
-    abstract = jax.tree_util.tree_map_with_path(placed, saved)
-    values = checkpoints.restore(step, {"state": {"params": abstract}})["state"]["params"]
+    abstract = jax.tree_util.tree_map_with_path(placed, {k: v for k, v in saved.items() if v})
+    values = checkpoints.restore(step, {"state": abstract})["state"]
     checkpoints.close()
-    values = {path_string(path): x for path, x in jax.tree.leaves_with_path(values)}
+    values = {name_of(path): x for path, x in jax.tree.leaves_with_path(values)}
 
     def choose(path: Any, x: Any) -> Any:
-        k = path_string(path)
+        k = name_of(path)
         if k in taken and k not in same:
             return jax.device_put(np.asarray(values[k]).reshape(x.shape).astype(x.dtype), x.sharding)
         return values[k].astype(x.dtype) if k in taken else x
 
-    params = jax.tree_util.tree_map_with_path(choose, state.params)
+    chosen = jax.tree_util.tree_map_with_path(choose, ours)
+    params, model_state = chosen["params"], dict(state.model_state)
+    model_state |= {player: {**model_state[player], **own} for player, own in chosen["model_state"].items()}
     lists = {
         f"took {len(taken)} of {len(here)} parameters from {source} at step {step}": [k for k in here if k in taken],
         "reshaped": [f"{k} {there[k].shape} -> {x.shape}" for k, x in here.items() if k in taken and k not in same],
@@ -172,9 +177,9 @@ def transfer(state: Any, source: epath.PathLike) -> tuple[Any, str]:
         ],
         "not in this model": [k for k in there if k not in here],
     }
-    ema = jax.tree.map(jax.numpy.copy, averages_of(params, state.model_state)) if state.ema else state.ema
+    ema = jax.tree.map(jax.numpy.copy, averages_of(params, model_state)) if state.ema else state.ema
     said = "\n  ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
-    return state.replace(params=params, ema=ema), said
+    return state.replace(params=params, model_state=model_state, ema=ema), said
 
 
 def regrouped(old: tuple[int, ...], new: tuple[int, ...]) -> bool:

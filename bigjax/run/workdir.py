@@ -20,6 +20,7 @@ from bigjax.metrics import Metrics
 from bigjax.program import Program
 from bigjax.run import alike, machine, processes, source, spoken
 from bigjax.run.atomic import write_whole
+from bigjax.run.frozen import frozen_of
 from bigjax.run.log import json_text, read_log
 from bigjax.run.modules import module_spec
 from bigjax.run.places import one_place, reached
@@ -267,12 +268,14 @@ def make_result(
     values: the last numbers by split; counts: the test split's merged metrics; examples: trained on in this session.
     """
     numbers = {f"{split}/{k}": v for split, line in values.items() for k, v in line.items() if not NORMS.match(k)}
+    frozen = frozen_of(state.model_state)
     result = {
         "experiment": experiment.name,
         "step": int(state.step),
         "skipped": int(state.skipped),
         "seed": config.seed,
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "parameters": sum(x.size for x in jax.tree.leaves((state.params, frozen))),
+        **({"trained_parameters": sum(x.size for x in jax.tree.leaves(state.params))} if frozen else {}),
         "metrics": numbers,
         "metric": own_metric(experiment, config),
         "published": [p.compare(numbers) for p in experiment.published],

@@ -37,6 +37,7 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None, balance:
     """Cross-entropy of each token of `tokens` (B, L + 1) given those before it, in nats a token.
 
     The targets t that count are start <= t < length, from the batch's `length` (B,) and `start` (B,) where it has them.
+    Rows of several texts (`data.packing`) have `segments` (B, L + 1), and `weight` (B, L + 1) says which targets count.
     With bytes_a_token (1 for byte models) the evaluation gives bits_per_byte too.
     balance: of a model whose routers choose experts (`Mixtral`), how much of their `imbalance` is added to the loss
     that trains it; the evaluation's loss is without.
@@ -49,11 +50,17 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None, balance:
         length_B1 = batch.get("length", jnp.full(len(target_BL), target_BL.shape[1] + 1))[:, None]
         start_B1 = batch.get("start", jnp.ones(len(target_BL), jnp.int32))[:, None]
         weight_BL = ((place_1L >= start_B1) & (place_1L < length_B1)).astype(jnp.float32)
+        if "weight" in batch:
+            weight_BL *= batch["weight"][:, 1:].astype(jnp.float32)
         loss_B, count_B, metrics = token_losses(logits_BLV, target_BL, weight_BL)
         if p_NBLE is not None:
             uneven_B = count_B * imbalance(p_NBLE, weight_BL, chosen=model.chosen)
             loss_B, metrics["imbalance"] = loss_B + balance * uneven_B, (uneven_B, count_B)
         return loss_B, count_B, metrics
+
+    def inputs(batch: Batch) -> tuple[Array | None, ...]:
+        tokens_BL = batch["tokens"][:, :-1]
+        return (tokens_BL, None, batch["segments"][:, :-1]) if "segments" in batch else (tokens_BL,)
 
     def summarize(metrics: Metrics) -> dict[str, float]:
         out = measure.means(metrics)
@@ -63,5 +70,5 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None, balance:
 
     if balance and not hasattr(model, "chosen"):
         raise UsageError(f"a {type(model).__name__} has no experts to keep in balance: leave balance at 0")
-    how = {"inputs": lambda batch: (batch["tokens"][:, :-1],), "summarize": summarize}
+    how = {"inputs": inputs, "summarize": summarize}
     return one_player(model, per_example, apply=routed if balance else forward, **how)

@@ -17,6 +17,7 @@ from bigjax import UsageError, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig, check
 from bigjax.program import Program, planned_steps
+from bigjax.run.frozen import frozen_of
 from bigjax.tools import hlo
 from bigjax.tools.slices import GIB, Chip, slice_of
 
@@ -95,13 +96,13 @@ def plan(build: Build, config: RunConfig, *, topology: str) -> dict[str, Any]:
         return flops(lower(Program(build(other), other, experiment.train, steps=1000, mesh=mesh)).jaxpr.jaxpr)
 
     hardware_flops, model_flops = counted(attention="plain"), counted(attention="plain", remat="none")
-    state = jax.tree.leaves(program.state_shapes)
+    state, frozen = jax.tree.leaves(program.state_shapes), frozen_of(program.state_shapes.model_state)
     out: dict[str, Any] = {
         "topology": topology,
         "chips": len(devices),
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(program.state_shapes.params)),
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves((program.state_shapes.params, frozen))),
         "state_bytes": sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state),
         "model_flops_per_step": model_flops,
         "hardware_flops_per_step": hardware_flops,
