@@ -206,7 +206,7 @@ class Experiment:
     on_log: called on process 0 with (step, split, values) of each line of the log; if it returns True the run ends
         there, evaluated, saved, with a result.
     tokenizer: of a model that writes, kept in the working directory for the verb sample: `bytes`, characters by number,
-        or a folder with tokenizer.json.
+        a folder with tokenizer.json, or a `pretrained.tokens.Tokenizer`.
     rules: which parts of the state are split over which mesh axes (bigjax.sharding).
     """
 

@@ -17,6 +17,7 @@ from bigjax.data import chat, documents
 from bigjax.data.text import train_tokenizer
 from bigjax.models import GPT
 from bigjax.pretrained import adapters
+from bigjax.use.text import Letters
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -90,7 +91,7 @@ def test_what_is_no_chat_is_refused(tmp_path: Path, folder: Path) -> None:
         chat.encode, CHAT, forgetful
     )
     assert "has no chat template" in said_by(chat.encode, CHAT, pretrained.tokens.Tokenizer(tokenizer.coder, {}))
-    assert "a model of bytes has no chat template: give --pretrained" in said_by(chat.encode, CHAT, documents.Bytes())
+    assert "a model of letters has no chat template: write" in said_by(chat.encode, CHAT, Letters())
 
 
 def test_long_chats_are_cut_and_that_is_said_once(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -152,7 +153,8 @@ def test_what_does_not_fit_the_folder_is_refused(tmp_path: Path, folder: Path) -
     (tmp_path / "small" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     size, small = pretrained.tokenizer(folder).coder.get_vocab_size(), tmp_path / "small"
     assert said_by(module.build, module.Config(**config)) == (
-        f"the tokenizer in {small} has {size} tokens, its model a vocabulary of 100: get both from one place"
+        f"the tokenizer of {small} has {size} tokens, the model's vocabulary is 100: give the tokenizer.json that the "
+        "model was trained with"
     )
     asked = module.Config(data=text, pretrained=str(folder), adapt=adapters.Adapt(lora_on="q"))
     assert "--lora-on says where adapters go" in said_by(module.build, asked)

@@ -207,6 +207,11 @@ def test_a_run_keeps_its_tokenizer(folder, run, tmp_path):
         spoken.keep(str(given), tmp_path)
         assert isinstance(kept := pretrained.tokenizer(tmp_path / "tokenizer"), tokens.Tokenizer)
         assert kept.template == CHAT and kept.decode(kept.encode("the cat")) == "the cat"
+    trained = tokens.Tokenizer(pretrained.tokenizer(folder).coder, {"eos_token": "the"})
+    assert spoken.described(trained) == "tokenizer"
+    spoken.keep(trained, tmp_path / "trained")
+    kept = pretrained.tokenizer(tmp_path / "trained" / "tokenizer")
+    assert kept.encode("the cat") == trained.encode("the cat") and kept.id("eos_token") == trained.id("eos_token")
     with pytest.raises(UsageError, match="the tokenizer .*nothing has no tokenizer.json: give the folder that has it"):
         spoken.keep(str(tmp_path / "nothing"), tmp_path)
 

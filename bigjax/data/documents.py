@@ -14,26 +14,9 @@ from bigjax.data.pipeline import Dataset, hold_out
 
 if TYPE_CHECKING:
     from bigjax.pretrained.tokens import Tokenizer
+    from bigjax.use.text import Letters
 
 HELD_OUT = 0.1
-
-
-class Bytes:
-    """The tokenizer of a model of bytes, which has no chats and no end of a text."""
-
-    size = 256
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        return bytes(int(t) for t in tokens).decode("utf-8", "replace")
-
-    def id(self, name: str) -> int | None:
-        return None
-
-    def chat(self, messages: Any, *, answer: bool = True) -> str:
-        raise UsageError("a model of bytes has no chat template: give --pretrained FOLDER of an instruct model")
 
 
 def load(name: str, *, eval_data: str | None = None, split_seed: int = 0, **options: Any) -> Dataset:
@@ -73,7 +56,9 @@ def _whole(name: str, kind: str) -> list[Any]:
     return [corpus.whole(name).decode()]
 
 
-def rows(documents: Sequence[Any], tokenizer: "Tokenizer | Bytes", *, length: int, name: str) -> dict[str, np.ndarray]:
+def rows(
+    documents: Sequence[Any], tokenizer: "Tokenizer | Letters", *, length: int, name: str
+) -> dict[str, np.ndarray]:
     """Documents packed into rows of `length` + 1 tokens.
 
     Texts end with the tokenizer's end of a text, if it has one, and longer ones go on in another row, without what was
@@ -98,17 +83,7 @@ def rows(documents: Sequence[Any], tokenizer: "Tokenizer | Bytes", *, length: in
     return packing.pack(coded, length=length)
 
 
-def check_vocabulary(tokenizer: "Tokenizer | Bytes", model: Any, *, folder: Any) -> None:
-    """UsageError where a tokenizer has more tokens than the model that it is to feed."""
-    size = getattr(tokenizer, "size", None) or tokenizer.coder.get_vocab_size()
-    if size > model.vocabulary:
-        raise UsageError(
-            f"the tokenizer in {folder} has {size:,} tokens, its model a vocabulary of {model.vocabulary:,}: get both "
-            "from one place"
-        )
-
-
-def prompt(document: str | Sequence[Mapping[str, str]], tokenizer: "Tokenizer | Bytes", *, tokens: int) -> list[int]:
+def prompt(document: str | Sequence[Mapping[str, str]], tokenizer: "Tokenizer | Letters", *, tokens: int) -> list[int]:
     """What a model is to go on from: the first tokens of a text, or a chat up to its first answer."""
     if isinstance(document, str):
         return tokenizer.encode(document[: 20 * tokens])[:tokens]

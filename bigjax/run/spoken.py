@@ -1,5 +1,6 @@
 """The tokenizer that a run keeps, so that what its model writes can be read."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +20,20 @@ def described(tokenizer: Any) -> str | list[str] | None:
 
 
 def keep(tokenizer: Any, workdir: epath.Path) -> None:
-    """Copies the files of a tokenizer, given as its folder or its tokenizer.json, into a working directory."""
+    """Copies the files of a tokenizer into a working directory: of its folder, or its tokenizer.json; or of a
+    `pretrained.tokens.Tokenizer`, as one that was trained.
+    """
     if described(tokenizer) != FOLDER:
+        return
+    (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+    if hasattr(tokenizer, "coder"):
+        (workdir / FOLDER / FILES[0]).write_text(tokenizer.coder.to_str())
+        (workdir / FOLDER / FILES[1]).write_text(json.dumps(dict(tokenizer.special)))
         return
     source = place(tokenizer)
     folder = source if source.is_dir() else source.parent
     if not (folder / FILES[0]).exists():
         raise UsageError(f"the tokenizer {tokenizer} has no {FILES[0]}: give the folder that has it")
-    (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (folder / name).exists():
             (workdir / FOLDER / name).write_bytes((folder / name).read_bytes())

@@ -76,6 +76,7 @@ def build(c: Config) -> Experiment:
         test=data.test,
         gallery={"sample": text_sample(model, [0], speak=speak, length=SAMPLE)},
         facts=data.facts,
+        tokenizer=names,
         published=[Published("eval/loss", 1.88, NANOGPT, better="lower")] if known else [],
     )
 

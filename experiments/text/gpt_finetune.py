@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from bigjax import cli, optim, pretrained
-from bigjax.data import documents, packing, reading
+from bigjax.data import documents, packing, reading, sentences
 from bigjax.experiment import Experiment, Positive, RunConfig
 from bigjax.look.gallery import text_sample
 from bigjax.models import GPT
@@ -20,6 +20,7 @@ from bigjax.pretrained import begin
 from bigjax.pretrained.adapters import Adapt
 from bigjax.pretrained.before import before
 from bigjax.tasks import next_token
+from bigjax.use.text import Letters
 
 METRIC = "eval/loss"  # in nats a token; of chats a token of the answers
 TAKES = ("text",)
@@ -50,8 +51,9 @@ def build(c: Config) -> Experiment:
     if begun is None:
         print("no --pretrained: this is a small model of bytes that knows nothing", file=sys.stderr)
     model = begun.model if begun else GPT(**SMALL, **LLAMA)
-    tokenizer = pretrained.tokenizer(begun.folder) if begun else documents.Bytes()
-    documents.check_vocabulary(tokenizer, model, folder=c.pretrained)
+    tokenizer = pretrained.tokenizer(begun.folder) if begun else Letters()
+    if begun:
+        sentences.fitting(tokenizer.coder, model.vocabulary, where=begun.folder)
     how = {"scan": c.scan, "remat": c.remat, "dtype": c.dtype}
     plain, length = model.clone(**how), min(c.context, model.context)
     train, test = (documents.rows(part, tokenizer, length=length, name=c.data) for part in (data.train, data.test))
@@ -65,6 +67,7 @@ def build(c: Config) -> Experiment:
         initial=begun,
         evaluators=evaluators,
         gallery={"sample": text_sample(model, prompt, speak=tokenizer.decode, length=SAMPLE)},
+        tokenizer=begun.folder if begun else "bytes",
         facts={"padding_share": packing.padding_share(train)},
     )
 

@@ -18,6 +18,7 @@ from bigjax.experiment import Experiment, Fraction, NonNegative, Positive, Publi
 from bigjax.look import texts
 from bigjax.models import T5
 from bigjax.pretrained import begin
+from bigjax.pretrained.tokens import Tokenizer
 from bigjax.tasks import sequence_to_sequence
 
 TAKES = ("source", "target")
@@ -91,6 +92,7 @@ def build(c: Config) -> Experiment:
         gallery={"written": texts.samples(write, rows.test, rows.sources, rows.references)},
         facts={**data.facts, "signatures": judge.signatures, "tokenizer_sha256": pairs.digest(coder)},
         published=published,
+        tokenizer=Tokenizer(coder, {"eos_token": coder.id_to_token(rows.end)}),
     )
 
 
