@@ -245,6 +245,7 @@ def test_what_folders_say_of_pixels(tmp_path: Path) -> None:
     cropped = {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
     raw = {"size": {"shortest_edge": 256}, "do_normalize": False, "image_mean": [1, 1, 1]}
     assert begin.pixels(tmp_path, {}) == (None, *usual)
+    assert begin.pixels(tmp_path, {"architecture": "inception_v3"}) == (None, (0.5,) * 3, (0.5,) * 3)
     assert begin.pixels(tmp_path, {"pretrained_cfg": timm}) == begin.pixels(tmp_path, timm) == (240, *half)
     for given, expected in (
         ({"size": 224}, (224, *usual)),

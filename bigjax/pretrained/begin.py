@@ -32,6 +32,7 @@ from bigjax.step import TrainState, averages_of
 HEADS = {"logits", "teacher_logits", "pooler"}  # modules that a run may begin afresh, for other classes or another task
 PIXELS = "preprocessor_config.json"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # where a folder says nothing of its pixels
+INCEPTION = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # as Szegedy's; torchvision's turns ImageNet's into these first
 FIRST = 2**16  # bytes of each tensor that a fingerprint sums up
 
 
@@ -145,7 +146,7 @@ def pixels(folder: Path, config: Config) -> tuple[int | None, tuple[float, ...],
     if not (side is None or (isinstance(side, int) and side > 0)):
         raise UsageError(f"{folder}/{where} says that images have size {side!r}, which is none: correct it")
     found = []
-    for name, usual in IMAGENET.items():
+    for name, usual in (INCEPTION if "inception" in str(config.get("architecture")) else IMAGENET).items():
         value = said.get(name, usual)
         numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
         if not numbers or len(value) != 3 or not all(map(math.isfinite, value)) or (name == "std" and min(value) <= 0):
