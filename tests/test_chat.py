@@ -157,4 +157,4 @@ def test_what_does_not_fit_the_folder_is_refused(tmp_path: Path, folder: Path) -
         "model was trained with"
     )
     asked = module.Config(data=text, pretrained=str(folder), adapt=adapters.Adapt(lora_on="q"))
-    assert "--lora-on says where adapters go" in said_by(module.build, asked)
+    assert "--lora-on is where adapters go" in said_by(module.build, asked)

@@ -149,7 +149,7 @@ def test_the_verb_may_stand_behind_flags(arguments: str, verb: str, rest: str) -
         ("trian", ["has no verb 'trian'", "did you mean train?"]),
         ("--steps 3 --no-resume evalute", ["error: test_cli.py has no verb 'evalute': did you mean evaluate?"]),
         ("--learning-rate 3 --features 8 9 zzz", ["has no verb 'zzz': use one of train, evaluate"]),
-        ("zzz", ["has no verb 'zzz'", "use one of train, evaluate, plan, report"]),
+        ("zzz", ["has no verb 'zzz'", "use one of train, evaluate, plan, sample, report"]),
         ("--learning-rat 3", ["--learning-rat", "--learning-rate"]),
         ("--batch-size many", ["--batch-size", "many"]),
         ("--dtype float16", ["--dtype", "float16", "bfloat16"]),

@@ -140,7 +140,7 @@ def test_prepared_and_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert lines["data mnist"] == "ok       data mnist         prepared"
     assert lines["data cifar10"].endswith(f"not prepared — python -m bigjax prepare cifar10 --to {tmp_path}")
     assert lines["data mnist5k"].startswith("warning") and 'pip install "bigjax[demo]"' in lines["data mnist5k"]
-    assert "bytes to train on" in lines["data python"] and "(python_gpt)" in lines["data python"]
+    assert "bytes to train on" in lines["data python"] and "python_gpt)" in lines["data python"]
     users = {
         user for line in lines.values() for user in re.findall(r"\w+", (re.findall(r"\(([\w, ]+)\)", line) or [""])[-1])
     }

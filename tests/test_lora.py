@@ -151,8 +151,8 @@ def test_the_model_is_otherwise_as_it_was() -> None:
     out, state = adapted.apply(variables, ROWS[:2, :4], mutable=["frozen", "intermediates"])
     assert out.dtype == jnp.float32 and set(state) == {"frozen", "intermediates"}
     chex.assert_trees_all_equal(state["frozen"], variables["frozen"])
-    tokens = generate(adapted, variables, jnp.asarray(ROWS[:2, :3]), length=2, key=jax.random.key(1), temperature=0.0)
-    assert tokens[0, 3] == out[0, 2].argmax()
+    made = generate(adapted, variables, jnp.asarray(ROWS[:2, :3]), length=2, key=jax.random.key(1), temperature=0.0)
+    assert made.tokens_RN[0, 0] == out[0, 2].argmax()
     pictures = Adapted(CNN(outputs=3), train="logits|dense")
     shapes = jax.eval_shape(pictures.init, jax.random.key(0), jnp.zeros((1, 20, 20, 1)))
     assert shapes["params"].keys() == {"dense_0", "logits"}

@@ -206,7 +206,14 @@ def test_every_file_but_the_shared_pieces_has_a_tiny_of_each_of_its_models():
     listed = {f"{type(model).__module__}.{type(model).__qualname__}" for model, _ in TINY.values()}
     assert {f"{getattr(models, n).__module__}.{n}" for n in dir(models)} == listed
     files = {p.stem for p in Path(models.__path__[0]).glob("[a-z]*.py")}
-    assert files - {name.split(".")[2] for name in listed} == {"layers", "transformer", "decoder"}
+    assert files - {name.split(".")[2] for name in listed} == {
+        "adapt",
+        "apart",
+        "cache",
+        "decoder",
+        "layers",
+        "transformer",
+    }
     assert models.__all__ == dir(models)
     with pytest.raises(AttributeError, match="no attribute 'Block': a model is what the TINY of its file calls"):
         _ = models.Block

@@ -43,7 +43,7 @@ def test_corpus_hash_covers_both_sides(monkeypatch, corpus):
     read = text.read_modules
     for side in (TRAIN_FILES, TEST_FILES):
         change = {side: lambda files: [files[0] + b"#", *files[1:]]}
-        monkeypatch.setattr(text, "_read", lambda files, c=change: c.get(files, lambda x: x)(read(files)))
+        monkeypatch.setattr(text, "read_modules", lambda files, c=change: c.get(files, lambda x: x)(read(files)))
         assert text.python_corpus().facts != corpus.facts
 
 

@@ -252,7 +252,7 @@ def test_pairs_of_a_tfds_set(
     name = "tfds:wmt14_translate/de-en"
     data = sources.load(name, takes=takes)
     assert {*zip(data.train["source"], data.train["target"])} == {*zip(GERMAN, ENGLISH)}
-    assert "its de is read and its en written; --source and --target name others" in capsys.readouterr().err
+    assert "its de is read and its en written: see --source and --target" in capsys.readouterr().err
     for told in ({"source": "en"}, {"target": "de"}, {"source": "en", "target": "de"}):
         data = sources.load(name, takes=takes, **told)
         assert {*zip(data.test["source"], data.test["target"])} == {*zip(ENGLISH[:2], GERMAN[:2])}

@@ -102,7 +102,7 @@ def _pair(name: str, features: Any, supervised: Sequence[Any], given: Mapping[st
             f"{name} has {described(features)}: name the text that is read by --source, and another that is to be "
             "written by --target"
         )
-    note = f"{name}: its {found['source']} is read and its {found['target']} written; --source and --target name others"
+    note = f"{name}: its {found['source']} is read and its {found['target']} written: see --source and --target"
     return Fields(found, dict.fromkeys(PAIR, ()), None, False, () if len(told) == 2 else (note,))
 
 

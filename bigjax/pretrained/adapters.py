@@ -43,7 +43,7 @@ class Adapt:
 
     def __call__(self, model: nn.Module) -> nn.Module:
         if self.lora_on is not None and not self.lora_rank:
-            raise UsageError("--lora-on says where adapters go, and --lora-rank that there are any: add --lora-rank 8")
+            raise UsageError("--lora-on is where adapters go, and there are none without a rank: add --lora-rank 8")
         if self.train is None and not self.lora_rank:
             return model
         on = (MATRICES if self.lora_on is None else self.lora_on) if self.lora_rank else None
