@@ -205,8 +205,8 @@ class Experiment:
     gallery: pictures or text for the report, made at evaluation steps.
     on_log: called on process 0 with (step, split, values) of each line of the log; if it returns True the run ends
         there, evaluated, saved, with a result.
-    tokenizer: of a model that writes, kept in the working directory for the verb sample: `bytes`, characters by number,
-        a folder with tokenizer.json, or a `pretrained.tokens.Tokenizer`.
+    tokenizer: what tokens are, kept in the working directory: `bytes`, characters by number, a folder with
+        tokenizer.json, or a tokenizer of `tokenizers` or `pretrained.tokens`. The verb sample writes by it.
     rules: which parts of the state are split over which mesh axes (bigjax.sharding).
     """
 

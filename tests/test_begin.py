@@ -25,7 +25,7 @@ from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import BERT, GPT, Inception, ResNet, ViT
 from bigjax.models.layers import normalize
 from bigjax.ops import optimizers
-from bigjax.pretrained import begin
+from bigjax.pretrained import begin, families, inception, vit
 from bigjax.program import Program
 from bigjax.step import TrainState, init_state
 from bigjax.tasks import classify, next_token
@@ -239,14 +239,15 @@ def test_a_body_of_another_shape_is_refused(folders: dict[str, Path]) -> None:
 
 def test_what_folders_say_of_pixels(tmp_path: Path) -> None:
     """In transformers' words and in timm's; ImageNet's mean and deviation where nothing is said."""
-    usual = tuple(begin.IMAGENET.values())
+    family, usual = vit.FAMILY, families.IMAGENET
     timm = {"mean": [0.5, 0.5, 0.5], "std": [0.1, 0.1, 0.1], "input_size": [3, 240, 240]}
     half = ((0.5,) * 3, (0.1,) * 3)
     cropped = {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
     raw = {"size": {"shortest_edge": 256}, "do_normalize": False, "image_mean": [1, 1, 1]}
-    assert begin.pixels(tmp_path, {}) == (None, *usual)
-    assert begin.pixels(tmp_path, {"architecture": "inception_v3"}) == (None, (0.5,) * 3, (0.5,) * 3)
-    assert begin.pixels(tmp_path, {"pretrained_cfg": timm}) == begin.pixels(tmp_path, timm) == (240, *half)
+    assert begin.pixels(tmp_path, {}, family) == (None, *usual)
+    assert begin.pixels(tmp_path, {}, inception.FAMILY) == (None, (0.5,) * 3, (0.5,) * 3)
+    for config in (timm, {"pretrained_cfg": timm}):
+        assert begin.pixels(tmp_path, config, family) == (240, *half)
     for given, expected in (
         ({"size": 224}, (224, *usual)),
         (cropped, (224, *usual)),
@@ -254,7 +255,7 @@ def test_what_folders_say_of_pixels(tmp_path: Path) -> None:
         ({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.1, 0.1, 0.1]}, (None, *half)),
     ):
         (tmp_path / begin.PIXELS).write_text(json.dumps(given))
-        assert begin.pixels(tmp_path, timm) == expected
+        assert begin.pixels(tmp_path, timm, family) == expected
 
 
 def test_nothing_given_is_nothing_to_begin_with() -> None:

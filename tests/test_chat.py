@@ -153,7 +153,7 @@ def test_what_does_not_fit_the_folder_is_refused(tmp_path: Path, folder: Path) -
     (tmp_path / "small" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     size, small = pretrained.tokenizer(folder).coder.get_vocab_size(), tmp_path / "small"
     assert said_by(module.build, module.Config(**config)) == (
-        f"the tokenizer of {small} has {size} tokens, the model's vocabulary is 100: give the tokenizer.json that the "
+        f"the tokenizer of {small} has {size} tokens, and the model a vocabulary of 100: use the tokenizer that the "
         "model was trained with"
     )
     asked = module.Config(data=text, pretrained=str(folder), adapt=adapters.Adapt(lora_on="q"))

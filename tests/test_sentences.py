@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 from test_experiments import load, run
 from test_pretrained import unpacked
 from test_user_files import said_by
@@ -16,6 +15,7 @@ from bigjax.data import sentences, sources, text
 from bigjax.data.lengths import ByLength
 from bigjax.ops.optimizers import as_transformers
 from bigjax.run.rates import learning_rates
+from bigjax.use.text import fits
 
 WORDS = "good bad film plot a the of is".split()
 
@@ -93,17 +93,13 @@ def test_what_is_wrong_is_said() -> None:
     assert build(*begin, "--tokenizer-file", "other.json").train["tokens"].max() < 23
     text.byte_tokenizer().save("bytes.json")
     assert said_by(build, *begin, "--tokenizer-file", "bytes.json") == (
-        "the tokenizer of bytes.json has 258 tokens, the model's vocabulary is 23: give the tokenizer.json that the "
+        "the tokenizer of bytes.json has 258 tokens, and the model a vocabulary of 23: use the tokenizer that the "
         "model was trained with"
     )
-    small = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(n): n for n in range(1000)}, unk_token="0"))
-    for vocabulary, fits in ((999, False), (1000, True), (1512, True), (1513, False)):
-        if fits:
-            assert sentences.fitting(small, vocabulary, where="x") is small
-        else:
-            assert f"has 1,000 tokens, the model's vocabulary is {vocabulary:,}" in said_by(
-                sentences.fitting, small, vocabulary, where="x"
-            )
+    for vocabulary in (1000, 1111, 1128):  # filled up to a tenth, or to a multiple of 128
+        fits(1000, vocabulary)
+    for vocabulary in (999, 1129):
+        assert f"has 1,000 tokens, and the model a vocabulary of {vocabulary:,}" in said_by(fits, 1000, vocabulary)
 
 
 def test_classes_that_the_training_texts_have_not_are_refused() -> None:

@@ -4,7 +4,6 @@ N pairs, L tokens that are read, M that are written. Token 0 is padding, always 
 tokenizer's own end.
 """
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,11 +46,6 @@ def lowered(coder: "Tokenizer") -> "Tokenizer":
     first = [library.normalizers.Lowercase(), *([coder.normalizer] if coder.normalizer else [])]
     coder.normalizer = library.normalizers.Sequence(first)
     return coder
-
-
-def digest(coder: "Tokenizer") -> str:
-    """By which results can be told to be of one tokenizer."""
-    return hashlib.sha256(coder.to_str().encode()).hexdigest()
 
 
 def ended(coder: "Tokenizer", *, where: object) -> int:

@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from bigjax import UsageError
 from bigjax.data import text
 from bigjax.data.lengths import ByLength
 from bigjax.data.pipeline import Dataset
@@ -52,18 +51,3 @@ def between_marks(coder: "Tokenizer") -> "Tokenizer":
     marks = [(name, coder.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
     coder.post_processor = tokenizers.processors.BertProcessing(*marks)
     return coder
-
-
-def fitting(coder: "Tokenizer", vocabulary: int, *, where: object) -> "Tokenizer":
-    """The tokenizer, if its tokens are those of a model. UsageError: another number of them than the model has, but for
-    what fills a vocabulary up."""
-    size = coder.get_vocab_size()
-    if not vocabulary - FILLED <= size <= vocabulary:
-        raise UsageError(
-            f"the tokenizer of {where} has {size:,} tokens, the model's vocabulary is {vocabulary:,}: give the "
-            "tokenizer.json that the model was trained with"
-        )
-    return coder
-
-
-FILLED = 512  # tokens that a model has more than its tokenizer, so that its vocabulary can be split

@@ -25,7 +25,7 @@ from bigjax.experiment import NonNegative, Positive
 from bigjax.models.adapt import Adapted
 from bigjax.pretrained.names import flat
 from bigjax.pretrained.reading import load as load_folder
-from bigjax.pretrained.store import Tensors, read_json, write_tensors
+from bigjax.pretrained.store import Tensors, read_json, write_folder
 from bigjax.sharding import to_host
 
 ABOUT, ARRAYS = "adapter.json", "adapter.safetensors"
@@ -57,20 +57,12 @@ def save(folder: Any, model: nn.Module, variables: Mapping[str, Any]) -> None:
     """
     if not isinstance(model, Adapted):
         raise UsageError(f"a {type(model).__name__} has no adapters: give what was trained, an Adapted model")
-    learnt, path = flat(variables["params"]), Path(place(folder))
+    learnt = flat(variables["params"])
     about = {k: getattr(model, k) for k in ("train", "on", "rank", "alpha")}
     about |= {"base": base_hash(variables["frozen"]), "model": type(model.model).__name__}
     about |= {"scan": any("layers" in where.split("/") for where in learnt)}
     rows = [(k, x.shape, x.dtype, lambda x=x: to_host(x)) for k, x in learnt.items()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_tensors(path / ARRAYS, rows, real=jax.process_index() == 0)
-        if jax.process_index() == 0:
-            (path / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-    except OSError as e:
-        raise UsageError(
-            f"{path} cannot be written ({e.strerror}): make room there, or choose another folder"
-        ) from None
+    write_folder(folder, ARRAYS, rows, ABOUT, about)
 
 
 def load(folder: Any, base: Any, **fields: Any) -> tuple[Adapted, dict[str, Any]]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from bigjax import UsageError
 from bigjax.models.adapt import ADAPTER
-from bigjax.pretrained.families import Config, family_of
+from bigjax.pretrained.families import Config, Family, family_of
 from bigjax.pretrained.names import flat, shapes_of
 from bigjax.pretrained.reading import array, matched, model_of
 from bigjax.pretrained.store import CONFIG, Tensors, config_of, folder_of, read_json
@@ -31,8 +31,6 @@ from bigjax.step import TrainState, averages_of
 
 HEADS = {"logits", "teacher_logits", "pooler"}  # modules that a run may begin afresh, for other classes or another task
 PIXELS = "preprocessor_config.json"
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # where a folder says nothing of its pixels
-INCEPTION = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # as Szegedy's; torchvision's turns ImageNet's into these first
 FIRST = 2**16  # bytes of each tensor that a fingerprint sums up
 
 
@@ -126,17 +124,17 @@ def weights(source: Any, *kinds: type[nn.Module], like: Mapping[str, Any] | None
     matched(family, model, tensors, shapes_of(model, family.inputs(model)))
     if not hasattr(model, "mean"):
         return Weights(folder, model)
-    side, mean, std = pixels(folder, config)
+    side, mean, std = pixels(folder, config, family)
     return Weights(folder, model.clone(mean=mean, std=std), side or getattr(model, "image", None))
 
 
-def pixels(folder: Path, config: Config) -> tuple[int | None, tuple[float, ...], tuple[float, ...]]:
+def pixels(folder: Path, config: Config, family: Family) -> tuple[int | None, tuple[float, ...], tuple[float, ...]]:
     """(side, mean, std) of the images that a folder's model saw, side None where nothing is said of it."""
     where, said = CONFIG, config.get("pretrained_cfg") or config
     side = said.get("input_size")
     if (folder / PIXELS).is_file():
         where, given = PIXELS, read_json(folder / PIXELS)
-        said = {k: given[f"image_{k}"] for k in IMAGENET if given.get(f"image_{k}") is not None}
+        said = {k: given[f"image_{k}"] for k in ("mean", "std") if given.get(f"image_{k}") is not None}
         if not given.get("do_normalize", True):
             said = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
         side = (given.get("do_center_crop") and given.get("crop_size")) or given.get("size")
@@ -146,7 +144,7 @@ def pixels(folder: Path, config: Config) -> tuple[int | None, tuple[float, ...],
     if not (side is None or (isinstance(side, int) and side > 0)):
         raise UsageError(f"{folder}/{where} says that images have size {side!r}, which is none: correct it")
     found = []
-    for name, usual in (INCEPTION if "inception" in str(config.get("architecture")) else IMAGENET).items():
+    for name, usual in zip(("mean", "std"), family.pixels):
         value = said.get(name, usual)
         numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
         if not numbers or len(value) != 3 or not all(map(math.isfinite, value)) or (name == "std" and min(value) <= 0):

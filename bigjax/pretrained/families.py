@@ -19,6 +19,7 @@ FILES = (
     "convnext", "efficientnet", "vgg", "densenet",
 )  # fmt: skip
 UNITS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu"}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Family:
     fields of ours. write: a model -> its config.json; UsageError where they have no such model. table: of a model, and
     the names of the tensors where there are some, which of their modules is which of ours. ours: their names in a file
     -> those of the table (regular expressions). same: what a file may hold once more, and which tensor
-    it must equal then. ignored: what a file may hold beside. inputs: shapes of what a model is called with.
+    it must equal then. ignored: what a file may hold beside. inputs: shapes of what a model is called with. pixels:
+    mean and deviation of its images where a folder says nothing of them.
     """
 
     architectures: tuple[str, ...]
@@ -41,6 +43,7 @@ class Family:
     ours: tuple[tuple[str, str], ...] = ()
     same: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
 
     def architecture(self, config: Config) -> str:
         """That of config.json's which is known here."""

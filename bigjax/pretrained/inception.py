@@ -42,4 +42,5 @@ FAMILY = Family(
     table=table,
     inputs=lambda model: (jax.ShapeDtypeStruct((1, 299, 299, 3), "float32"),),
     ignored=(r"\.num_batches_tracked$",),
+    pixels=((0.5,) * 3, (0.5,) * 3),  # which torchvision's makes of ImageNet's before all else
 )

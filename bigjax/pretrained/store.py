@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -47,7 +48,7 @@ def _fetched(name: str) -> Path:
             f'{name} is no folder here, and a hub id needs huggingface_hub: pip install -e ".[hub]", or give a folder'
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except Exception as e:  # whatever the network says: it has many kinds
         said = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise UsageError(
@@ -179,6 +180,21 @@ def _header(file: Path) -> dict[str, tuple[Path, tuple[int, ...], str, int]]:
     except OSError as e:
         raise UsageError(f"{file} cannot be read ({e.strerror}): put it right, or fetch it again") from None
     return found
+
+
+def write_folder(folder: Any, tensors: str, rows: Iterable[Row], about: str, said: Any) -> None:
+    """Writes both files of a folder, the tensors and the JSON that says what they are; of several processes the first
+    does, and all must call it. UsageError: it cannot be written."""
+    path, real = Path(place(folder)), jax.process_index() == 0
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_tensors(path / tensors, rows, real=real)
+        if real:
+            (path / about).write_text(json.dumps(said, indent=2) + "\n")
+    except OSError as e:
+        raise UsageError(
+            f"{path} cannot be written ({e.strerror}): make room there, or choose another folder"
+        ) from None
 
 
 def write_tensors(file: Path, rows: Iterable[Row], *, real: bool = True) -> None:

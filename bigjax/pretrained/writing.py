@@ -1,17 +1,15 @@
 """Saving: a model's variables as the folder that others read."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from bigjax import UsageError, __version__, place
+from bigjax import UsageError, __version__
 from bigjax.pretrained.families import family_for
 from bigjax.pretrained.names import Source, flat, shapes_of, sources
-from bigjax.pretrained.store import CONFIG, WHOLE, write_tensors
+from bigjax.pretrained.store import CONFIG, WHOLE, write_folder
 from bigjax.sharding import to_host
 
 SAVED = ("params", "batch_stats")
@@ -51,14 +49,5 @@ def save(folder: Any, model: nn.Module, variables: Any) -> None:
     rows = [(k, p[0][1].shape, leaves[p[0][0]].dtype, lambda name=k: tensor(name)) for k, p in pieces.items()]
     counts = [k.removesuffix("running_var") + "num_batches_tracked" for k in pieces if k.endswith(".running_var")]
     config |= {"dtype": str(rows[0][2]), "bigjax_version": __version__}
-    path = Path(place(folder))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        rows += [(k, (), np.dtype(np.int64), lambda: np.zeros((), np.int64)) for k in counts]  # which PyTorch asks for
-        write_tensors(path / WHOLE, rows, real=jax.process_index() == 0)
-        if jax.process_index() == 0:
-            (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as e:
-        raise UsageError(
-            f"{path} cannot be written ({e.strerror}): make room there, or choose another folder"
-        ) from None
+    rows += [(k, (), np.dtype(np.int64), lambda: np.zeros((), np.int64)) for k in counts]  # which PyTorch asks for
+    write_folder(folder, WHOLE, rows, CONFIG, config)

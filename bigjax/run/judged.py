@@ -6,10 +6,9 @@ from typing import Any
 
 from bigjax import UsageError
 from bigjax.experiment import Experiment, RunConfig, home_of
-from bigjax.run import workdir
+from bigjax.run import spoken, workdir
 
 READING = ("images", "columns")  # groups of flags that say how data are read (data.reading)
-TOKENIZER = "tokenizer_sha256"  # the fact by which a tokenizer that the run trained is known
 Build = Callable[[Any], Experiment]
 
 
@@ -35,10 +34,10 @@ def as_trained(
 
     def both(config: RunConfig) -> Experiment:
         experiment, judge = build(config), build(replace(asked, data=trained.data, eval_data=other))
-        if experiment.facts.get(TOKENIZER) != judge.facts.get(TOKENIZER):
+        if spoken.digest(experiment.tokenizer) != spoken.digest(judge.tokenizer):
             raise UsageError(
-                f"the run trained its tokenizer without the rows that it held out of {trained.data}, and beside other "
-                "data it can't be made again: train with --eval-data, or with a --tokenizer-file"
+                f"the run made its tokens without the rows that it held out of {trained.data}, and beside other data "
+                "they can't be made again: train with --eval-data, or with a --tokenizer-file"
             )
         facts = {**experiment.facts, "own_test": experiment.test}  # which the run is known by
         return replace(experiment, test=judge.test, evaluators=judge.evaluators, facts=facts)

@@ -135,7 +135,7 @@ def opened(folder: str, tokenizer: str | None = None) -> tuple[nn.Module, Any, A
         coder = tokenizer_of(tokenizer) if tokenizer else tokenizer_of_run(folder, record)
         model, variables = restore.load(folder, player=player)
     if hasattr(model, "empty_cache"):
-        text.fits(coder, model)
+        text.fits(coder.size, model.vocabulary)
     return model, variables, coder
 
 

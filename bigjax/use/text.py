@@ -158,12 +158,13 @@ def held(text: str, stop_strings: Sequence[str]) -> str:
     return text[: len(text) - max(sizes, default=0)]
 
 
-def fits(tokenizer: Any, model: nn.Module) -> None:
-    """UsageError where a tokenizer and a model have other vocabularies; the model's may be filled up a little."""
-    size = tokenizer.size
-    if size > model.vocabulary or size < 0.9 * model.vocabulary:
+def fits(size: int, vocabulary: int, *, where: object = None) -> None:
+    """UsageError where a tokenizer, of the folder or file `where`, has not as many tokens as a model, whose vocabulary
+    may be filled up a little."""
+    if size > vocabulary or size < min(0.9 * vocabulary, vocabulary - 128):
+        of = f" of {where}" if where else ""
         raise UsageError(
-            f"the tokenizer has {size:,} tokens, and the model a vocabulary of {model.vocabulary:,}: use the tokenizer "
+            f"the tokenizer{of} has {size:,} tokens, and the model a vocabulary of {vocabulary:,}: use the tokenizer "
             "that the model was trained with"
         )
 
@@ -179,7 +180,7 @@ def _prepared(
     if not hasattr(model, "empty_cache"):
         name = type(model).__name__
         raise UsageError(f"{name} writes no text: give a model of the next token (GPT, Gemma, Mixtral), or T5")
-    fits(tokenizer, model)
+    fits(tokenizer.size, model.vocabulary)
     rows = [tokenizer.encode(prompt, special=special) for prompt in prompts]
     if empty := [n for n, row in enumerate(rows, 1) if not row]:
         raise UsageError(f"prompt {empty[0]} of {len(rows)} is empty: give it at least a character")

@@ -22,6 +22,7 @@ from bigjax.ops.optimizers import as_transformers
 from bigjax.pretrained import begin
 from bigjax.task import Batch
 from bigjax.tasks import classify
+from bigjax.use.text import fits
 
 TAKES = ("text", "label")
 ROWS = {  # docs/pretrained.md says of which files
@@ -77,7 +78,7 @@ def build(c: Config) -> Experiment:
             raise UsageError("--pretrained brings its own tokens: leave out --tokenizer and --vocabulary")
         model, where = begun.model, c.words.tokenizer_file or begun.folder
         coder = load_tokenizer(where) if c.words.tokenizer_file else pretrained.tokenizer(where).coder
-        coder = sentences.fitting(coder, model.vocabulary, where=where)
+        fits(coder.get_vocab_size(), model.vocabulary, where=where)
     else:
         coder = c.words.coder(data)
         coder = coder if c.words.tokenizer_file else sentences.between_marks(coder)
@@ -89,6 +90,7 @@ def build(c: Config) -> Experiment:
         tx=as_transformers if c.classic else c.adamw,
         train=train,
         test=test,
+        tokenizer=coder,
         class_names=data.class_names,
         initial=begun,
     )

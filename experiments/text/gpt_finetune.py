@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from bigjax import cli, optim, pretrained
-from bigjax.data import documents, packing, reading, sentences
+from bigjax.data import documents, packing, reading
 from bigjax.experiment import Experiment, Positive, RunConfig
 from bigjax.look.gallery import text_sample
 from bigjax.models import GPT
@@ -20,7 +20,7 @@ from bigjax.pretrained import begin
 from bigjax.pretrained.adapters import Adapt
 from bigjax.pretrained.before import before
 from bigjax.tasks import next_token
-from bigjax.use.text import Letters
+from bigjax.use.text import Letters, fits
 
 METRIC = "eval/loss"  # in nats a token; of chats a token of the answers
 TAKES = ("text",)
@@ -52,8 +52,7 @@ def build(c: Config) -> Experiment:
         print("no --pretrained: this is a small model of bytes that knows nothing", file=sys.stderr)
     model = begun.model if begun else GPT(**SMALL, **LLAMA)
     tokenizer = pretrained.tokenizer(begun.folder) if begun else Letters()
-    if begun:
-        sentences.fitting(tokenizer.coder, model.vocabulary, where=begun.folder)
+    fits(tokenizer.size, model.vocabulary, where=c.pretrained)
     how = {"scan": c.scan, "remat": c.remat, "dtype": c.dtype}
     plain, length = model.clone(**how), min(c.context, model.context)
     train, test = (documents.rows(part, tokenizer, length=length, name=c.data) for part in (data.train, data.test))

@@ -35,7 +35,7 @@ ROWS = {  # docs/pretrained.md says of which files
     "text_cnn_imdb": {"arguments": "--data imdb --length 400", "data": "imdb_reviews", "metric": "eval/accuracy"},
 }  # fmt: skip
 # of a model that was trained on all phrases of the treebank; sst2/train.jsonl has whole sentences only
-KIM = "Kim 2014, table 2, CNN-rand, trained on phrases too; as quoted in Manning's CS224N of 2024, lecture 16, slide 25"
+KIM = "Kim 2014, CNN-rand, test split, trained on phrases too; by Manning's CS224N of 2024, lecture 16, slide 25"
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def build(c: Config) -> Experiment:
         tx=classic if c.classic else c.adamw,
         train=train,
         test=test,
+        tokenizer=coder,
         class_names=data.class_names,
         published=[Published("eval/accuracy", 0.827, KIM)] if "sst2" in c.data else [],
     )

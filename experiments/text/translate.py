@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from bigjax import cli, optim, pretrained
-from bigjax.data import docstrings, pairs, reading, sentences, sources
+from bigjax.data import docstrings, pairs, reading, sources
 from bigjax.data.text import load_tokenizer
 from bigjax.experiment import Experiment, Fraction, NonNegative, Positive, Published, RunConfig, Within
 from bigjax.look import texts
 from bigjax.models import T5
-from bigjax.pretrained import begin
-from bigjax.pretrained.tokens import Tokenizer
+from bigjax.pretrained import begin, tokens
 from bigjax.tasks import sequence_to_sequence
+from bigjax.use.text import fits
 
 TAKES = ("source", "target")
 ROWS = {  # docs/translate.md says of which files
@@ -72,7 +72,7 @@ def build(c: Config) -> Experiment:
     coder = pairs.lowered(coder) if c.lower_case else coder
     fresh = T5(vocabulary=coder.get_vocab_size(), head=shape["width"] // shape["heads"], **shape)
     model = (begun.model if begun else fresh).clone(dropout=c.dropout, dtype=c.dtype)
-    sentences.fitting(coder, model.vocabulary, where=c.tokenizer_file or c.pretrained)
+    fits(coder.get_vocab_size(), model.vocabulary, where=c.tokenizer_file or c.pretrained)
     rows = pairs.encode(coder, data, length=c.length, target_length=c.target_length, prefix=c.prefix)
     judge, published = texts.scores(rows.references, lower_case=c.lower_case), []
     search = {"length": rows.test["target"].shape[1], "beams": c.beams, "length_penalty": c.length_penalty}
@@ -90,9 +90,9 @@ def build(c: Config) -> Experiment:
         initial=begun,
         evaluators={"written": texts.written(write, rows.test, judge.score)},
         gallery={"written": texts.samples(write, rows.test, rows.sources, rows.references)},
-        facts={**data.facts, "signatures": judge.signatures, "tokenizer_sha256": pairs.digest(coder)},
+        facts={**data.facts, "signatures": judge.signatures},
         published=published,
-        tokenizer=Tokenizer(coder, {"eos_token": coder.id_to_token(rows.end)}),
+        tokenizer=tokens.Tokenizer(coder, {"eos_token": coder.id_to_token(rows.end)}),
     )
 
 
