@@ -13,7 +13,7 @@ from jax import Array
 
 from bigjax import UsageError
 from bigjax.models.cache import Caches, empty_cache
-from bigjax.models.layers import REMAT, dot_float32
+from bigjax.models.layers import REMAT, dot_float32, stack
 
 
 def restarting(segments_BL: Array) -> Array:
@@ -83,26 +83,13 @@ class Decoder(nn.Module):
         position: Array,
         each: np.ndarray | None = None,
     ) -> tuple[Array, Caches | None]:
-        """Through the layers, whose call is (x_BLD, cache, position, its entry of `each`) -> (x_BLD, cache)."""
-        block = kind
-        if self.remat != "none":
-            block = nn.remat(kind, policy=REMAT[self.remat], prevent_cse=not self.scan)
-        if self.scan:
-            stack = nn.scan(
-                block,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, 0),
-                length=self.layers,
-            )
-            return stack(**fields, name="layers")(x_BLD, cache, position, each)
-        caches = []
-        for n in range(self.layers):
-            layer_cache = None if cache is None else cache[n]
-            one = None if each is None else each[n]
-            x_BLD, layer_cache = block(**fields, name=f"layer_{n}")(x_BLD, layer_cache, position, one)
-            caches.append(layer_cache)
-        return x_BLD, None if cache is None else tuple(caches)
+        """Through the layers, whose call is (x_BLD, position, (its cache, its entry of `each`)) -> (x_BLD, cache)."""
+        own = (cache, each)
+        if not self.scan:
+            rows = ((None,) * self.layers if x is None else x for x in own)
+            own = tuple(zip(*rows, strict=True))
+        x_BLD, new = stack(kind, **fields)(x_BLD, position, each=own)
+        return x_BLD, None if cache is None else new
 
     def _check(self, tokens_BL: Array) -> None:
         name, D, H, G = type(self).__name__, self.width, self.heads, self.kv_heads or self.heads

@@ -48,7 +48,8 @@ class Block(Spec):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). near: whether it is a local layer."""
 
     @nn.compact
-    def __call__(self, x_BLD: Array, cache: Cache | None, position: Array, near: Array) -> tuple[Array, Cache | None]:
+    def __call__(self, x_BLD: Array, position: Array, own: tuple[Cache | None, Array]) -> tuple[Array, Cache | None]:
+        cache, near = own
         init = nn.initializers.normal(0.02)
         shared = {"bias": False, "kernel_init": init, "out_init": init, "dtype": self.dtype}
         attend = Attention(

@@ -59,8 +59,9 @@ class Block(Spec):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, cache: Cache | None, position: Array, windowed: Array | None = None
+        self, x_BLD: Array, position: Array, own: tuple[Cache | None, Array | None]
     ) -> tuple[Array, Cache | None]:
+        cache, windowed = own
         init = nn.initializers.normal(0.02)
         residual = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)  # the sum keeps one layer's size
         shared = {"kernel_init": init, "out_init": residual, "dtype": self.dtype}

@@ -76,7 +76,8 @@ class Block(Spec):
     """Pre-norm: x + attention(norm(x)), then x + experts(norm(x)); returns (x_BLD, cache) as `nn.scan` wants it."""
 
     @nn.compact
-    def __call__(self, x_BLD: Array, cache: Cache | None, position: Array, _: None) -> tuple[Array, Cache | None]:
+    def __call__(self, x_BLD: Array, position: Array, own: tuple[Cache | None, None]) -> tuple[Array, Cache | None]:
+        cache, _ = own
         norms = {"bias": False, "dtype": self.dtype, "epsilon": self.epsilon}
         fields = {"rotary": True, "bias": False, "window": self.window, "rope_base": self.rope_base}
         attend = Attention(self.heads, self.kv_heads, self.head, dtype=self.dtype, **fields, name="attention")
