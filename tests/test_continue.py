@@ -14,11 +14,12 @@ from test_pretrained import CHAT
 from bigjax import UsageError, cli, pretrained, train
 from bigjax.data.text import byte_windows, train_tokenizer
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import GPT, MLP
+from bigjax.models import GPT, MLP, t5
 from bigjax.pretrained import tokens
 from bigjax.run import spoken
 from bigjax.tasks import next_token
 from bigjax.tools import commands
+from bigjax.tools import sample as module
 from bigjax.tools.sample import Options, record_of, sample
 from bigjax.use.generate import generate
 from bigjax.use.text import Letters, complete, held, stream
@@ -173,6 +174,17 @@ def test_the_verb_writes_on(folder, run, loaded, capsys, monkeypatch):
     assert got[0] == got[1] != got[2] and got[0].startswith("ab")
     best = complete(*loaded, ["the"], length=4, beams=2)[0]
     assert verb(capsys, monkeypatch, folder, "--prompt", "the", "--length", "4", "--beams", "2") == f"the{best}\n"
+
+
+def test_what_an_encoder_reads_is_not_printed(tmp_path, capsys, monkeypatch):
+    """A T5 does not go on with the prompt: it writes another text."""
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in t5.TINY_INPUTS]
+    coder, variables = Letters("abcdefghijk"), jax.jit(t5.TINY.init)(jax.random.key(0), *inputs)
+    monkeypatch.setattr(module, "opened", lambda *given: (t5.TINY, variables, coder))
+    expected = complete(t5.TINY, variables, coder, ["cab", "cab"], length=3, temperature=0)[0]
+    for prompts in (("cab",), ("cab", "cab")):
+        sample(str(tmp_path), Options(prompt=prompts, length=3, temperature=0.0))
+        assert capsys.readouterr().out == f"{expected}\n" * len(prompts)
 
 
 def test_the_verb_talks(folder, loaded, capsys, monkeypatch):

@@ -54,7 +54,7 @@ def of_script(arguments: Sequence[str], *, name: str, **about: str) -> None:
 
 
 def sample(folder: str, asked: Options) -> None:
-    """Prints what is written after each prompt, with it, while it is written; or talks."""
+    """Prints what is written after each prompt, with it, while it is written; of a T5 without; or talks."""
     from bigjax.run import machine
 
     if not folder:
@@ -76,10 +76,11 @@ def sample(folder: str, asked: Options) -> None:
 
     if asked.chat:
         return talk(model, variables, tokenizer, asked.prompt, options)
+    shown = [""] * len(asked.prompt) if hasattr(model, "encode") else asked.prompt  # which another text follows
     if len(asked.prompt) == 1 and asked.beams == 1:
-        pieces = text.stream(model, variables, tokenizer, asked.prompt[0], **options)
-        return show(asked.prompt[0], pieces)
-    for prompt, more in zip(asked.prompt, text.complete(model, variables, tokenizer, asked.prompt, **options)):
+        show(shown[0], text.stream(model, variables, tokenizer, asked.prompt[0], **options))
+        return
+    for prompt, more in zip(shown, text.complete(model, variables, tokenizer, asked.prompt, **options)):
         show(prompt, iter([more]))
 
 
