@@ -29,12 +29,12 @@ ROWS = {  # docs/pretrained.md says of which files
     "bert_topics": {"data": "python_topics", "metric": "eval/macro_f1", "seeds": 3},
     "bert_amazon": {
         "arguments": "--data amazon_snippets_train.jsonl --eval-data amazon_snippets_test.jsonl --learning-rate 1e-4 "
-        "--pretrained sentence-transformers/all-MiniLM-L6-v2",
+        "--ema 0.99 --label-smoothing 0.1 --pretrained sentence-transformers/all-MiniLM-L6-v2",
         "data": "amazon_snippets, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
     },
     "bert_sst2": {
         "arguments": "--data sst2/train.jsonl --eval-data sst2/test.jsonl --learning-rate 1e-4 "
-        "--pretrained sentence-transformers/all-MiniLM-L6-v2",
+        "--ema 0.99 --label-smoothing 0.1 --pretrained sentence-transformers/all-MiniLM-L6-v2",
         "data": "SST-2, sentences, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
     },
     "bert_sst2_scratch": {
