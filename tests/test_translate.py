@@ -3,6 +3,7 @@
 B batch, L positions that are read, M that are written, V vocabulary.
 """
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from test_user_files import said_by, written
 from tfds_fixture import build_set
 
 from bigjax import UsageError, pretrained
-from bigjax.data import docstrings, pairs, sources, text
+from bigjax.data import docstrings, pairs, pipeline, sources, text
 from bigjax.data.pipeline import Dataset
 from bigjax.look import texts
 from bigjax.models import T5
@@ -136,6 +137,20 @@ def test_one_tokenizer_of_the_training_split_for_both_sides() -> None:
     again = pairs.train_coder(dataset(), vocabulary=400)
     pairs.ended(again, where="it")
     assert spoken.digest(again) == spoken.digest(coder)  # whatever is in the test split
+
+
+def test_batches_of_pairs_are_cut_on_both_sides() -> None:
+    """Also where one side has more room than the other, which then stays whole; no real token is lost."""
+    length_N, target_N = np.arange(1, 25, dtype=np.int32), np.arange(24, 0, -1, dtype=np.int32) // 3 + 1
+    fields = {"length": length_N, "target_length": target_N}
+    fields["tokens"] = (np.arange(24)[None] < length_N[:, None]).astype(np.int32)
+    fields["target"] = (np.arange(12)[None] < target_N[:, None]).astype(np.int32)
+    split, shapes = pairs.by_length(fields), set()
+    for batch in itertools.islice(pipeline.batches(split, seed=0, batch_size=4), 6):
+        shapes.add((batch["tokens"].shape[1], batch["target"].shape[1]))
+        np.testing.assert_array_equal(batch["tokens"].sum(1), batch["length"])
+        np.testing.assert_array_equal(batch["target"].sum(1), batch["target_length"])
+    assert shapes == {(8, 8), (16, 12), (24, 12)}
 
 
 def test_what_is_cut_and_left_out_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,11 @@ MULTIPLE = 8  # of which they are
 
 class ByLength(dict[str, np.ndarray]):
     """Arrays in memory whose rows have `lengths` (N,): of each batch the fields of `cut`, (N, L, ...), are cut to the
-    smallest of `sizes` that holds its longest row.
+    smallest of `sizes` that holds its longest row; one that has less room stays whole.
 
     The batches of training hold rows of like length (`pipeline.rows_of`); evaluation keeps the order of the rows.
-    lengths: None for the field `length`. sizes: None for those that leave least padding. UsageError: no such field, or
-    a row longer than its field.
+    lengths: None for the field `length`; else of the longest of the fields that are cut. sizes: None for those that
+    leave least padding. UsageError: no such field, or a row longer than its field.
     """
 
     def __init__(
@@ -35,7 +35,8 @@ class ByLength(dict[str, np.ndarray]):
         if missing := {*cut, *(("length",) if lengths is None else ())} - self.keys():
             raise UsageError(f"rows by length have no field {min(missing)!r}: there are {', '.join(self) or 'none'}")
         self.cut, self.lengths = tuple(cut), np.asarray(self["length"] if lengths is None else lengths)
-        most, longest = min(self[name].shape[1] for name in self.cut), int(self.lengths.max(initial=0))
+        rooms, longest = [self[name].shape[1] for name in self.cut], int(self.lengths.max(initial=0))
+        most = min(rooms) if lengths is None else max(rooms)
         if longest > most:
             raise UsageError(f"a row has the length {longest}, but {' and '.join(cut)} only {most} places: correct it")
         self.sizes = tuple(best_sizes(self.lengths, most=most) if sizes is None else sizes)

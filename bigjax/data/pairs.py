@@ -120,11 +120,9 @@ def encode(
 
 
 def by_length(fields: dict[str, np.ndarray]) -> ByLength:
-    """Pairs in batches of like length: both sides are cut to it where they have the same room, else what is read."""
-    if fields["tokens"].shape == fields["target"].shape:
-        longer_N = np.maximum(fields["length"], fields["target_length"])
-        return ByLength(fields, cut=("tokens", "target"), lengths=longer_N)
-    return ByLength(fields)
+    """Pairs in batches of like length, that of the longer side, to which both are cut."""
+    longer_N = np.maximum(fields["length"], fields["target_length"])
+    return ByLength(fields, cut=("tokens", "target"), lengths=longer_N)
 
 
 def _covering(length_N: np.ndarray) -> int:
