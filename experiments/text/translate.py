@@ -24,10 +24,10 @@ from bigjax.use.text import fits
 TAKES = ("source", "target")
 ROWS = {  # docs/translate.md says of which files
     "translate_multi30k": {
-        "arguments": "--data multi30k/en_de_train.jsonl --eval-data multi30k/en_de_test_2016.jsonl --lower-case",
-        "data": "Multi30k, own .jsonl", "metric": "eval/bleu",
+        "arguments": "--data multi30k/en_de_train.jsonl --eval-data multi30k/en_de_test_2016.jsonl --lower-case "
+        "--dropout 0.1 --batch-size 64 --learning-rate 2e-3", "data": "Multi30k, own .jsonl", "metric": "eval/bleu",
     },
-    "translate_docstrings": {"arguments": "--length 64", "data": "python_docstrings", "metric": "eval/rouge_l"},
+    "translate_docs": {"arguments": "--length 64 --minutes 10", "data": "python_docstrings", "metric": "eval/rouge_l"},
 }  # fmt: skip
 SMALL = {"layers": 4, "width": 128, "heads": 4, "mlp": 256}
 WU = "Wu et al. 2021, Transformer-Tiny, lower-cased, beam 5: README-baseline.md of github.com/LividWo/Revisit-MMT"
@@ -41,7 +41,7 @@ class Config(RunConfig):
     prefix: str = ""  # what goes before each source, by which a pretrained T5 knows its task
     tokenizer_file: str | None = None  # any tokenizer.json instead; else one is trained on the training split
     vocabulary: Annotated[int, Within(259)] = 6000  # tokens at most that are trained, for both sides
-    lower_case: bool = False  # of all texts, and BLEU and chrF take no notice of it
+    lower_case: bool = False  # of all texts, and in BLEU and chrF
     length: Annotated[int | None, Positive] = None  # tokens of a source at most; else 98 % of them fit, up to 128
     target_length: Annotated[int | None, Positive] = None  # tokens of a target at most; likewise
     layers: Annotated[int | None, Positive] = None  # of the encoder, as many of the decoder; 4; the folder's
@@ -75,7 +75,7 @@ def build(c: Config) -> Experiment:
     fits(coder.get_vocab_size(), model.vocabulary, where=c.tokenizer_file or c.pretrained)
     rows = pairs.encode(coder, data, length=c.length, target_length=c.target_length, prefix=c.prefix)
     judge, published = texts.scores(rows.references, lower_case=c.lower_case), []
-    search = {"length": rows.test["target"].shape[1], "beams": c.beams, "length_penalty": c.length_penalty}
+    search = {"beams": c.beams, "length_penalty": c.length_penalty, "length": rows.test["target"].shape[1]}
     write = texts.writer(model, coder.decode, stop=rows.end, **search)
     if c.data == "python_docstrings":
         copied = judge.score([docstrings.name_as_words(source) for source in rows.sources])["rouge_l"]
