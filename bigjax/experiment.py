@@ -111,7 +111,7 @@ class RunConfig:
     init_from: str | None = None  # a working directory whose parameters to start from
     # ---- device
     fuse: Annotated[int | None, Positive] = None  # updates in one dispatch; unset: several where an update is short
-    resident: bool | None = None  # keep the training split on the devices; unset: where it is in memory and small
+    resident: bool = True  # keep a training split on the devices that is in memory, and small
     hang_seconds: Annotated[float, NonNegative] = 1800.0  # any part that takes longer ends the run; 0: never
     compilation_cache: bool = True  # keep compiled programs in ~/.cache/bigjax
     mesh: MeshConfig = MeshConfig()

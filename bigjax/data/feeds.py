@@ -56,13 +56,10 @@ class Feeding:
         apart = "its batches have several lengths" if isinstance(split, ByLength) else None
         if config.fuse and config.fuse > 1 and apart:
             raise UsageError(f"--fuse {config.fuse}: {apart}: leave it out, or use --no-by-length")
-        why = "it is read by index" if not isinstance(split, Mapping) else apart
-        why = "a transform changes its examples" if program.experiment.transform else why
-        if config.resident and why:
-            raise UsageError(f"--resident keeps the training split on the devices, but {why}: leave it out")
-        small = not why and sum(np.asarray(v).nbytes for v in split.values()) <= SMALL
-        self.resident = small if config.resident is None else config.resident
-        self.most = config.fuse or (updates_at_once(program) if isinstance(split, Mapping) and not apart else 1)
+        here = isinstance(split, Mapping) and not apart
+        small = here and sum(np.asarray(v).nbytes for v in split.values()) <= SMALL
+        self.resident = config.resident and small and not program.experiment.transform
+        self.most = config.fuse or (updates_at_once(program) if here else 1)
         self.update = self._update() if self.resident or self.most > 1 else program.update
 
     def _update(self) -> Any:
