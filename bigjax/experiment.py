@@ -110,6 +110,8 @@ class RunConfig:
     accept_changes: bool = False  # go on although the code or the data are not those that the run began with
     init_from: str | None = None  # a working directory whose parameters to start from
     # ---- device
+    fuse: Annotated[int | None, Positive] = None  # updates in one dispatch; unset: several where an update is short
+    resident: bool = True  # keep a training split on the devices that is in memory, and small
     hang_seconds: Annotated[float, NonNegative] = 1800.0  # any part that takes longer ends the run; 0: never
     compilation_cache: bool = True  # keep compiled programs in ~/.cache/bigjax
     mesh: MeshConfig = MeshConfig()

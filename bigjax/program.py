@@ -1,6 +1,5 @@
 """What a run compiles: the state's birth, the update, and the batches by number that it is fed."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,7 +85,7 @@ class Program:
             window = jax.eval_shape(step, self.state_shapes, self.batch_shapes, self.key, numbers)[1]
         self.window_shapes = sharding.replicated(window, self.mesh)
         where = jax.tree.map(lambda s: s.sharding, (self.state_shapes, self.window_shapes))
-        self.begin = lambda: initialize(self.key)
+        self.begin, self.one = lambda: initialize(self.key), update
         self.initialize = jax.jit(initialize, out_shardings=where[0])
         self.update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(*where, None))
         self.control_shapes = sharding.replicated(numbers, self.mesh)
@@ -115,23 +114,6 @@ class Program:
             return sharding.put_batch(batch, self.mesh, self.config.batch_size)
 
         return Prefetcher(pipeline.batches(self.train, start=start, **self.rows), placed)
-
-    def seconds_a_step(self) -> float:
-        """Measured over three seconds after compilation, on a state that is thrown away."""
-        from bigjax.data.prefetch import Shapes
-        from bigjax.run import processes
-
-        state, window, batches, count = self.initialize(self.key), self.fresh_window(), self.batches(0), 0
-        for _ in range(Shapes(self).all()):
-            state, window, _ = self.update(state, window, next(batches), self.key, self.controls())
-        begin, seconds = time.perf_counter(), 0.0
-        while seconds < 3:  # by the clock of process 0, so that all make the same number of updates
-            for _ in range(5):
-                state, window, done = self.update(state, window, next(batches), self.key, self.controls())
-            done.block_until_ready()
-            count, seconds = count + 5, processes.from_first(lambda: time.perf_counter() - begin)
-        batches.close()
-        return seconds / count
 
 
 def planned_steps(config: RunConfig, size: int, seconds_a_step: Callable[[], float]) -> int:

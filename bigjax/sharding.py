@@ -197,11 +197,14 @@ def batch_shapes(batch: dict[str, np.ndarray], mesh: Mesh, *, batch_size: int) -
     }
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """A global batch, of which `batch` has the rows of `rows_here`, placed on the devices."""
-    place = lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x, (batch_size, *x.shape[1:]))  # noqa: E731
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int, *, stacked: bool = False
+) -> dict[str, jax.Array]:
+    """A global batch, of which `batch` has the rows of `rows_here`, placed on the devices; or several, `stacked`."""
+    axis, where = int(stacked), NamedSharding(mesh, PartitionSpec(None, *BATCH) if stacked else BATCH)
+    full = lambda x: (*x.shape[:axis], batch_size, *x.shape[axis + 1 :])  # noqa: E731
     with jax.transfer_guard("allow"):  # among processes JAX itself does not say that it means to
-        return jax.tree.map(place, batch)
+        return {k: jax.make_array_from_process_local_data(where, x, full(x)) for k, x in batch.items()}
 
 
 def to_host(tree: Any) -> Any:

@@ -68,6 +68,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     Raises UsageError for whatever the user can put right, a loss that is no longer finite among it.
     """
     from bigjax.data import pipeline
+    from bigjax.data.feeds import seconds_an_update
     from bigjax.look.display import Display, summary
     from bigjax.look.profile import tracing
     from bigjax.run import alike, guard, machine, processes, restore, watch
@@ -110,7 +111,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
 
             def seconds_a_step() -> float:
                 with clock.timing("compile"), display.phase("planning"):
-                    return trial(make(steps=10**6), {"train": train, **splits}).seconds_a_step()
+                    return seconds_an_update(trial(make(steps=10**6), {"train": train, **splits}))
 
             size = size_of(train)
             planned = partial(planned_steps, config, size, seconds_a_step)
@@ -171,6 +172,7 @@ def loop(
     hooks: list[OnLog],
 ) -> Run:
     """From where `start` stands to the end: updates, log windows, evaluations, checkpoints, the result."""
+    from bigjax.data.feeds import Feeding
     from bigjax.data.prefetch import Shapes, doing, next_batch
     from bigjax.look.diagnose import blame, layer_rows
     from bigjax.look.gallery import draw
@@ -184,14 +186,14 @@ def loop(
 
     experiment, config = program.experiment, program.config
     checkpoints, step, state, window = started
-    first, dropped, saved = step, int(state.skipped), time.monotonic()
+    feeding, first, dropped, saved = Feeding(program, step), step, int(state.skipped), time.monotonic()
     with only_shown("the table of layers", display.line):
         rows = layer_rows(program.begin, state.params)
         display.table(experiment.name, rows, total=sum(n for _, _, n in rows))
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(checkpoints))
         log = Log(home, step=step, tensorboard=config.tensorboard, active=processes.first(), tell=display.line)
-        log, batches = stack.enter_context(contextlib.closing(log)), stack.enter_context(program.batches(step))
+        log, batches = stack.enter_context(contextlib.closing(log)), stack.enter_context(feeding.batches())
         forgiven, controls = int(window["skipped"][0]), program.controls(dropped=dropped)
         lines = Lines(
             log, display, clock, hooks, program, forgiven=forgiven, dropped=dropped, attempt=signalled.attempt
@@ -221,11 +223,11 @@ def loop(
             with clock.timing("compile" if compiling else "train"), watching(partial(doing, program, step), UPDATE):
                 batch = signalled.attempt(next_batch, batches, program, step)
                 if moved := batch is not None:  # else a signal has come: what there is now is saved
-                    state, window, told = program.update(state, window, batch, program.key, controls)
+                    state, window, told = feeding.update(state, window, batch, program.key, controls)
                     under_way.append(told)
                 if moved and (compiling or len(under_way) > AHEAD):  # the device never waits, and no batches pile up
                     under_way.popleft().block_until_ready()
-            step += moved
+            step = feeding.stop(step) if moved else step
             if moved and compiling:
                 lines.begin(step, batches.wait_seconds)
 

@@ -16,6 +16,7 @@ import pytest
 from gcs_server import serving
 
 from bigjax import train
+from bigjax.data.feeds import Feeding
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.look import charts
 from bigjax.models import MLP
@@ -79,9 +80,12 @@ def bucket() -> Iterator[str]:
 def updated(program: Program, count: int) -> tuple[Any, Any]:
     """(state, window) after so many updates from the beginning; under the program's mesh."""
     state, window, controls = program.initialize(program.key), program.fresh_window(), program.controls()
-    with program.batches(0) as batches:
-        for _ in range(count):
-            state, window, _ = program.update(state, window, next(batches), program.key, controls)
+    feeding, step = Feeding(program, start=0), 0
+    with feeding.batches() as batches:
+        while step < count:
+            state, window, _ = feeding.update(state, window, next(batches), program.key, controls)
+            step = feeding.stop(step)
+    assert step == count
     return state, window
 
 

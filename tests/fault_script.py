@@ -1,4 +1,4 @@
-"""An experiment script for tests that kill it: any of families.py, its data read slowly from the outside.
+"""An experiment script for tests that kill it: any of families.py, its data read slowly from the outside, or IN_MEMORY.
 
 python tests/fault_script.py --family gan --workdir FOLDER
 """
@@ -62,7 +62,7 @@ def build(config: Config) -> Experiment:
     family = FAMILIES[config.family]
     train, test = family.data(24, seed=0), family.data(TEST, seed=1)
     task: Any = family.task(family.models)
-    return Experiment(task, family.tx, Slow(train), test)
+    return Experiment(task, family.tx, train if "IN_MEMORY" in os.environ else Slow(train), test)
 
 
 def end_thread(name: str, seconds: float) -> None:

@@ -107,6 +107,24 @@ def peaceful(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, number", [("autoencoder", signal.SIGKILL), ("gan", signal.SIGKILL), ("gpt", signal.SIGTERM)]
+)
+def test_fused_and_resident_it_goes_on_with_the_same_bits(
+    family: str, number: signal.Signals, tmp_path: Path, peaceful: Callable[..., Path]
+) -> None:
+    flags = ["--family", family, *"--fuse 4 --resident --steps 3000 --save-every 50 --log-every 70".split()]
+    flags += ["--eval-every", "1000"]
+    with started(tmp_path / "run", *flags, IN_MEMORY="1") as process:
+        until(lambda: newest(tmp_path / "run") >= 100)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -9) and newest(tmp_path / "run") < 3000
+    assert finish(tmp_path / "run", *flags, IN_MEMORY="1")[0] == 0
+    same(peaceful(family, *flags[2:], IN_MEMORY="1"), tmp_path / "run")
+
+
 TWO = pytest.mark.parametrize("family", ["cnn", pytest.param("gan", marks=pytest.mark.slow)])
 
 

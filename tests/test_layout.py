@@ -41,7 +41,7 @@ LEAVES = {
     "tools": {"ops", "models", "tasks", "data", "run", "pretrained", "use", "look"},
 }
 # what a verb or a loop may ask for at the point of use: never a model, a concrete task or a reader
-CORE_USES = ("run", "look", "data.pipeline", "data.prefetch")
+CORE_USES = ("run", "look", "data.feeds", "data.pipeline", "data.prefetch")
 BUDGETS = {"bigjax/models": 200, "bigjax/tasks": 120, "experiments": 100, "bigjax": 300}
 
 

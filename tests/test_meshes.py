@@ -123,10 +123,11 @@ def numbers(name: str, mesh_name: str) -> dict[str, np.ndarray]:
     out, updates = {}, UPDATES.get(name, 5)
     for sgd in (True, False):
         family, experiment = experiment_of(name, sgd=sgd)
-        config = RunConfig(batch_size=8, steps=5, ema=family.ema, mesh=MESHES[mesh_name])
+        fed = {"fuse": 1, "resident": False} if mesh_name == "one" else {"fuse": 3, "resident": True}
+        config = RunConfig(batch_size=8, steps=updates, ema=family.ema, mesh=MESHES[mesh_name], **fed)
         devices = jax.devices()[:1] if mesh_name == "one" else None
         mesh = sharding.make_mesh(config.mesh, batch_size=8, devices=devices)
-        program = Program(experiment, config, experiment.train, steps=5, mesh=mesh)
+        program = Program(experiment, config, experiment.train, steps=updates, mesh=mesh)
         with jax.set_mesh(mesh):
             state = program.initialize(program.key)
             held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
