@@ -39,7 +39,8 @@ class Task:
         `index`.
     summarize: merged metrics -> the numbers people read.
     details: the test split's merged metrics -> what else result.json holds, a confusion matrix say.
-    check: told of every batch, on the host, before it is used; raises UsageError for one that cannot be learned from.
+    check: told of a split in memory, and of every batch that comes from the host; raises UsageError for what cannot be
+        learned from.
     """
 
     models: Mapping[str, nn.Module]

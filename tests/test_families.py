@@ -71,6 +71,7 @@ class Trained(NamedTuple):
 
 def flags(folder: Path, family: Family, **changes: Any) -> RunConfig:
     options = {"steps": STEPS, "batch_size": BATCH, "log_every": 5, "eval_every": SAVED, "save_every": SAVED}
+    options["resident"] = False  # the task's check sees every batch
     return RunConfig(workdir=str(folder), ema=family.ema, **(options | changes))
 
 
