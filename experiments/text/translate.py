@@ -70,7 +70,7 @@ def build(c: Config) -> Experiment:
     else:
         coder = pairs.train_coder(data, vocabulary=c.vocabulary, lower_case=c.lower_case)
     coder = pairs.lowered(coder) if c.lower_case else coder
-    fresh = T5(vocabulary=coder.get_vocab_size(), head=shape["width"] // shape["heads"], **shape)
+    fresh = T5(tied=False, vocabulary=coder.get_vocab_size(), head=shape["width"] // shape["heads"], **shape)
     model = (begun.model if begun else fresh).clone(dropout=c.dropout, dtype=c.dtype)
     fits(coder.get_vocab_size(), model.vocabulary, where=c.tokenizer_file or c.pretrained)
     rows = pairs.encode(coder, data, length=c.length, target_length=c.target_length, prefix=c.prefix)
