@@ -24,6 +24,18 @@ from bigjax.use.text import Letters, fits
 
 METRIC = "eval/loss"  # in nats a token; of chats a token of the answers
 TAKES = ("text",)
+ROWS = {  # docs/lora.md says of which files
+    "gpt_finetune": {
+        "arguments": "--pretrained HuggingFaceTB/SmolLM2-135M --data tinyshakespeare.txt --context 128 --batch-size 4 "
+        "--steps 150 --learning-rate 1e-4",
+        "data": "Tiny Shakespeare, own .txt", "metric": "eval/loss",
+    },
+    "gpt_finetune_lora": {
+        "arguments": "--pretrained HuggingFaceTB/SmolLM2-135M --data tinyshakespeare.txt --context 128 --batch-size 4 "
+        "--steps 150 --learning-rate 1e-3 --lora-rank 16",
+        "data": "Tiny Shakespeare, own .txt", "metric": "eval/loss",
+    },
+}  # fmt: skip
 SMALL = {"vocabulary": 256, "layers": 2, "width": 64, "heads": 4, "context": 1024}  # to try a command
 LLAMA = {"position": "rotary", "norm": "rms", "activation": "swiglu", "bias": False}
 SAMPLE = 200  # tokens
