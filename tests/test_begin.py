@@ -195,7 +195,7 @@ def test_on_a_mesh(folders: dict[str, Path], tmp_path: Path) -> None:
 
 REFUSED = {
     "another kind": (ResNet, {}, lambda f: None, r"holds ViT \(ViTForImageClassification\), where ResNet is wanted"),
-    "another of its kind": (ViT, {"patch": 4}, lambda f: None, "a ViT with patch 2, not 4: leave --model out, or"),
+    "another of its kind": (ViT, {"patch": 4}, lambda f: None, "a ViT with patch 2, not 4: leave out what asks"),
     "cut": (ViT, {}, cut, r"is truncated or damaged \(\d+ bytes, where its header says \d+\): fetch it again"),
     "other tensors": (ViT, {}, lambda f: configured(f, num_hidden_layers=1), "not those that its config.json descr"),
     "no mean": (
@@ -307,7 +307,7 @@ def test_scripts_refuse_other_folders(folders: dict[str, Path], tmp_path: Path) 
             "vit_classify",
             "vit",
             {"heads": 4},
-            "holds a ViT with heads 2, not 4: leave --model out, or give a folder with",
+            "holds a ViT with heads 2, not 4: leave out what asks for that, or give",
         ),
         ("resnet_classify", "bert", {}, "holds BERT (BertModel), where ResNet or Inception is wanted"),
         ("resnet_classify", "resnet", {"model": "inception_v3"}, "ForImageClassification), where Inception is wanted"),

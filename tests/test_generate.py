@@ -291,6 +291,8 @@ def test_on_a_mesh_the_tokens_are_the_same_and_the_cache_is_split(tmp_path):
         ({"key": None}, "temperature 1.0 draws tokens: give key=jax.random.key\\(0\\), or temperature=0"),
         ({"beams": 2, "temperature": 0.5}, "2 beams draw nothing, and temperature 0.5 is of draws: leave one of"),
         ({"beams": 2, "top_k": 3}, "2 beams draw nothing, and top_k 3 is of draws"),
+        ({"temperature": 0, "top_p": 0.5}, "temperature 0 draws nothing, and top_p 0.5 is of draws: leave one of"),
+        ({"beams": 2**30}, "beams of 11 tokens are too many to compare: give fewer"),
         ({"beams": 2, "returned": 3}, "returned 3 of 2 beams: ask for no more than there are"),
         ({"temperature": 0, "returned": 3}, "returned 3 at temperature 0: all would be the same"),
         ({"beams": 0}, "beams 0: give at least 1"),

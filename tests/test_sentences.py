@@ -87,7 +87,7 @@ def test_what_is_wrong_is_said() -> None:
     assert said_by(build, *begin, "--vocabulary", "30") == (
         "--pretrained brings its own tokens: leave out --tokenizer and --vocabulary"
     )
-    assert "holds a BERT with layers 2, not 3: leave --model out" in said_by(build, *begin, "--layers", "3")
+    assert "holds a BERT with layers 2, not 3: leave out what asks for that" in said_by(build, *begin, "--layers", "3")
     shutil.move("bert/tokenizer.json", "other.json")
     assert said_by(build, *begin).startswith("bert has no tokenizer.json: let transformers write it")
     assert build(*begin, "--tokenizer-file", "other.json").train["tokens"].max() < 23

@@ -26,6 +26,7 @@ from bigjax.look import texts
 from bigjax.models import T5
 from bigjax.run import spoken
 from bigjax.tasks import sequence_to_sequence
+from bigjax.tasks.classification import padding
 from bigjax.use import generate
 
 KEY = jax.random.key(0)
@@ -93,6 +94,13 @@ def test_padding_leaves_no_trace() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, other)
     seen = loss(params, batch_of(tokens=tokens, length=np.array([4, 2], np.int32)))
     assert not np.isclose(plain[0], seen[0], rtol=1e-4)
+
+
+def test_the_share_of_padding_is_of_both_sides() -> None:
+    sizes = {"length": jnp.array([4, 1]), "target_length": jnp.array([1, 2])}
+    batch = {"tokens": jnp.zeros((2, 4), jnp.int32), "target": jnp.zeros((2, 3), jnp.int32), **sizes}
+    missing_B, places_B = padding(batch)["padding_share"]
+    assert missing_B.tolist() == [2, 4] and places_B.tolist() == [7, 7]
 
 
 def test_tokens_of_another_vocabulary_are_one_line() -> None:

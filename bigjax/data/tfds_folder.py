@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -98,6 +99,14 @@ def buildable(name: str) -> bool:
     return name in tfds.list_builders(with_community_datasets=False)
 
 
+def hidden(name: str) -> bool:
+    """Whether TFDS has code of this name that cannot be imported here: it imports TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    folder = Path(tfds.__file__).parent
+    return not buildable(name) and any(any(folder.glob(f"*/{name}{end}")) for end in (".py", "/__init__.py"))
+
+
 def builder(name: str, where: str, **options: Any) -> Any:
     """TFDS's own builder of the set; UsageError for a name, version or configuration that there is not."""
     import tensorflow_datasets as tfds
@@ -106,6 +115,11 @@ def builder(name: str, where: str, **options: Any) -> Any:
         with quiet():
             return tfds.builder(name, data_dir=where, **options)
     except tfds.core.registered.DatasetNotFoundError as e:
+        if hidden(asked(name).name):
+            raise UsageError(
+                f"TFDS's code of {name} needs TensorFlow: install bigjax[prepare], here or on another machine, and run "
+                f"`python -m bigjax prepare {name} --to {where}`"
+            ) from e
         near = difflib.get_close_matches(asked(name).name, tfds.list_builders(with_community_datasets=False), n=1)
         hint = f" (did you mean tfds:{near[0]}?)" if near and near[0] != name else ""
         raise UsageError(

@@ -118,8 +118,8 @@ def weights(source: Any, *kinds: type[nn.Module], like: Mapping[str, Any] | None
     model = model_of(family, config, tensors)
     if odd := [f"{k} {getattr(model, k)}, not {v}" for k, v in (like or {}).items() if getattr(model, k) != v]:
         raise UsageError(
-            f"{folder} holds a {family.kind.__name__} with {'; '.join(odd)}: leave --model out, or give a folder with "
-            "that one"
+            f"{folder} holds a {family.kind.__name__} with {'; '.join(odd)}: leave out what asks for that, or give "
+            "another folder"
         )
     matched(family, model, tensors, shapes_of(model, family.inputs(model)))
     if not hasattr(model, "mean"):

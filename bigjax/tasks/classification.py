@@ -92,8 +92,11 @@ def classify(
 
 
 def padding(batch: Batch) -> dict[str, tuple[Array, Array]]:
-    """The share of `tokens` (B, L) behind the `length` (B,) of their rows, as a metric; nothing of other batches."""
-    if not {"tokens", "length"} <= batch.keys():
+    """The share of `tokens` (B, L), and of `target` (B, M), behind the `length` and `target_length` (B,) of their rows,
+    as a metric; nothing of other batches."""
+    sides = [(a, b) for a, b in (("tokens", "length"), ("target", "target_length")) if {a, b} <= batch.keys()]
+    if not sides:
         return {}
-    places_B = jnp.full(batch["length"].shape, batch["tokens"].shape[1], jnp.float32)
-    return {"padding_share": (places_B - batch["length"].astype(jnp.float32), places_B)}
+    real_B = sum(batch[length].astype(jnp.float32) for _, length in sides)
+    places_B = jnp.full(real_B.shape, sum(batch[side].shape[1] for side, _ in sides), jnp.float32)
+    return {"padding_share": (places_B - real_B, places_B)}

@@ -15,6 +15,7 @@ from jax import Array
 
 from bigjax import UsageError
 from bigjax.task import Batch, Task, one_player
+from bigjax.tasks.classification import padding
 from bigjax.tasks.language import token_losses
 from bigjax.tasks.masked import real_tokens
 
@@ -38,7 +39,8 @@ def sequence_to_sequence(model: nn.Module, *, start: int = 0, label_smoothing: f
     def per_example(logits_BMV: Array, batch: Batch, *, smoothing: float) -> tuple[Array, Array, dict]:
         said = {"length": batch["target_length"]} if "target_length" in batch else {}
         weight_BM = real_tokens({"tokens": batch["target"]} | said).astype(jnp.float32)
-        return token_losses(logits_BMV, batch["target"], weight_BM, smoothing=smoothing)
+        loss_B, count_B, metrics = token_losses(logits_BMV, batch["target"], weight_BM, smoothing=smoothing)
+        return loss_B, count_B, metrics | padding(batch)
 
     def check(batch: Mapping[str, Any]) -> None:
         for field in ("tokens", "target"):

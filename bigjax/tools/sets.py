@@ -60,7 +60,7 @@ def known(name: str, to: str) -> bool:
         what = tfds_folder.asked(name)
     except UsageError:
         return False
-    return tfds_folder.buildable(what.name) or bool(tfds_folder.standing(to, what.name))
+    return any(f(what.name) for f in (tfds_folder.buildable, tfds_folder.hidden, lambda n: tfds_folder.standing(to, n)))
 
 
 def _standing(what: tfds_folder.Asked, where: str) -> epath.Path | None:

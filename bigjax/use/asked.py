@@ -74,8 +74,11 @@ def asked(
             raise UsageError(said)
     drawn = {"temperature": None if temperature in (0, 1) else temperature, "top_k": top_k, "top_p": top_p}
     drawn = [f"{k} {v}" for k, v in (drawn | {"min_p": min_p}).items() if v is not None]
-    if beams > 1 and drawn:
-        raise UsageError(f"{beams} beams draw nothing, and {drawn[0]} is of draws: leave one of the two out")
+    if (beams > 1 or temperature == 0) and drawn:
+        greedy = f"{beams} beams draw" if beams > 1 else "temperature 0 draws"
+        raise UsageError(f"{greedy} nothing, and {drawn[0]} is of draws: leave one of the two out")
+    if beams * getattr(model, "vocabulary", 1) >= 2**31:
+        raise UsageError(f"{beams} beams of {model.vocabulary} tokens are too many to compare: give fewer")
     if beams > 1 and returned > beams:
         raise UsageError(f"returned {returned} of {beams} beams: ask for no more than there are")
     if beams == 1 and returned > 1 and temperature == 0:
