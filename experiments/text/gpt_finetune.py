@@ -27,12 +27,12 @@ TAKES = ("text",)
 ROWS = {  # docs/lora.md says of which files
     "gpt_finetune": {
         "arguments": "--pretrained HuggingFaceTB/SmolLM2-135M --data tinyshakespeare.txt --context 128 --batch-size 4 "
-        "--steps 150 --learning-rate 1e-4",
+        "--steps 60 --learning-rate 1e-4",
         "data": "Tiny Shakespeare, own .txt", "metric": "eval/loss",
     },
     "gpt_finetune_lora": {
         "arguments": "--pretrained HuggingFaceTB/SmolLM2-135M --data tinyshakespeare.txt --context 128 --batch-size 4 "
-        "--steps 150 --learning-rate 1e-3 --lora-rank 16",
+        "--steps 60 --learning-rate 1e-3 --lora-rank 16",
         "data": "Tiny Shakespeare, own .txt", "metric": "eval/loss",
     },
 }  # fmt: skip
