@@ -1,6 +1,6 @@
 """BERT on texts: from scratch, or from weights of others under a new head. Your own texts and labels, too.
 
-Measured: not yet.
+Measured: accuracy 93.5 ± 0.0 % (3 seeds) in 278 s on 1 CPU cores, commit 30d0a23.
 
     python experiments/text/bert_classify.py                                        # pieces of Python's source
     python experiments/text/bert_classify.py --data reviews.jsonl --pretrained FOLDER --learning-rate 1e-4

@@ -1,6 +1,6 @@
 """A pretrained GPT on your own text or chats: all of it, adapters beside its matrices (LoRA), or some of it.
 
-Measured: not yet.
+Measured: loss 3.553 in 864 s on 1 CPU cores, commit 02ff254.
 
     python experiments/text/gpt_finetune.py --pretrained FOLDER --data book.txt       # GPT-2, Llama, SmolLM2, Qwen, ...
     python experiments/text/gpt_finetune.py --pretrained FOLDER --data chats.jsonl --lora-rank 8 --learning-rate 5e-4
