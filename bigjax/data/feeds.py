@@ -20,7 +20,7 @@ from jax.extend.core import jaxprs_in_params
 from bigjax import UsageError, sharding
 from bigjax.data import order, pipeline
 from bigjax.data.lengths import ByLength
-from bigjax.data.prefetch import Prefetcher, Shapes, order_of
+from bigjax.data.prefetch import Prefetcher, Shapes
 from bigjax.metrics import Metrics
 from bigjax.program import Controls, Program
 from bigjax.step import TrainState
@@ -109,7 +109,8 @@ class Feeding:
     def _groups(self, start: int) -> Iterator[list[Batch]]:
         program = self.program
         if self.resident:
-            rows, mine = order.rows_of(program.train, **order_of(program)), program.rows["rows"]
+            seeded = {k: program.rows[k] for k in ("seed", "batch_size")}
+            rows, mine = order.rows_of(program.train, **seeded), program.rows["rows"]
             while True:
                 numbers = range(start, self.stop(start))
                 yield [{"index": rows(n)[mine].astype(np.int32)} for n in numbers]
@@ -140,7 +141,7 @@ def updates_at_once(program: Program) -> int:
         shapes = (program.state_shapes, program.window_shapes, program.batch_shapes, program.key)
         found = jax.make_jaxpr(program.one)(*shapes, program.control_shapes)
     platform, (operations, convolves) = mesh.devices.flat[0].platform, work(found.jaxpr)
-    if platform == "cpu" and convolves:  # inside a loop XLA's convolutions are ten times slower there
+    if platform == "cpu" and convolves:  # inside a loop XLA's own gradients of convolutions are ten times slower there
         return 1
     short = SHORT.get(platform, SHORT_ELSEWHERE) * mesh.size
     return int(min(MOST, max(1, short // max(operations, 1))))
