@@ -86,6 +86,17 @@ def test_evaluate_prints_the_results_numbers(home, capsys):
     assert len(wanted) > 3
 
 
+def test_evaluate_of_another_script_names_both(home, capsys):
+    path = home / "runs/test_cli/config.json"
+    kept = path.read_text()
+    path.write_text(json.dumps(json.loads(kept) | {"experiment": "mnist_cnn"}))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(Config, build, ["evaluate"])
+    path.write_text(kept)
+    said = "error: runs/test_cli holds a run of mnist_cnn, not of test_cli: use that script, or its --workdir\n"
+    assert caught.value.code == 2 and capsys.readouterr().err == said
+
+
 def test_report_is_written_again(home, capsys):
     (page := home / "runs/test_cli/report.html").unlink()
     cli.main(Config, build, ["report"])

@@ -266,6 +266,7 @@ def test_mistakes_are_named(folder, run, loaded, tmp_path, capsys):
             {"prompt": ("a",), "beams": 2, "temperature": 0.5},
             "2 beams draw nothing, and temperature 0.5 is of draws",
         ),
+        (run, {"prompt": ("a",), "beams": 2, "seed": 1}, "--beams 2 draw nothing, and --seed is of draws: leave one"),
         (run, {"chat": True}, "a model of letters has no chat template: write the prompt by hand"),
         (run, {"chat": True, "beams": 2}, "--beams 2 have no text before they end, and --chat shows it: leave one out"),
     ):

@@ -225,7 +225,7 @@ def test_features_are_sown_and_make_the_logits():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"heads": 3}, "width 16 must be a multiple of heads \\(3\\)"),
+        ({"heads": 3}, "width 16 is to be a multiple of heads \\(3\\)"),
         ({"kv_heads": 3}, "heads of kv_heads \\(3\\)"),
         ({"position": "sine"}, "position 'sine' is unknown: use learned or rotary"),
         ({"position": "rotary", "heads": 16}, "heads of even size"),

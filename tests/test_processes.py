@@ -249,12 +249,21 @@ def test_one_is_killed_and_both_restarted_resume_exactly(family: str, tmp_path: 
         begin = time.monotonic()
         status, _, err = said(running[0], timeout=60)
         assert time.monotonic() - begin < 20
-        assert status == 3 and f"pid {running[1].pid}) is gone" in err
+        assert status == 3 and f"pid {running[1].pid}) is gone" in err, (status, err)
     assert not (run / "result.json").exists()
     with started(*commands(run), devices=4, script="fault_script.py") as running:
         (status, told, err), (other, _, _) = [said(p) for p in running]
     assert (status, other) == (0, 0) and "resuming at step " in told, err
     bits(straight, run)
+
+
+def test_a_thread_that_aborts_leaves_time_to_say_why() -> None:
+    """As Gloo's does, in C++, where another process is gone."""
+    code = (
+        "import ctypes, os, threading; from bigjax.run.processes import slow_aborts; slow_aborts();"
+        "threading.Timer(0.5, os._exit, (3,)).start(); ctypes.CDLL(None).abort()"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 3
 
 
 @pytest.mark.slow

@@ -61,6 +61,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     train.fit(tiny_experiment(), config, quiet=True)
     hub_folder(tmp_path / "folder")
     hub_folder(tmp_path / "sentences", "bert")
+    (tmp_path / "sentence-transformers").mkdir()
+    hub_folder(tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2", "bert")
     names = {"__name__": page.stem}
     for text in written(page, tmp_path):
         for much, little in (("steps=200", "steps=4"), ("length=50", "length=3"), ("length=100", "length=3")):

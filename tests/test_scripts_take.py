@@ -20,7 +20,7 @@ from test_user_files import pictures, said_by, written
 from tfds_fixture import build_set
 
 from bigjax import UsageError, cli
-from bigjax.data import corpus, sources, takes, tfds, tokens
+from bigjax.data import characters, corpus, sources, takes, tfds, tokens
 from bigjax.data.pictures import resized
 from bigjax.step import to_float
 
@@ -266,8 +266,8 @@ def test_columns_that_are_named(tmp_path: Path) -> None:
         (reviews, {"text_column": "review"}, "r.csv has no column 'review': there are id, Review, label, stars"),
         (rows, {"label_column": "sort"}, "r.jsonl, line 1 has no column 'sort': there are body, text, kind"),
         (houses, {"label_column": "cost", "takes": ("x", "target")}, "h.csv has no column 'cost': there are area"),
-        (reviews, takes_text, "has the columns id, Review, label, stars: it needs text and label, or source and "
-            "target: rename yours, or name them by --text-column and --label-column"),
+        (reviews, takes_text, "has the columns id, Review, label, stars: it needs text and label"
+            ": rename yours, or name them by --text-column and --label-column"),
         (table(tmp_path / "n.csv", "area,price", lambda n: f"{n},1"), {"takes": ("x", "target")},
             "beside the inputs, or say which by --label-column"),
     ):  # fmt: skip
@@ -293,6 +293,25 @@ def test_scripts_have_the_flags_of_their_kind(script: str, flags: str, there: di
     for group, values in there.items():
         assert values.items() <= dataclasses.asdict(config)[group].items()
     assert flags.count("--") == sum(map(len, there.values())) or script == "mnist_vae"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("bert_classify", ("learning-rate 0.1", "weight-decay 0.2", "clip 3")),
+        ("text_cnn", ("learning-rate 0.1", "label-smoothing 0.2", "drop-tokens 0")),
+        ("char_gpt", ("learning-rate 0.1", "adam-rate 0.1", "weight-decay 0.2")),
+        ("mnist_autoencoder", ("learning-rate 0.1", "code 8", "dropout 0.1", "rotate 3", "decoder-features 8 8")),
+    ],
+)
+def test_a_recipe_takes_no_other_flag_for_what_it_sets(script: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    module, book = load(script), written(tmp_path / "a.txt", "some text of a book\n" * 200)
+    own = ["--data", str(book)] if script == "char_gpt" else []
+    for flag in flags:
+        config, _ = cli.parse(module.Config, "train", args=["--classic", *own, *f"--{flag}".split()])
+        named = flag.split()[0]
+        said = said_by(module.build, config)
+        assert said == f"--classic brings its own --{named}: leave one of the two out"
 
 
 # ---- paths
@@ -375,6 +394,7 @@ def test_text_that_is_too_little_or_none(tmp_path: Path) -> None:
     assert "no.txt cannot be read (No such file" in said_by(corpus.load, str(tmp_path / "no.txt"), **small)
     written(path, "a line\n" * 3000)
     pairs = lines(tmp_path / "p.jsonl", lambda n: {"text": "a"})
-    assert f"{pairs} is neither a .txt nor a folder of them" in said_by(
-        corpus.load, str(path), eval_data=str(pairs), **small
-    )
+    for read, how in ((corpus.load, small), (characters.load, {"length": 8, "stride": 4})):
+        for one, other in ((path, pairs), (pairs, path)):
+            said = said_by(read, str(one), eval_data=str(other), takes=("text",), **how)
+            assert said == f"{path} is text in one piece, and {pairs} is no .txt or folder of them: give two of a kind"

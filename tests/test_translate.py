@@ -294,6 +294,8 @@ def test_pairs_of_files(tmp_path: Path) -> None:
     takes = ("source", "target")
     needed = "it needs source and target: rename yours, or name them by --source and --target"
     assert said_by(sources.load, str(path), takes=takes) == f"{path} has the columns en, de: {needed}"
+    comma = written(tmp_path / "a.csv", "en,de\na,b\n" * 20)
+    assert said_by(sources.load, str(comma), takes=takes) == f"{comma} has the columns en, de: {needed}"
     data = sources.load(str(path), takes=takes, source="en", target="de")
     assert {*zip(data.train["source"], data.train["target"])} <= {*zip(ENGLISH, GERMAN)}
     assert "--source is for .csv, .jsonl and TFDS, and python_docstrings is none" in said_by(
@@ -362,6 +364,9 @@ def test_weights_of_a_t5_bring_its_tokens(tmp_path: Path) -> None:
         f"larger.json has {coder.get_vocab_size():,} tokens, and the model a vocabulary of {model.vocabulary}" in said
     )
     assert "holds a T5 with layers 1, not 3" in said_by(module.build, module.Config(**flags, layers=3))
+    flags.pop("pretrained")
+    said = said_by(module.build, module.Config(**flags, width=30))
+    assert said == "--width 30 is no multiple of --heads 4: change one of the two"
 
 
 @pytest.mark.slow

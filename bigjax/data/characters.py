@@ -23,6 +23,7 @@ def load(name: str, *, eval_data: str | None = None, length: int, stride: int, *
     all of both splits has them. Training windows begin every `stride` characters; of the test split each character
     counts once. Fact: `corpus_sha256`, of the whole text. UsageError: a text that is too short.
     """
+    corpus.alike(name, eval_data)
     if not corpus.in_one_piece(name):
         data = sources.load(name, eval_data=eval_data, **options)
         parts = [lines(corpus.texts(split)).decode() for split in (data.train, data.test)]
@@ -30,10 +31,8 @@ def load(name: str, *, eval_data: str | None = None, length: int, stride: int, *
         whole = corpus.whole(name).decode()
         cut = int(TRAINED * len(whole))
         parts = [whole[:cut], whole[cut:]]
-    elif corpus.in_one_piece(eval_data):
-        parts = [corpus.whole(part).decode() for part in (name, eval_data)]
     else:
-        raise UsageError(f"{eval_data} is neither a .txt nor a folder of them, as {name} is: give one to evaluate on")
+        parts = [corpus.whole(part).decode() for part in (name, eval_data)]
     if len(parts[0]) <= length or not parts[1]:
         raise UsageError(f"{name} has {len(parts[0])} characters to train on: give more, or lower --context {length}")
     codes, token_T = np.unique(np.frombuffer("".join(parts).encode("utf-32-le"), "<u4"), return_inverse=True)

@@ -22,15 +22,14 @@ def load(name: str, *, length: int, batch_size: int, eval_data: str | None = Non
     the lines is the test split; or data with `text` (`sources.load`, which takes the options). Facts: `corpus_sha256`
     and `xz_bits_per_byte`, where the text is in one piece. UsageError: no text, or too little.
     """
+    alike(name, eval_data)
     if not in_one_piece(name):
         data = sources.load(name, eval_data=eval_data, **options)
         return Dataset(text.Passages(data.train, length=length), text.lines(texts(data.test)), name=name)
     if eval_data is None:
         train, test = parts(name)
-    elif in_one_piece(eval_data):
-        train, test = whole(name), whole(eval_data)
     else:
-        raise UsageError(f"{eval_data} is neither a .txt nor a folder of them, as {name} is: give one to evaluate on")
+        train, test = whole(name), whole(eval_data)
     windows = text.byte_windows(train, length=length, stride=max(length // 2, 1), once=False)
     if (count := size_of(windows)) < batch_size:
         raise UsageError(
@@ -40,6 +39,13 @@ def load(name: str, *, length: int, batch_size: int, eval_data: str | None = Non
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in (train, test))).hexdigest()
     xz = {"xz_bits_per_byte": text.xz_bits_per_byte(test)} if len(test) <= XZ else {}
     return Dataset(windows, test, name=name, facts={"corpus_sha256": digest, **xz})
+
+
+def alike(name: str, eval_data: str | None) -> None:
+    """UsageError where one of them is text in one piece, and the other is not."""
+    if eval_data is not None and in_one_piece(name) != in_one_piece(eval_data):
+        whole, other = (name, eval_data) if in_one_piece(name) else (eval_data, name)
+        raise UsageError(f"{whole} is text in one piece, and {other} is no .txt or folder of them: give two of a kind")
 
 
 def parts(name: str) -> tuple[bytes, bytes]:

@@ -67,6 +67,10 @@ def rows(
     coded, cut, lost = [], 0, 0
     for document in documents:
         if not isinstance(document, str):
+            if getattr(tokenizer, "template", None) is None:
+                raise UsageError(
+                    f"{name} holds chats, which need a chat template: give --pretrained an instruct model's"
+                )
             tokens, counts = chat.encode(document, tokenizer)
             cut += len(tokens) > length + 1
             lost += not counts[1 : length + 1].any()

@@ -103,13 +103,15 @@ def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]], takes: Seque
     predicted = [c for c in ("label", "target") if c in columns]
     inputs = [v for c, v in rows[0][1].items() if c not in predicted]
     words = "text" in takes and not all(map(_is_number, inputs))
-    if texts is None and (words or path.suffix.lower() == ".jsonl" or {"text", "source"} & set(columns)):
+    if texts is None and (
+        words or "source" in takes or path.suffix.lower() == ".jsonl" or {"text", "source"} & set(columns)
+    ):
         if "source" in takes:
             known = f"{path} has the columns {few(columns)}: it needs source and target"
             raise UsageError(f"{known}: rename yours, or name them by --source and --target")
         if takes and "text" not in takes:
             check(tuple(columns), takes, name=str(path))
-        needed = "text" if alone else "text and label, or source and target"
+        needed = "text" if alone else "text and label" + ", or source and target" * (not takes)
         flags = "--text-column" if alone else "--text-column and --label-column"
         hint = f": rename yours, or name them by {flags}" if "text" in takes else ""
         raise UsageError(f"{path} has the columns {few(columns)}: it needs {needed}{hint}")

@@ -121,7 +121,7 @@ class BERT(Spec):
             got = f"{tokens_BL.dtype}{list(tokens_BL.shape)}"
             raise UsageError(f"a BERT takes integer tokens (batch, length), not {got}")
         if self.width % self.heads:
-            raise UsageError(f"width {self.width} must be a multiple of heads ({self.heads})")
+            raise UsageError(f"width {self.width} is no multiple of heads ({self.heads}): change one of the two")
         if self.head not in HEADS:
             raise UsageError(f"head {self.head!r} is unknown: use one of {', '.join(HEADS)}")
         if (got := tokens_BL.shape[1]) > self.context:

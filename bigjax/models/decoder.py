@@ -97,7 +97,9 @@ class Decoder(nn.Module):
             got = f"{tokens_BL.dtype}{list(tokens_BL.shape)}"
             raise UsageError(f"a {name} takes integer tokens (batch, length), not {got}")
         if (D % H and not self.head) or H % G:
-            raise UsageError(f"width {D} must be a multiple of heads ({H}), and heads of kv_heads ({G})")
+            raise UsageError(
+                f"width {D} is to be a multiple of heads ({H}), and heads of kv_heads ({G}): change one of them"
+            )
         if self.window is not None and self.window < 1:
             raise UsageError(f"window {self.window}: a position looks at least at itself, so give at least 1")
         if self.remat not in REMAT:

@@ -132,7 +132,7 @@ class ViT(Spec):
                 "images to a multiple of it, or choose another patch"
             )
         if self.width % self.heads:
-            raise UsageError(f"width {self.width} must be a multiple of heads ({self.heads})")
+            raise UsageError(f"width {self.width} is no multiple of heads ({self.heads}): change one of the two")
         if self.pool not in POOLS or self.teacher not in TEACHERS:
             raise UsageError(
                 f"pool {self.pool!r} and teacher {self.teacher!r}: use one of {', '.join(POOLS)}, and one of "

@@ -1,4 +1,5 @@
-"""Models with everybody's weights: `load`, `save`, `tokenizer`, of a folder with config.json and safetensors files.
+"""Models with everybody's weights: `load`, `save`, `tokenizer`, `features`, of a folder with config.json and
+safetensors files.
 
 A family is a file with the two tables that make its names and its config.json ours, and back; `families` lists them.
 """
@@ -6,8 +7,8 @@ A family is a file with the two tables that make its names and its config.json o
 import importlib
 from typing import Any
 
-_FILES = {"load": "reading", "save": "writing", "tokenizer": "tokens"}
-__all__ = ["load", "save", "tokenizer"]
+_FILES = {"features": "features", "load": "reading", "save": "writing", "tokenizer": "tokens"}
+__all__ = ["features", "load", "save", "tokenizer"]
 
 
 def __dir__() -> list[str]:

@@ -22,9 +22,14 @@ def as_trained(
     """
     from bigjax.look import flags
 
-    record = workdir.read_config(home_of(given, name))["config"]
+    home = home_of(given, name)
+    record = workdir.read_config(home)
+    if record["experiment"] != name:
+        raise UsageError(
+            f"{home} holds a run of {record['experiment']}, not of {name}: use that script, or its --workdir"
+        )
     free = {k: getattr(given, k) for k in workdir.FREE}
-    trained = replace(workdir.restored(Config(), record), **free)
+    trained = replace(workdir.restored(Config(), record["config"]), **free)
     asked = flags.parse(Config, "evaluate", args=arguments, default=trained)[0]
     if (asked.data, asked.eval_data, splits(asked)) == (trained.data, trained.eval_data, splits(trained)):
         return asked, build

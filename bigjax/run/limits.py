@@ -1,9 +1,10 @@
-"""Which numbers a configuration has, and what each of them may be."""
+"""Which numbers a configuration has, what each of them may be, and which flags exclude each other."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, get_type_hints
 
+from bigjax import UsageError
 from bigjax.experiment import Within
 
 
@@ -20,3 +21,21 @@ def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Sequenc
         for v in value if isinstance(value, tuple | list) else (value,):
             if isinstance(v, int | float) and not isinstance(v, bool):
                 yield flag, v, allowed
+
+
+def recipe(config: Any, flag: str, *sets: str) -> bool:
+    """Whether a flag is given that stands for a recipe, as --classic; UsageError beside one of the flags that it sets.
+
+    sets: fields, or groups of them.
+    """
+    if not getattr(config, flag):
+        return False
+    usual = type(config)()
+    for name in sets:
+        ours, default = getattr(config, name), getattr(usual, name)
+        parts = [f.name for f in dataclasses.fields(ours)] if dataclasses.is_dataclass(ours) else []
+        pairs = [(part, getattr(ours, part), getattr(default, part)) for part in parts] or [(name, ours, default)]
+        for changed in (part for part, is_now, was in pairs if is_now != was):
+            given = changed.replace("_", "-")
+            raise UsageError(f"--{flag} brings its own --{given}: leave one of the two out")
+    return True

@@ -4,9 +4,11 @@ They tell it over JAX's coordination service, not by a collective: what differs 
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -218,9 +220,19 @@ def joined(config: DistributedConfig, about: Mapping[str, Any]) -> Iterator[None
     peers.leave(None)
 
 
+def slow_aborts() -> None:
+    """A thread that aborts sleeps first, for 6 seconds (the signal's number), so that `Peers` can say why and end all.
+
+    Gloo's own thread at times aborts where a process is gone, before it has been told to whom that happened.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
 def initialize(coordinator: str, processes: int, index: int, *, timeout: int, by_flags: bool) -> None:
     """jax.distributed.initialize, between CPUs too; its errors are one line."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    slow_aborts()
     with contextlib.suppress(AttributeError):  # SIGTERM is ours (`stopping`): JAX would take it, and swallow it
         jax.config.update("jax_enable_preemption_service", False)
     method = "deactivate" if by_flags else None  # else the launcher also says which devices this process has

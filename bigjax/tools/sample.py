@@ -63,6 +63,8 @@ def sample(folder: str, asked: Options) -> None:
         raise UsageError('there is nothing to go on with: give --prompt "…", or --chat')
     if asked.beams > 1 and asked.chat:
         raise UsageError(f"--beams {asked.beams} have no text before they end, and --chat shows it: leave one out")
+    if asked.beams > 1 and asked.seed:
+        raise UsageError(f"--beams {asked.beams} draw nothing, and --seed is of draws: leave one of the two out")
     machine.cache_compilations(True)
     model, variables, tokenizer = opened(folder, asked.tokenizer)
     names = ("length", "top_k", "top_p", "min_p", "repetition_penalty", "beams")

@@ -57,6 +57,9 @@ def asked(
     start: int = 0,
 ) -> Job:
     """The job that `generate` is to do; UsageError where it can't be done."""
+    wholes = {"length": length, "top_k": top_k, "beams": beams, "returned": returned, "start": start}
+    reals = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "length_penalty": length_penalty}
+    check_kinds(wholes, reals | {"repetition_penalty": repetition_penalty}, key, stop)
     prompt_BL, length_B = jax.device_get((prompt_BL, length_B))
     prompt_BL = np.asarray(prompt_BL)
     reads = hasattr(model, "encode")
@@ -114,6 +117,23 @@ def asked(
     return Job(model, variables, prompt_BL, length_B, position, key, options, length, size, top_k, beams, returned)
 
 
+def check_kinds(wholes: dict[str, Any], reals: dict[str, Any], key: Any, stop: Any) -> None:
+    """UsageError for an option that is no number where one is wanted, or no whole one, or no key."""
+    for name, value in wholes.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+            raise UsageError(f"{name} {value!r}: give a whole number")
+    for name, value in reals.items():
+        kind = int | float | np.integer | np.floating
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not np.isfinite(value)):
+            raise UsageError(f"{name} {value!r}: give a finite number of Python's")
+    new = isinstance(key, Array) and key.shape == () and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not (key is None or new or (isinstance(key, Array) and (key.shape, key.dtype) == ((2,), np.uint32))):
+        raise UsageError(f"key {key!r} is no key: give key=jax.random.key(0)")
+    stops = stop if isinstance(stop, Sequence) and not isinstance(stop, str) else () if stop is None else (stop,)
+    if odd := [s for s in stops if isinstance(s, bool) or not isinstance(s, int | np.integer)]:
+        raise UsageError(f"stop {odd[0]!r} is no token: give whole numbers, or texts as stop_strings of complete")
+
+
 def put(tree: Any) -> Any:
     """On the device, or on all of the mesh that is set."""
     return jax.device_put(tree, everywhere(jax.sharding.get_mesh()) if our_mesh() else None)
@@ -129,7 +149,8 @@ def check_prompts(model: nn.Module, prompt_BL: np.ndarray, length_B: np.ndarray 
         got = f"{prompt_BL.dtype}{list(prompt_BL.shape)}"
         raise UsageError(f"prompts are rows of integer tokens (batch, length), not {got}: give such")
     B, L = prompt_BL.shape
-    if length_B is not None and (np.shape(length_B) != (B,) or np.max(length_B, initial=0) > L):
+    whole = length_B is None or np.issubdtype(np.asarray(length_B).dtype, np.integer)
+    if not whole or (length_B is not None and (np.shape(length_B) != (B,) or np.max(length_B, initial=0) > L)):
         raise UsageError(f"length_B says how many tokens are real of {B} prompts with room for {L}, not {length_B}")
     real = L if length_B is None else np.min(length_B, initial=L)
     if real < 1:

@@ -18,6 +18,7 @@ from bigjax.experiment import Experiment, Fraction, Positive, RunConfig
 from bigjax.look.evaluators import linear_probe
 from bigjax.look.gallery import reconstructions
 from bigjax.models import Autoencoder
+from bigjax.run.limits import recipe
 from bigjax.tasks.images import reconstruct
 
 TAKES = ("image",)
@@ -44,13 +45,14 @@ class Config(RunConfig):
     decoder_features: Annotated[tuple[int, ...], Positive] = (256, 512)  # hidden units on the way up
     dropout: Annotated[float, Fraction] = 0.0  # share dropped after the first hidden layer of each half
     augmentation: cli.Flat[Augmentation] = Augmentation(rotate=10.0, shift=1.0, scale=0.1)
-    classic: bool = False  # the classic recipe: its sizes, dropout 0.5, Adam 1e-3, batch 32, no augmentation
+    classic: bool = False  # the classic recipe: its sizes, dropout 0.5, Adam 1e-3, no augmentation
 
 
 def build(c: Config) -> Experiment:
     data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.images))
     image = data.shape("image")
-    if c.classic:
+    sizes = ("code", "encoder_features", "decoder_features", "dropout")
+    if recipe(c, "classic", "adamw", "augmentation", *sizes):
         model = Autoencoder(image=image, dropout=0.5, dtype=c.dtype)
     else:
         widths = {"encoder_features": c.encoder_features, "decoder_features": c.decoder_features}

@@ -20,6 +20,7 @@ from bigjax.experiment import Experiment, Fraction, Positive, RunConfig
 from bigjax.models import BERT
 from bigjax.ops.optimizers import as_transformers
 from bigjax.pretrained import begin
+from bigjax.run.limits import recipe
 from bigjax.task import Batch
 from bigjax.tasks import classify
 from bigjax.use.text import fits
@@ -87,7 +88,7 @@ def build(c: Config) -> Experiment:
     model = model.clone(head="sequence", outputs=data.classes, dropout=c.dropout, dtype=c.dtype)
     return Experiment(
         task=classify(model, classes=data.classes, inputs=inputs, label_smoothing=c.label_smoothing),
-        tx=as_transformers if c.classic else c.adamw,
+        tx=as_transformers if recipe(c, "classic", "adamw") else c.adamw,
         train=train,
         test=test,
         tokenizer=coder,

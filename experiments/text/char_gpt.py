@@ -19,6 +19,7 @@ from bigjax.experiment import Experiment, NonNegative, Positive, Published, RunC
 from bigjax.look.gallery import text_sample
 from bigjax.models import GPT
 from bigjax.ops import optimizers
+from bigjax.run.limits import recipe
 from bigjax.tasks import next_token
 
 TAKES = ("text",)
@@ -40,9 +41,9 @@ class Config(RunConfig):
     steps: int | None = 2000
     batch_size: int = 12
     classic: bool = False  # nanoGPT's recipe: learned positions, LayerNorm, AdamW
-    learning_rate: Annotated[float, Positive] = 0.02  # of Muon, for matrices; unless classic
-    adam_rate: Annotated[float, Positive] = 5e-3  # for embeddings and norms; unless classic
-    weight_decay: Annotated[float, NonNegative] = 0.01  # a share × learning rate of each matrix; unless classic
+    learning_rate: Annotated[float, Positive] = 0.02  # of Muon, for matrices
+    adam_rate: Annotated[float, Positive] = 5e-3  # for embeddings and norms
+    weight_decay: Annotated[float, NonNegative] = 0.01  # a share × learning rate of each matrix
     context: Annotated[int, Positive] = 64  # characters that are seen at once
     layers: Annotated[int, Positive] = 4  # blocks of attention and MLP
     width: Annotated[int, Positive] = 128  # numbers a character is carried by from block to block
@@ -54,7 +55,7 @@ def build(c: Config) -> Experiment:
     data = characters.load(c.data, length=c.context, stride=max(c.context // 2, 1), **options)
     names, known = data.class_names, data.facts["corpus_sha256"] == SHAKESPEARE
     shape = {"vocabulary": len(names), "layers": c.layers, "width": c.width, "heads": c.heads, "bias": False}
-    if c.classic:
+    if recipe(c, "classic", "learning_rate", "adam_rate", "weight_decay"):
         model = GPT(**shape, context=c.context, activation="gelu_erf", dtype=c.dtype)
     else:  # rotary positions go on after those of training
         model = GPT(**shape, context=max(c.context, 1 + SAMPLE), position="rotary", norm="rms", dtype=c.dtype)

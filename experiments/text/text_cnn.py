@@ -18,6 +18,7 @@ from bigjax.data.augment import drop_tokens
 from bigjax.experiment import Experiment, Fraction, Positive, Published, RunConfig
 from bigjax.models import TextCNN
 from bigjax.ops.optimizers import max_norm
+from bigjax.run.limits import recipe
 from bigjax.task import fields
 from bigjax.tasks import classify
 
@@ -29,7 +30,7 @@ ROWS = {  # docs/pretrained.md says of which files
         "data": "SST-2, sentences, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
     },
     "text_cnn_sst2_classic": {
-        "arguments": "--data sst2/train.jsonl --eval-data sst2/test.jsonl --length 64 --classic --epochs 25",
+        "arguments": "--data sst2/train.jsonl --eval-data sst2/test.jsonl --length 64 --classic --ema 0 --epochs 25",
         "data": "SST-2, sentences, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
     },
     "text_cnn_imdb": {"arguments": "--data imdb --length 400", "data": "imdb_reviews", "metric": "eval/accuracy"},
@@ -70,12 +71,13 @@ def build(c: Config) -> Experiment:
         dropout=c.dropout,
         dtype=c.dtype,
     )
-    smoothing, dropped = (0.0, 0.0) if c.classic else (c.label_smoothing, c.drop_tokens)
+    theirs = recipe(c, "classic", "adamw", "label_smoothing", "drop_tokens")
+    smoothing, dropped = (0.0, 0.0) if theirs else (c.label_smoothing, c.drop_tokens)
     classic = optax.chain(optax.adadelta(1.0, rho=0.95), max_norm(3.0, r"head/kernel$"))
     return Experiment(
         task=classify(model, classes=data.classes, inputs=fields("tokens", "length"), label_smoothing=smoothing),
         augment=drop_tokens(dropped) if dropped else None,
-        tx=classic if c.classic else c.adamw,
+        tx=classic if theirs else c.adamw,
         train=train,
         test=test,
         tokenizer=coder,

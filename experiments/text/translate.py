@@ -11,7 +11,7 @@ Measured: not yet.
 from dataclasses import dataclass
 from typing import Annotated
 
-from bigjax import cli, optim, pretrained
+from bigjax import UsageError, cli, optim, pretrained
 from bigjax.data import docstrings, pairs, reading, sources
 from bigjax.data.text import load_tokenizer
 from bigjax.experiment import Experiment, Fraction, NonNegative, Positive, Published, RunConfig, Within
@@ -70,6 +70,8 @@ def build(c: Config) -> Experiment:
     else:
         coder = pairs.train_coder(data, vocabulary=c.vocabulary, lower_case=c.lower_case)
     coder = pairs.lowered(coder) if c.lower_case else coder
+    if not begun and shape["width"] % shape["heads"]:
+        raise UsageError(f"--width {shape['width']} is no multiple of --heads {shape['heads']}: change one of the two")
     fresh = T5(tied=False, vocabulary=coder.get_vocab_size(), head=shape["width"] // shape["heads"], **shape)
     model = (begun.model if begun else fresh).clone(dropout=c.dropout, dtype=c.dtype)
     fits(coder.get_vocab_size(), model.vocabulary, where=c.tokenizer_file or c.pretrained)
