@@ -126,8 +126,11 @@ def forward(
     train: bool,
     method: Callable[..., Any] | None = None,
 ) -> tuple[Any, Tree]:
-    """(outputs, model state after the pass), with dropout keyed by example; state: the player's `variables`."""
-    changes = [k for k in state if k != "params"] if train else []
+    """(outputs, model state after the pass), with dropout keyed by example; state: the player's `variables`.
+
+    With {"intermediates": {}} among these what the model sows comes back, in evaluation too.
+    """
+    changes = [k for k in state if k == "intermediates" or (train and k != "params")]
     with dropout_by_row(index_B):
         return model.apply(
             state,

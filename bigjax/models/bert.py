@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import dot_float32, fields_of, stack
+from bigjax.models.layers import fields_of, stack
 from bigjax.models.transformer import Attention, FeedForward, norm, unit
+from bigjax.ops.vocabulary import Factors
 from bigjax.sharding import constrain
 
 HEADS = ("none", "masked", "sequence", "token", "question")
@@ -108,8 +109,10 @@ class BERT(Spec):
         if self.head == "masked":
             gelu = unit(self.activation)
             x_BLD = layer_norm("head_norm")(gelu(dense(self.width, "head")(x_BLD)))
-            logits_BLV = dot_float32(x_BLD, embed.embedding.astype(self.dtype), (((2,), (1,)), ((), ())))
-            return logits_BLV + self.param("head_bias", nn.initializers.zeros, (self.vocabulary,))[None, None]
+            bias_V = self.param("head_bias", nn.initializers.zeros, (self.vocabulary,))
+            factors = Factors(x_BLD, embed.embedding.astype(self.dtype), bias_V)
+            self.sow("intermediates", "factors", factors)
+            return factors.logits()
         if self.head == "sequence":
             x_BLD = jnp.tanh(dense(self.width, "pooler")(x_BLD[:, 0]))
         outputs = 2 if self.head == "question" else self.outputs

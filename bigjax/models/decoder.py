@@ -13,7 +13,7 @@ from jax import Array
 
 from bigjax import UsageError
 from bigjax.models.cache import Caches, empty_cache
-from bigjax.models.layers import REMAT, dot_float32, stack
+from bigjax.models.layers import REMAT, stack, unembed
 
 
 def restarting(segments_BL: Array) -> Array:
@@ -69,10 +69,7 @@ class Decoder(nn.Module):
         """By the embedding where the two are tied, else by a kernel of their own."""
         if at_B is not None:
             x_BLD = jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
-        if self.tied:
-            return dot_float32(x_BLD, embed.embedding.astype(self.dtype), (((2,), (1,)), ((), ())))
-        fields = {"use_bias": False, "kernel_init": nn.initializers.normal(0.02), "dtype": self.dtype}
-        return nn.Dense(self.vocabulary, **fields, dot_general=dot_float32, name="unembedding")(x_BLD)
+        return unembed(self, x_BLD, embed if self.tied else None, init=nn.initializers.normal(0.02))
 
     def _stack(
         self,

@@ -1,17 +1,17 @@
 """Small pieces that the models of this folder share."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from bigjax import UsageError
 from bigjax.ops.convolution import conv_general_dilated
+from bigjax.ops.vocabulary import Factors, dot_float32
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu,
@@ -119,17 +119,22 @@ class OffsetRMSNorm(nn.Module):
         return (y * (1 + scale.astype(jnp.float32))).astype(self.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def dot_float32(x: Array, kernel: Array, dimensions: tuple, precision: lax.PrecisionLike = None) -> Array:
-    """`lax.dot_general` with sums and result in float32, for output layers; gradients multiply in the inputs' dtype."""
-    return lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=jnp.float32)
+def unembed(model: nn.Module, x_BLD: Array, embed: nn.Embed | None, *, init: Callable[..., Array]) -> Array:
+    """The logits of a model with vocabulary and dtype, by its embedding or by a kernel of their own.
 
-
-@dot_float32.defjvp
-def _dot_float32_tangent(dimensions: tuple, precision: lax.PrecisionLike, primals: tuple, tangents: tuple) -> tuple:
-    (x, kernel), (dx, dkernel) = primals, tangents
-    tangent = lax.dot_general(dx, kernel, dimensions, precision) + lax.dot_general(x, dkernel, dimensions, precision)
-    return dot_float32(*primals, dimensions, precision), tangent.astype(jnp.float32)
+    Their factors are sown, unless an adapter (`models.adapt`) has its part in the product.
+    """
+    if embed is not None:
+        kernel_VD = embed.embedding
+    else:
+        fields = {"use_bias": False, "kernel_init": init, "dtype": model.dtype, "dot_general": dot_float32}
+        dense = nn.Dense(model.vocabulary, **fields, name="unembedding")
+        logits_BLV, kernel_VD = dense(x_BLD), dense.variables["params"]["kernel"].T
+        if dense.has_variable("params", "lora_a"):
+            return logits_BLV
+    factors = Factors(x_BLD, kernel_VD.astype(model.dtype))
+    model.sow("intermediates", "factors", factors)
+    return factors.logits() if embed is not None else logits_BLV
 
 
 def stack(kind: type[nn.Module], *, layers: int, scan: bool, remat: str, **fields: Any) -> Callable[..., Array]:

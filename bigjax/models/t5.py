@@ -14,7 +14,7 @@ from jax import Array
 from bigjax import UsageError
 from bigjax.models.apart import Apart
 from bigjax.models.cache import empty_cache
-from bigjax.models.layers import dot_float32, fields_of, stack
+from bigjax.models.layers import fields_of, stack, unembed
 from bigjax.models.transformer import Attention, FeedForward, norm
 from bigjax.sharding import constrain
 
@@ -186,11 +186,7 @@ class T5(Spec):
     def _logits(self, x_BMD: Array, embed: nn.Embed) -> Array:
         x_BMD = x_BMD * self.width**-0.5 if (self.tied if self.scaled is None else self.scaled) else x_BMD
         self.sow("intermediates", "features", x_BMD)
-        if self.tied:
-            return dot_float32(x_BMD, embed.embedding.astype(self.dtype), (((2,), (1,)), ((), ())))
-        init = nn.initializers.normal(self.width**-0.5)
-        options = {"use_bias": False, "kernel_init": init, "dtype": self.dtype, "dot_general": dot_float32}
-        return nn.Dense(self.vocabulary, **options, name="unembedding")(x_BMD)
+        return unembed(self, x_BMD, embed if self.tied else None, init=nn.initializers.normal(self.width**-0.5))
 
 
 TINY = T5(vocabulary=11, layers=1, width=8, heads=2, head=3, mlp=12, buckets=4, distance=6)

@@ -4,6 +4,7 @@ B batch, L positions, V vocabulary, N layers, E experts.
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,22 +14,26 @@ from jax import Array
 from bigjax import UsageError
 from bigjax import metrics as measure
 from bigjax.metrics import Metrics
-from bigjax.task import Batch, Task, forward, one_player
-from bigjax.tasks.routing import imbalance, routed
+from bigjax.ops.vocabulary import Factors, in_parts
+from bigjax.task import Batch, Task, one_player
+from bigjax.tasks.routing import factored, imbalance, routed
 
 
 def token_losses(
-    logits_BLV: Array, target_BL: Array, weight_BL: Array, *, smoothing: float = 0.0
+    logits: Array | Factors, target_BL: Array, weight_BL: Array, *, smoothing: float = 0.0
 ) -> tuple[Array, Array, dict]:
     """A `PerExample`'s rows: the cross-entropy in nats of the targets with weight 1, and how many of them are right.
 
+    logits: (B, L, V) float32, or their factors, of which they are made in parts.
     smoothing: share of each target that is spread over the whole vocabulary.
     """
-    loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, target_BL)
+    if isinstance(logits, Factors):
+        return in_parts(partial(token_losses, smoothing=smoothing), logits, target_BL, weight_BL)
+    loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits, target_BL)
     if smoothing:
-        own_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
-        loss_BL = loss_BL + smoothing * (own_BL - logits_BLV.mean(-1))
-    right_BL = (logits_BLV.argmax(-1) == target_BL).astype(jnp.float32) * weight_BL
+        own_BL = jnp.take_along_axis(logits, target_BL[..., None], axis=-1)[..., 0]
+        loss_BL = loss_BL + smoothing * (own_BL - logits.mean(-1))
+    right_BL = (logits.argmax(-1) == target_BL).astype(jnp.float32) * weight_BL
     count_B = weight_BL.sum(-1)
     return (loss_BL * weight_BL).sum(-1), count_B, {"accuracy": (right_BL.sum(-1), count_B)}
 
@@ -44,7 +49,7 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None, balance:
     """
 
     def per_example(out: Array | tuple[Array, Array], batch: Batch) -> tuple[Array, Array, dict]:
-        logits_BLV, p_NBLE = out if isinstance(out, tuple) else (out, None)
+        logits_BLV, p_NBLE = out if type(out) is tuple else (out, None)
         target_BL = batch["tokens"][:, 1:]
         place_1L = jnp.arange(1, target_BL.shape[1] + 1)[None]
         length_B1 = batch.get("length", jnp.full(len(target_BL), target_BL.shape[1] + 1))[:, None]
@@ -71,4 +76,4 @@ def next_token(model: nn.Module, *, bytes_a_token: float | None = None, balance:
     if balance and not hasattr(model, "chosen"):
         raise UsageError(f"a {type(model).__name__} has no experts to keep in balance: leave balance at 0")
     how = {"inputs": inputs, "summarize": summarize}
-    return one_player(model, per_example, apply=routed if balance else forward, **how)
+    return one_player(model, per_example, apply=routed if balance else factored, **how)

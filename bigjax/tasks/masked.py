@@ -16,6 +16,7 @@ from bigjax import UsageError
 from bigjax.metrics import Metrics
 from bigjax.task import Batch, Fields, Inputs, Key, ModelState, Params, Task, one_player, row_keys
 from bigjax.tasks.language import token_losses
+from bigjax.tasks.routing import factored
 
 Corrupt = Callable[[Batch, Key], Batch]
 MASKED, RANDOM = 0.8, 0.1  # of the tokens that are chosen; the others stay
@@ -103,7 +104,7 @@ def restored(model: nn.Module, corrupt: Corrupt, *, inputs: Inputs) -> Task:
     def per_example(logits_BLV: Array, batch: Batch) -> tuple[Array, Array, dict]:
         return token_losses(logits_BLV, batch["target"], batch["weight"])
 
-    plain = one_player(model, per_example, inputs=inputs)
+    plain = one_player(model, per_example, inputs=inputs, apply=factored)
 
     def init(key: Key, batch: Batch) -> tuple[Params, ModelState]:
         return plain.init(key, Fields(corrupt(batch, key)))

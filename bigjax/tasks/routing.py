@@ -1,4 +1,4 @@
-"""Routers of experts: what they find while a model trains, and how unevenly.
+"""A pass through a model of tokens, with what it tells beside its logits: their factors, and what its routers find.
 
 B batch, L positions, V vocabulary, N layers, E experts.
 """
@@ -11,20 +11,35 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bigjax.ops.vocabulary import unmultiplied
 from bigjax.task import Tree, forward
+
+
+def observed(
+    model: nn.Module, state: Mapping[str, Tree], inputs: tuple[Any, ...], **how: Any
+) -> tuple[Any, Tree, Tree]:
+    """As `forward`, with what the model sows: (outputs, that, model state)."""
+    out, state = forward(model, {**state, "intermediates": {}}, inputs, **how)
+    return out, state.get("intermediates", {}), {k: v for k, v in state.items() if k != "intermediates"}
+
+
+def factored(model: nn.Module, state: Mapping[str, Tree], inputs: tuple[Any, ...], **how: Any) -> tuple[Any, Tree]:
+    """As `forward`, but of logits that are too many their `Factors`, for `token_losses`."""
+    logits_BLV, sown, state = observed(model, state, inputs, **how)
+    return unmultiplied(logits_BLV, sown), state
 
 
 def routed(
     model: nn.Module, state: Mapping[str, Tree], inputs: tuple[Any, ...], *, train: bool, **how: Any
 ) -> tuple[Any, Tree]:
-    """As `forward`; in training with what the routers find: ((logits_BLV, p_NBLE), model state)."""
+    """As `factored`; in training with what the routers find: ((logits_BLV, p_NBLE), model state)."""
     if not train:
-        return forward(model, state, inputs, train=False, **how)
-    logits_BLV, state = forward(model, {**state, "intermediates": {}}, inputs, train=True, **how)
-    sown = jax.tree_util.tree_leaves_with_path(state["intermediates"])
-    state = {k: v for k, v in state.items() if k != "intermediates"}
-    found = [x for path, x in sown if "routed" in jax.tree_util.keystr(path)]
-    return (logits_BLV, jnp.concatenate([x.reshape(-1, *x.shape[-3:]) for x in found])), state
+        return factored(model, state, inputs, train=False, **how)
+    logits_BLV, sown, state = observed(model, state, inputs, train=True, **how)
+    leaves = jax.tree_util.tree_leaves_with_path(sown)
+    found = [x for path, x in leaves if "routed" in jax.tree_util.keystr(path)]
+    p_NBLE = jnp.concatenate([x.reshape(-1, *x.shape[-3:]) for x in found])
+    return (unmultiplied(logits_BLV, sown), p_NBLE), state
 
 
 def imbalance(p_NBLE: Array, weight_BL: Array, *, chosen: int) -> Array:

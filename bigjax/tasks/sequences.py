@@ -18,6 +18,7 @@ from bigjax.task import Batch, Task, one_player
 from bigjax.tasks.classification import padding
 from bigjax.tasks.language import token_losses
 from bigjax.tasks.masked import real_tokens
+from bigjax.tasks.routing import factored
 
 
 def sequence_to_sequence(model: nn.Module, *, start: int = 0, label_smoothing: float = 0.0) -> Task:
@@ -52,7 +53,7 @@ def sequence_to_sequence(model: nn.Module, *, start: int = 0, label_smoothing: f
 
     plain = partial(per_example, smoothing=0.0)
     smooth = partial(per_example, smoothing=label_smoothing)
-    return one_player(model, smooth, inputs=inputs, evaluate=plain, check=check)
+    return one_player(model, smooth, inputs=inputs, apply=factored, evaluate=plain, check=check)
 
 
 def shifted(target_BM: Array, start: int = 0) -> Array:
