@@ -99,6 +99,7 @@ class RunConfig:
     log_every: Annotated[int, Count] = 50  # updates between lines of the log, each the mean over them
     eval_every: Annotated[int, Positive] = 500  # updates between evaluations on the test split
     tensorboard: bool = False  # write event files too, into workdir/tensorboard
+    peak_tflops: Annotated[float | None, Positive] = None  # of one device, for `mfu`; known of TPUs, H100 and H200
     profile: bool = False  # trace the second log window into workdir/profile, for TensorBoard or Perfetto
     # ---- checkpoint
     save_every: Annotated[int, Positive] = 500  # updates between checkpoints

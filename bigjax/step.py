@@ -122,7 +122,7 @@ def checked(player: str, given: Any) -> Any:
     return given
 
 
-RESERVED = set("step split skipped grad_norm param_norm update_norm examples_per_second learning_rate".split())
+RESERVED = set("step split skipped grad_norm param_norm update_norm examples_per_second mfu learning_rate".split())
 
 
 def check_metrics(who: str, metrics: Mapping[str, Any]) -> None:

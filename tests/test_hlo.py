@@ -14,10 +14,12 @@ from conftest import run_with_devices
 from bigjax import sharding
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import GPT
+from bigjax.ops.counted import flops
 from bigjax.program import Program
+from bigjax.run.flops import lower
 from bigjax.sharding import MeshConfig
 from bigjax.tasks import next_token
-from bigjax.tools import hlo, plan
+from bigjax.tools import hlo
 
 MESH = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 2})
 
@@ -74,7 +76,7 @@ def test_flops_are_those_of_the_shapes() -> None:
 
     a, b, kernel, image = (jnp.ones(s) for s in ((3, 4), (4, 4), (3, 3, 2, 5), (7, 8, 8, 2)))
     jaxpr = jax.make_jaxpr(f)(a, b, kernel, image).jaxpr
-    assert plan.flops(jaxpr) == 5 * 2 * 3 * 4 * 4 + 2 * (7 * 8 * 8 * 5) * (3 * 3 * 2)
+    assert flops(jaxpr) == 5 * 2 * 3 * 4 * 4 + 2 * (7 * 8 * 8 * 5) * (3 * 3 * 2)
 
 
 def test_flops_of_a_gpt_are_six_a_parameter_and_token_and_remat_adds_the_forward_pass() -> None:
@@ -85,7 +87,7 @@ def test_flops_of_a_gpt_are_six_a_parameter_and_token_and_remat_adds_the_forward
         model = GPT(vocabulary=V, layers=3, width=D, heads=2, context=L, bias=False, scan=True, **fields)
         e = Experiment(next_token(model), optax.sgd(0.1), tokens, tokens)
         program = Program(e, RunConfig(batch_size=B), e.train, steps=1)
-        return plan.flops(plan.lower(program).jaxpr.jaxpr)
+        return flops(lower(program).jaxpr.jaxpr)
 
     matrices = 3 * 12 * D * D + V * D
     attention = 3 * 2 * 2 * L * D  # of one token, forward: scores and mixture, over all positions
@@ -103,7 +105,7 @@ def gpt_step(mesh: MeshConfig, *, rows: int = 8, length: int = 16) -> tuple[hlo.
     e = Experiment(next_token(model), optax.sgd(0.1), tokens, tokens)
     program = Program(e, RunConfig(batch_size=rows, mesh=mesh), e.train, steps=1)
     with jax.set_mesh(program.mesh):
-        return hlo.parse(plan.lower(program).lower().compile().as_text()), program
+        return hlo.parse(lower(program).lower().compile().as_text()), program
 
 
 def in_eight() -> None:

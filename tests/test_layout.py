@@ -32,9 +32,9 @@ CORE_LINES = 1800
 LEAVES = {
     "ops": set(),
     "models": {"ops"},
-    "tasks": set(),
-    "data": set(),
-    "run": set(),
+    "tasks": {"ops"},
+    "data": {"ops"},
+    "run": {"ops"},
     "pretrained": {"ops", "models"},
     "use": {"models", "run"},
     "look": {"data", "run"},

@@ -4,7 +4,6 @@ At a millisecond an update, what surrounds it costs more than the update. K upda
 the split, B rows of a batch.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -15,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.core import jaxprs_in_params
 
 from bigjax import UsageError, sharding
 from bigjax.data import order, pipeline
 from bigjax.data.lengths import ByLength
 from bigjax.data.prefetch import Prefetcher, Shapes
 from bigjax.metrics import Metrics
+from bigjax.ops.counted import convolves, flops
 from bigjax.program import Controls, Program
 from bigjax.step import TrainState
 from bigjax.task import Batch, Key
@@ -140,30 +139,11 @@ def updates_at_once(program: Program) -> int:
     with jax.set_mesh(mesh):
         shapes = (program.state_shapes, program.window_shapes, program.batch_shapes, program.key)
         found = jax.make_jaxpr(program.one)(*shapes, program.control_shapes)
-    platform, (operations, convolves) = mesh.devices.flat[0].platform, work(found.jaxpr)
-    if platform == "cpu" and convolves:  # inside a loop XLA's own gradients of convolutions are ten times slower there
+    platform, operations = mesh.devices.flat[0].platform, flops(found.jaxpr, kernels=False)
+    if platform == "cpu" and convolves(found.jaxpr):  # whose gradients are ten times slower there in a loop
         return 1
     short = SHORT.get(platform, SHORT_ELSEWHERE) * mesh.size
     return int(min(MOST, max(1, short // max(operations, 1))))
-
-
-def work(jaxpr: Any) -> tuple[int, bool]:
-    """(floating-point operations of its matrix products and convolutions, whether there are convolutions)."""
-    operations, convolves = 0, False
-    for equation in jaxpr.eqns:
-        name, given = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = given["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[d] for d in contracted)
-            operations += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        if name == "conv_general_dilated":
-            kernel, convolves = equation.invars[1].aval.shape, True
-            out = given["dimension_numbers"].rhs_spec[0]
-            operations += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[out]
-        for inside in jaxprs_in_params(given):
-            more, also = work(inside)
-            operations, convolves = operations + more * given.get("length", 1), convolves or also
-    return operations, convolves
 
 
 def seconds_an_update(program: Program) -> float:

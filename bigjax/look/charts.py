@@ -11,7 +11,7 @@ import numpy as np
 # Curves are drawn in stand-in colours that become CSS variables, so that one drawing is readable in light and in dark.
 SPLITS = {"train": "#030303", "eval": "#040404", "validation": "#050505"}
 CSS = {"#010101": "currentColor", "#020202": "var(--line)"} | {v: f"var(--{k})" for k, v in SPLITS.items()}
-UNITS = {"examples_per_second": "examples / s", "accuracy": "share", "bits_per_byte": "bits a byte"}
+UNITS = {"examples_per_second": "examples / s", "accuracy": "share", "mfu": "share", "bits_per_byte": "bits a byte"}
 Line = Sequence[tuple[int, float]]  # (step, value)
 
 

@@ -17,6 +17,7 @@ from bigjax.models.cache import Cache, Caches, places
 from bigjax.models.decoder import Decoder
 from bigjax.models.layers import fields_of
 from bigjax.models.transformer import Attention, FeedForward, Scaling, norm
+from bigjax.ops.kernels import FORMS
 from bigjax.sharding import constrain
 
 
@@ -45,7 +46,7 @@ class Spec(nn.Module):
     rope_scaling: Scaling | None = None
     epsilon: float | None = None
     dropout: float = 0.0
-    attention: str = "plain"
+    attention: str = "auto"
     split_residual: bool = False
     scan: bool = False
     remat: str = "none"
@@ -92,7 +93,8 @@ class GPT(Spec, Decoder):
     width: D. kv_heads: None for as many as heads. head: size of one; None for width / heads.
     mlp: hidden units; None for 4 × width or 8/3 × width, up to a multiple of 8 (SwiGLU).
     position: "learned" or "rotary". norm: "layer" or "rms". activation: "gelu", "swiglu", or a function.
-    attention: "plain", or "splash": a Pallas kernel for TPU (`ops.attention.splash_attention`).
+    attention: "plain"; "splash" or "cudnn", kernels for TPU and NVIDIA GPUs, where they suit; "auto" for whichever of
+        these is where the program runs (`ops.kernels`).
     split_residual: splits the stream between blocks over the mesh's tensor axis too: less memory, more traffic.
     tied: the output kernel is the embedding. bias: in all kernels and LayerNorms, but never in the output.
     qkv_bias, mlp_bias: in q, k and v, and in the mlp; None for as `bias` says.
@@ -136,8 +138,8 @@ class GPT(Spec, Decoder):
         super()._check(tokens_BL)
         if self.position not in ("learned", "rotary"):
             raise UsageError(f"position {self.position!r} is unknown: use learned or rotary")
-        if self.attention not in ("plain", "splash"):
-            raise UsageError(f"attention {self.attention!r} is unknown: use plain or splash")
+        if self.attention not in FORMS:
+            raise UsageError(f"attention {self.attention!r} is unknown: use one of {', '.join(FORMS)}")
         if self.position == "rotary":
             self._check_rotary()
         if self.windowed is not None and (self.window is None or len(self.windowed) != self.layers):

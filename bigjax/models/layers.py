@@ -11,6 +11,7 @@ from jax import Array
 
 from bigjax import UsageError
 from bigjax.ops.convolution import conv_general_dilated
+from bigjax.ops.counted import plainly
 from bigjax.ops.vocabulary import Factors, dot_float32
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -149,7 +150,7 @@ def stack(kind: type[nn.Module], *, layers: int, scan: bool, remat: str, **field
     if remat not in REMAT:
         raise UsageError(f"remat {remat!r} is unknown: use one of {', '.join(REMAT)}")
     fields |= {"layers": layers, "scan": scan, "remat": remat}
-    block = kind if remat == "none" else nn.remat(kind, policy=REMAT[remat], prevent_cse=not scan)
+    block = kind if remat == "none" or plainly("remat") else nn.remat(kind, policy=REMAT[remat], prevent_cse=not scan)
 
     def call(x: Array, *others: Any, each: Any = None) -> Any:
         own = () if each is None else (each,)

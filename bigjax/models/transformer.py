@@ -16,8 +16,8 @@ from jax.nn.initializers import Initializer
 from bigjax import UsageError
 from bigjax.models.cache import Cache, places, within, written
 from bigjax.models.layers import OffsetRMSNorm, promoting
-from bigjax.ops.attention import attention, cached_attention, splash_attention, together
-from bigjax.sharding import splits_rows_and_heads
+from bigjax.ops.attention import cached_attention, together
+from bigjax.ops.kernels import attend
 
 Scaling = tuple[float | Array] | tuple[float, float, float, int]  # factor; or with low, high, context
 
@@ -70,8 +70,7 @@ class Attention(nn.Module):
 
     With a cache (from `empty_cache`), x are the tokens at `position`, `position` + 1, …, (B,) where rows differ: their
     keys and values are written there, and each looks at everything up to itself. Without, x are all tokens from
-    position 0, and the cache returned is None. kernel: "plain", or "splash" (for TPU), which shapes that it does not
-    suit leave to the plain one.
+    position 0, and the cache returned is None. kernel: of `ops.kernels.FORMS`.
     qkv_bias: None for as `bias` says. qk_norm: an RMSNorm over each head of q and k (Henry et al. 2020), or which kind
     of `norm`. window: how many positions, itself among them, one looks at. rope_base, rope_scaling, epsilon: of
     `rotary` and of that norm; these and window may be arrays, where layers differ. memory: what is looked at in place
@@ -85,7 +84,7 @@ class Attention(nn.Module):
     head: int | None = None  # size of one; None for D / heads
     causal: bool = True
     rotary: bool = False
-    kernel: str = "plain"
+    kernel: str = "auto"
     bias: bool = True
     qkv_bias: bool | None = None
     qk_norm: bool | str = False
@@ -145,12 +144,8 @@ class Attention(nn.Module):
             mask = near if mask is None else mask & near
         if cache is not None:
             y_BLHK = cached_attention(q, cache["k"], cache["v"], mask=mask, bias=bias)
-        elif (
-            self.kernel == "splash" and causal and mask is bias is None and L % 128 == 0 and splits_rows_and_heads(B, G)
-        ):
-            y_BLHK = splash_attention(q, k, v)
         else:
-            y_BLHK = attention(q, k, v, mask=mask, causal=causal, bias=bias)
+            y_BLHK = attend(q, k, v, mask=mask, causal=causal, bias=bias, form=self.kernel)
         out = nn.Dense(D, use_bias=self.bias, dtype=self.dtype, kernel_init=self.out_init, name="o")
         return out(y_BLHK.reshape(B, L, H * K)), cache
 

@@ -92,8 +92,10 @@ def _attend(q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask: Array | None, bi
     return (weight_BGRLM.reshape(B, G, R * L, M) @ v_BGMK).reshape(q_BGRLK.shape)
 
 
-def splash_attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, interpret: bool = False) -> Array:
-    """Causal `attention` on TPU as a Pallas kernel that works block by block, so that nothing of size L × L is stored.
+def splash_attention(
+    q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, causal: bool = True, interpret: bool = False
+) -> Array:
+    """`attention` on TPU as a Pallas kernel that works block by block, so that nothing of size L × L is stored.
 
     FlashAttention (Dao et al. 2022) as in JAX's splash attention. L must be a multiple of 128. `interpret` runs the
     kernel on any device, slowly. Over a mesh each device works on its own rows and heads.
@@ -107,7 +109,7 @@ def splash_attention(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array, *, interpret: 
     sizes = kernels.BlockSizes(**{f"block_{place}": block for place in places})
 
     def local(q_BLHK: Array, k_BMGK: Array, v_BMGK: Array) -> Array:
-        mask = masks.MultiHeadMask([masks.CausalMask((L, L))] * q_BLHK.shape[2])
+        mask = masks.MultiHeadMask([(masks.CausalMask if causal else masks.FullMask)((L, L))] * q_BLHK.shape[2])
         attend = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
         q_BHLK, k_BGMK, v_BGMK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK * K**-0.5, k_BMGK, v_BMGK))
         return jnp.swapaxes(jax.vmap(attend)(q_BHLK, k_BGMK, v_BGMK), 1, 2)

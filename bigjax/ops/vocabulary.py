@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from bigjax.ops.counted import plainly
 from bigjax.sharding import BATCH, our_mesh
 
 MOST = 2**28  # bytes of float32 logits on a device; more are made in parts, each of at most so many
@@ -53,7 +54,7 @@ def unmultiplied(logits: Any, sown: Mapping[str, Any]) -> Any:
     ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     split = mesh is not None and (mesh.shape["tensor"] > 1 or shape[:1] and shape[0] % ways)
     few = 4 * math.prod(shape) <= MOST * ways
-    return logits if "factors" not in sown or few or split else sown["factors"][0]
+    return logits if "factors" not in sown or few or split or plainly("vocabulary") else sown["factors"][0]
 
 
 def in_parts(rows: Callable[..., Any], factors: Factors, *each_BL: Array) -> Any:

@@ -13,6 +13,7 @@ from bigjax.experiment import OnLog
 from bigjax.metrics import Metrics
 from bigjax.program import Program
 from bigjax.run import processes
+from bigjax.run.flops import examples_at_peak
 from bigjax.run.log import read_log
 from bigjax.run.modules import only_here
 from bigjax.run.rates import learning_rates
@@ -63,6 +64,9 @@ class Lines:
         self.ends, self.unread, self.mark, self.forgiven = False, None, None, forgiven
         self.dropped = dropped - forgiven  # before the window that is read next
         self.rates = learning_rates(program.experiment.transformations(program.steps))
+        self.peak: float | None = None  # examples a second
+        with only_shown("the utilization of the devices", display.line):
+            self.peak = examples_at_peak(program)
 
     def begin(self, step: int, waited: float) -> None:
         """What is done counts neither for the speed nor, at first, for the wait for data: it compiled."""
@@ -103,7 +107,8 @@ class Lines:
             self.display.line(f"step {step}: {dropped:.1%} {since}")
         self.dropped += round(float(window["skipped"][0]))
         values = self.learning_rate(step - 1 - self.dropped) | values
-        self.tell(step, "train", values | ({"examples_per_second": speed} if np.isfinite(speed) else {}))
+        told = {"examples_per_second": speed} | ({"mfu": speed / self.peak} if self.peak else {})
+        self.tell(step, "train", values | (told if np.isfinite(speed) else {}))
         share = seconds["data_wait"] / max(seconds["train"], 1e-9)
         shown = {"metrics": self.in_order(values), "examples_per_second": speed, "data_wait_fraction": share}
         self.display.update(step, self.program.steps, **shown)

@@ -29,7 +29,7 @@ from bigjax.run.shown import for_report, own_metric
 # Settings that may differ between a run and its resumption: they change no number.
 FREE = {
     "workdir", "mesh", "distributed", "keep", "save_every", "save_minutes", "hang_seconds", "nonfinite", "resume",
-    "tensorboard", "profile", "compilation_cache", "accept_changes", "extend", "log_every", "eval_every",
+    "tensorboard", "peak_tflops", "profile", "compilation_cache", "accept_changes", "extend", "log_every", "eval_every",
 }  # fmt: skip
 LENGTH = ("steps", "epochs", "minutes")  # may differ with --extend
 OURS = (

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.extend.core import jaxprs_in_params
 from rich.console import Console
 from rich.table import Table
 
@@ -17,45 +16,12 @@ from bigjax import UsageError, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig, check
 from bigjax.program import Program, planned_steps
+from bigjax.run.flops import lower, work
 from bigjax.run.frozen import frozen_of
 from bigjax.tools import hlo
 from bigjax.tools.slices import GIB, Chip, slice_of
 
 Build = Callable[[Any], Experiment]
-
-
-def flops(jaxpr: Any) -> float:
-    """Multiplications and additions in the matrix products and convolutions of a jaxpr, over all devices.
-
-    Loops count as often as they run; of a branch the larger side; elementwise work, a few per cent, is left out. Of a
-    causal attention the plain form counts, which leaves out 3/8 of the masked half.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        name, p = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contract, _), _ = p["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contract)
-        elif name == "conv_general_dilated":
-            kernel, spec = eqn.invars[1].aval.shape, p["dimension_numbers"].rhs_spec
-            work = math.prod(kernel) / kernel[spec[0]]  # for each output: inputs of its group × window
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * work / math.prod(p["lhs_dilation"])
-        elif name == "pallas_call":
-            raise NotImplementedError(f"the work of the kernel {p.get('name')} is not known: count its plain twin")
-        elif name == "cond":
-            total += max(flops(b.jaxpr) for b in p["branches"])
-        else:
-            times = p["length"] if name == "scan" else 1
-            total += times * sum(flops(j) for j in jaxprs_in_params(p))
-    return total
-
-
-def lower(program: Program) -> Any:
-    """The traced step of a program: the same function, placed the same way, as training runs."""
-    shapes = (program.state_shapes, program.window_shapes, program.batch_shapes, program.key, program.control_shapes)
-    with jax.set_mesh(program.mesh):
-        return program.update.trace(*shapes)
 
 
 def links(mesh: jax.sharding.Mesh, axis: str) -> int:
@@ -88,14 +54,7 @@ def plan(build: Build, config: RunConfig, *, topology: str) -> dict[str, Any]:
     begin = time.perf_counter()
     traced = lower(program)
 
-    def counted(**fields: str) -> float:  # with what those fields of the configuration say, where it has them
-        changed = {k: v for k, v in fields.items() if getattr(config, k, v) != v}
-        if not changed:
-            return flops(traced.jaxpr.jaxpr)
-        other = dataclasses.replace(config, **changed)
-        return flops(lower(Program(build(other), other, experiment.train, steps=1000, mesh=mesh)).jaxpr.jaxpr)
-
-    hardware_flops, model_flops = counted(attention="plain"), counted(attention="plain", remat="none")
+    hardware_flops, model_flops = (work(program, what) for what in ("hardware", "model"))
     state, frozen = jax.tree.leaves(program.state_shapes), frozen_of(program.state_shapes.model_state)
     out: dict[str, Any] = {
         "topology": topology,

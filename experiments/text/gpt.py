@@ -56,7 +56,7 @@ class Config(RunConfig):
     context: Annotated[int | None, Positive] = None  # tokens a row; the model's own by default
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-4, weight_decay=0.1, clip=1.0, b2=0.95)
-    attention: Literal["auto", "plain", "splash"] = "auto"  # auto: splash on TPU, and to plan for one
+    attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  # auto: by splash on TPU, by cuDNN on a GPU
     split_residual: bool = False  # the stream between blocks over mesh.tensor: less memory, more traffic
     scan: bool = True  # over layers: compiles in the time of one
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
@@ -69,8 +69,7 @@ def build(c: Config) -> Experiment:
         print("no accelerator here: this is the tiny model; give --model for another", file=sys.stderr)
     preset = PRESETS[c.model or ("tiny" if small else "gpt2_124m")]
     length = c.context or preset["context"]
-    attention = ("splash" if backend == "tpu" else "plain") if c.attention == "auto" else c.attention
-    how = {"attention": attention, "split_residual": c.split_residual, "scan": c.scan, "remat": c.remat}
+    how = {"attention": c.attention, "split_residual": c.split_residual, "scan": c.scan, "remat": c.remat}
     model = GPT(**preset | {"context": length}, **how, dtype=c.dtype)
     if c.eval_data is not None:
         raise UsageError("gpt.py evaluates on the test.bin beside the tokens it trains on: leave out --eval-data")
