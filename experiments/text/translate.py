@@ -11,12 +11,15 @@ Measured: not yet.
 from dataclasses import dataclass
 from typing import Annotated
 
+import optax
+
 from bigjax import UsageError, cli, optim, pretrained
 from bigjax.data import docstrings, pairs, reading, sources
 from bigjax.data.text import load_tokenizer
 from bigjax.experiment import Experiment, Fraction, NonNegative, Positive, Published, RunConfig, Within
 from bigjax.look import texts
 from bigjax.models import T5
+from bigjax.ops import optimizers
 from bigjax.pretrained import begin, tokens
 from bigjax.tasks import sequence_to_sequence
 from bigjax.use.text import fits
@@ -25,7 +28,7 @@ TAKES = ("source", "target")
 ROWS = {  # docs/translate.md says of which files
     "translate_multi30k": {
         "arguments": "--data multi30k/en_de_train.jsonl --eval-data multi30k/en_de_test_2016.jsonl --lower-case "
-        "--dropout 0.1 --batch-size 64 --learning-rate 2e-3", "data": "Multi30k, own .jsonl", "metric": "eval/bleu",
+        "--dropout 0.1 --batch-size 64 --muon 0.02 --learning-rate 0.06", "data": "Multi30k, own .jsonl", "metric": "eval/bleu",
     },
     "translate_docs": {"arguments": "--length 64 --minutes 10", "data": "python_docstrings", "metric": "eval/rouge_l"},
 }  # fmt: skip
@@ -54,6 +57,7 @@ class Config(RunConfig):
     length_penalty: Annotated[float, NonNegative] = 1.0  # the search divides log-probabilities by length ** this
     minutes: float | None = 30.0
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=1e-4, clip=1.0)
+    muon: Annotated[float, NonNegative] = 0.0  # learning rate of Muon, for matrices; 0: AdamW is for all of them
     ema: float = 0.999
     eval_every: int = 10**6
 
@@ -84,9 +88,16 @@ def build(c: Config) -> Experiment:
         published = [Published("eval/rouge_l", copied, "the function's name and arguments as words, in this run")]
     elif c.lower_case and str(c.eval_data).endswith("en_de_test_2016.jsonl"):
         published = [Published("eval/bleu", 41.02, WU)]
+
+    def tx(steps: int) -> optax.GradientTransformation:
+        if not c.muon:
+            return c.adamw(steps)
+        of_matrices = optim.schedule(c.adamw.schedule, c.muon, steps=steps, warmup=c.adamw.warmup)
+        return optimizers.muon(of_matrices, adam_rate=c.adamw.rate(steps), weight_decay=c.adamw.weight_decay)
+
     return Experiment(
         task=sequence_to_sequence(model, label_smoothing=c.label_smoothing),
-        tx=c.adamw,
+        tx=tx,
         train=pairs.by_length(rows.train),
         test=rows.test,
         initial=begun,
