@@ -12,11 +12,12 @@ from conftest import blobs, tiny_experiment
 from families import FAMILIES
 
 from bigjax import UsageError, train
-from bigjax.data import feeds, order
+from bigjax.data import order
 from bigjax.data.feeds import MOST, Feeding
 from bigjax.data.lengths import ByLength
 from bigjax.experiment import Experiment, RunConfig
 from bigjax.models import CNN, MLP
+from bigjax.ops.counted import convolves, flops
 from bigjax.program import Program
 from bigjax.run.log import read_log
 from bigjax.tasks import classify
@@ -133,10 +134,12 @@ def test_work_counts_products_also_inside_loops() -> None:
         return jax.lax.scan(lambda x, _: (jax.jit(jnp.matmul)(x, w), None), x, None, length=3)[0]
 
     shapes = jax.ShapeDtypeStruct((2, 5), "float32"), jax.ShapeDtypeStruct((5, 5), "float32")
-    assert feeds.work(jax.make_jaxpr(thrice)(*shapes).jaxpr) == (3 * 2 * 2 * 5 * 5, False)
+    jaxpr = jax.make_jaxpr(thrice)(*shapes).jaxpr
+    assert (flops(jaxpr), convolves(jaxpr)) == (3 * 2 * 2 * 5 * 5, False)
     image, kernel = jax.ShapeDtypeStruct((2, 3, 6, 6), "float32"), jax.ShapeDtypeStruct((4, 3, 3, 3), "float32")
     convolve = lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID")  # noqa: E731
-    assert feeds.work(jax.make_jaxpr(convolve)(image, kernel).jaxpr) == (2 * (2 * 4 * 4 * 4) * (3 * 3 * 3), True)
+    jaxpr = jax.make_jaxpr(convolve)(image, kernel).jaxpr
+    assert (flops(jaxpr), convolves(jaxpr)) == (2 * (2 * 4 * 4 * 4) * (3 * 3 * 3), True)
 
 
 def test_what_cannot_be_fused_or_resident_is_not() -> None:

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from bigjax.experiment import Fraction, NonNegative, Positive
-from bigjax.optim import NO_DECAY, Schedule, adamw, mask, path_string, schedule
+from bigjax.optim import NO_DECAY, AdamW, Schedule, adamw, mask, path_string, schedule
 
 
 def stacked(path: tuple[Any, ...]) -> int:
@@ -51,6 +51,19 @@ def muon(
         weight_decay=weight_decay,
         muon_weight_dimension_numbers=matrices,
     )
+
+
+@dataclass(frozen=True)
+class AdamWOrMuon(AdamW):
+    """AdamW under a schedule, or Muon for matrices beside it: a group of flags."""
+
+    muon: Annotated[float, NonNegative] = 0.0  # learning rate of Muon, for matrices, unclipped; 0: AdamW is for all of them
+
+    def __call__(self, steps: int) -> optax.GradientTransformation:
+        if not self.muon:
+            return super().__call__(steps)
+        rate = schedule(self.schedule, self.muon, steps=steps, warmup=self.warmup)
+        return muon(rate, adam_rate=self.rate(steps), weight_decay=self.weight_decay)
 
 
 def trust_ratios(coefficient: float = 1.0) -> optax.GradientTransformation:

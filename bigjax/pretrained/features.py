@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from bigjax import UsageError
-from bigjax.models import BERT
+from bigjax.models.bert import BERT
 from bigjax.pretrained.begin import weights
 from bigjax.pretrained.reading import load
 from bigjax.pretrained.tokens import tokenizer

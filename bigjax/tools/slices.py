@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from bigjax import UsageError
+from bigjax.run.flops import PEAKS
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1228e9, 9.0e10, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 9.0e10, 2, "2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1.8e11, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 1.8e11, 2, "2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
+    "v4": Chip(PEAKS["TPU v4"], 32 * GIB, 1228e9, 9.0e10, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"),
+    "v5e": Chip(PEAKS["TPU v5 lite"], 16 * GIB, 819e9, 9.0e10, 2, "2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
+    "v5p": Chip(
+        PEAKS["TPU v5"], 95 * GIB, 2765e9, 1.8e11, 3, "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
+    ),
+    "v6e": Chip(PEAKS["TPU v6 lite"], 32 * GIB, 1640e9, 1.8e11, 2, "2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
 }
 
 # Only the compiler is wanted: it shall not ask the network which TPU this is, nor lock it, nor say what it misses.

@@ -39,8 +39,8 @@ ROWS = {  # docs/pretrained.md says of which files
         "data": "SST-2, sentences, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
     },
     "bert_sst2_scratch": {
-        "arguments": "--data sst2/train.jsonl --eval-data sst2/test.jsonl",
-        "data": "SST-2, sentences, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
+        "arguments": "--data sst2/train.jsonl --eval-data sst2/test.jsonl", "data": "SST-2, sentences, own .jsonl",
+        "metric": "eval/accuracy", "seeds": 3,
     },
 }  # fmt: skip
 SMALL = {"layers": 4, "width": 128, "heads": 4}

@@ -11,9 +11,7 @@ Measured: not yet.
 from dataclasses import dataclass
 from typing import Annotated
 
-import optax
-
-from bigjax import UsageError, cli, optim, pretrained
+from bigjax import UsageError, cli, pretrained
 from bigjax.data import docstrings, pairs, reading, sources
 from bigjax.data.text import load_tokenizer
 from bigjax.experiment import Experiment, Fraction, NonNegative, Positive, Published, RunConfig, Within
@@ -28,8 +26,7 @@ TAKES = ("source", "target")
 ROWS = {  # docs/translate.md says of which files
     "translate_multi30k": {
         "arguments": "--data multi30k/en_de_train.jsonl --eval-data multi30k/en_de_test_2016.jsonl --lower-case "
-        "--dropout 0.1 --batch-size 64 --muon 0.02 --learning-rate 0.06", "data": "Multi30k, own .jsonl", "metric": "eval/bleu",
-    },
+        "--dropout 0.1 --batch-size 64 --muon 0.02 --learning-rate 0.06", "data": "Multi30k, .jsonl", "metric": "eval/bleu"},
     "translate_docs": {"arguments": "--length 64 --minutes 10", "data": "python_docstrings", "metric": "eval/rouge_l"},
 }  # fmt: skip
 SMALL = {"layers": 4, "width": 128, "heads": 4, "mlp": 256}
@@ -56,8 +53,7 @@ class Config(RunConfig):
     beams: Annotated[int, Positive] = 5  # of the search by which the test split is written
     length_penalty: Annotated[float, NonNegative] = 1.0  # the search divides log-probabilities by length ** this
     minutes: float | None = 30.0
-    adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=3e-3, weight_decay=1e-4, clip=1.0)
-    muon: Annotated[float, NonNegative] = 0.0  # learning rate of Muon, for matrices; 0: AdamW is for all of them
+    adamw: cli.Flat[optimizers.AdamWOrMuon] = optimizers.AdamWOrMuon(learning_rate=3e-3, weight_decay=1e-4, clip=1.0)
     ema: float = 0.999
     eval_every: int = 10**6
 
@@ -65,12 +61,10 @@ class Config(RunConfig):
 def build(c: Config) -> Experiment:
     asked = {k: v for k in SMALL if (v := getattr(c, k)) is not None}
     begun, shape = begin.weights(c.pretrained, T5, like=asked), SMALL | asked
-    options = {"eval_data": c.eval_data, "split_seed": c.split_seed, "takes": TAKES, **vars(c.columns)}
-    data = sources.load(c.data, **options).in_memory()
-    if c.tokenizer_file:
-        coder = load_tokenizer(c.tokenizer_file)
-    elif begun:
-        coder = pretrained.tokenizer(begun.folder).coder
+    how = {"eval_data": c.eval_data, "split_seed": c.split_seed, "takes": TAKES, **vars(c.columns)}
+    data = sources.load(c.data, **how).in_memory()
+    if c.tokenizer_file or begun:
+        coder = load_tokenizer(c.tokenizer_file) if c.tokenizer_file else pretrained.tokenizer(begun.folder).coder
     else:
         coder = pairs.train_coder(data, vocabulary=c.vocabulary, lower_case=c.lower_case)
     coder = pairs.lowered(coder) if c.lower_case else coder
@@ -81,23 +75,16 @@ def build(c: Config) -> Experiment:
     fits(coder.get_vocab_size(), model.vocabulary, where=c.tokenizer_file or c.pretrained)
     rows = pairs.encode(coder, data, length=c.length, target_length=c.target_length, prefix=c.prefix)
     judge, published = texts.scores(rows.references, lower_case=c.lower_case), []
-    search = {"beams": c.beams, "length_penalty": c.length_penalty, "length": rows.test["target"].shape[1]}
-    write = texts.writer(model, coder.decode, stop=rows.end, **search)
+    search = {"stop": rows.end, "beams": c.beams, "length_penalty": c.length_penalty}
+    write = texts.writer(model, coder.decode, length=rows.test["target"].shape[1], **search)
     if c.data == "python_docstrings":
         copied = judge.score([docstrings.name_as_words(source) for source in rows.sources])["rouge_l"]
         published = [Published("eval/rouge_l", copied, "the function's name and arguments as words, in this run")]
     elif c.lower_case and str(c.eval_data).endswith("en_de_test_2016.jsonl"):
         published = [Published("eval/bleu", 41.02, WU)]
-
-    def tx(steps: int) -> optax.GradientTransformation:
-        if not c.muon:
-            return c.adamw(steps)
-        of_matrices = optim.schedule(c.adamw.schedule, c.muon, steps=steps, warmup=c.adamw.warmup)
-        return optimizers.muon(of_matrices, adam_rate=c.adamw.rate(steps), weight_decay=c.adamw.weight_decay)
-
     return Experiment(
         task=sequence_to_sequence(model, label_smoothing=c.label_smoothing),
-        tx=tx,
+        tx=c.adamw,
         train=pairs.by_length(rows.train),
         test=rows.test,
         initial=begun,
