@@ -24,9 +24,9 @@ from bigjax.use.text import fits
 
 TAKES = ("source", "target")
 ROWS = {  # docs/translate.md says of which files
-    "translate_multi30k": {
+    "translate_multi30k": {"data": "Multi30k, own .jsonl", "metric": "eval/bleu",
         "arguments": "--data multi30k/en_de_train.jsonl --eval-data multi30k/en_de_test_2016.jsonl --lower-case "
-        "--dropout 0.1 --batch-size 64 --muon 0.02 --learning-rate 0.06", "data": "Multi30k, .jsonl", "metric": "eval/bleu"},
+        "--dropout 0.1 --batch-size 64 --muon 0.02 --learning-rate 0.06"},
     "translate_docs": {"arguments": "--length 64 --minutes 10", "data": "python_docstrings", "metric": "eval/rouge_l"},
 }  # fmt: skip
 SMALL = {"layers": 4, "width": 128, "heads": 4, "mlp": 256}
