@@ -25,6 +25,10 @@ FAULTS := faults disk manifest buckets other_devices processes soak families
 faults: $(INSTALLED) ## kill, corrupt and cut off training, and compare the bits
 	$(RUN) -m pytest -n 2 $(FAULTS:%=tests/test_%.py)
 
+bench: $(INSTALLED) ## training speed beside Keras, PyTorch and plain Flax on the same work; an hour on two cores
+	$(PIP) -q -c constraints.txt -e ".[bench]"
+	$(RUN) -m bench.speed
+
 lint: $(INSTALLED) ## ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -34,4 +38,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: help demo test slow faults mutants lint
+.PHONY: help demo test slow faults mutants bench lint
