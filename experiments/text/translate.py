@@ -1,6 +1,6 @@
 """A text from another: translation, summaries. Python functions to their docstrings, or your own pairs; beam search.
 
-Measured: not yet.
+Measured: bleu 38.54 in 2343 s on 2 CPU cores, commit ea5a130.
 
     python experiments/text/translate.py                                      # the first lines of Python's docstrings
     python experiments/text/translate.py --data pairs.jsonl --lower-case      # lines of {"source": ..., "target": ...}
