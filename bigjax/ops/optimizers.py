@@ -57,7 +57,7 @@ def muon(
 class AdamWOrMuon(AdamW):
     """AdamW under a schedule, or Muon for matrices beside it: a group of flags."""
 
-    muon: Annotated[float, NonNegative] = 0.0  # learning rate of Muon, for matrices, unclipped; 0: AdamW is for all of them
+    muon: Annotated[float, NonNegative] = 0.0  # learning rate of Muon, for matrices, unclipped; 0: AdamW for all
 
     def __call__(self, steps: int) -> optax.GradientTransformation:
         if not self.muon:
