@@ -250,12 +250,16 @@ def splits_rows_and_heads(batch: int, heads: int) -> bool:
     )
 
 
-def by_rows_and_heads(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A function of arrays (batch, length, heads, size) that every device runs on its own rows and heads.
+Axes = tuple[Literal["rows", "heads"] | None, ...]
+
+
+def locally(function: Callable[..., Any], inputs: Sequence[Axes], output: Axes) -> Callable[..., Any]:
+    """A function that every device runs on its own rows and heads, of inputs and an output whose axes are these.
 
     For kernels, which the compiler cannot split by itself. Without a mesh it is the function itself.
     """
     if our_mesh() is None:
         return function
-    spec = PartitionSpec(("data", "fsdp"), None, "tensor", None)
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
+    axes = {"rows": ("data", "fsdp"), "heads": "tensor", None: None}
+    specs = [PartitionSpec(*(axes[kind] for kind in kinds)) for kinds in (*inputs, output)]
+    return jax.shard_map(function, in_specs=tuple(specs[:-1]), out_specs=specs[-1], check_vma=False)

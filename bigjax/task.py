@@ -128,9 +128,9 @@ def forward(
 ) -> tuple[Any, Tree]:
     """(outputs, model state after the pass), with dropout keyed by example; state: the player's `variables`.
 
-    With {"intermediates": {}} among these what the model sows comes back, in evaluation too.
+    With {"intermediates": {}} or {"factors": {}} among these what the model sows comes back, in evaluation too.
     """
-    changes = [k for k in state if k == "intermediates" or (train and k != "params")]
+    changes = [k for k in state if k in ("intermediates", "factors") or (train and k != "params")]
     with dropout_by_row(index_B):
         return model.apply(
             state,

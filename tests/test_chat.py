@@ -93,7 +93,7 @@ def test_what_is_no_chat_is_refused(tmp_path: Path, folder: Path) -> None:
     assert "has no chat template" in said_by(chat.encode, CHAT, pretrained.tokens.Tokenizer(tokenizer.coder, {}))
     assert "a model of letters has no chat template: write" in said_by(chat.encode, CHAT, Letters())
     assert said_by(documents.rows, [CHAT], Letters(), length=8, name="c") == (
-        "c holds chats, which need a chat template: give --pretrained an instruct model's"
+        "c holds chats, which need a chat template: name an instruct model's folder by --pretrained"
     )
 
 

@@ -54,7 +54,8 @@ def test_bigjax_itself_is_lazy():
 def test_what_bigjax_shows_is_there():
     assert {"load", "UsageError", "__version__"} < set(dir(bigjax)) and "nope" not in dir(bigjax)
     assert all(callable(getattr(bigjax, name)) for name in bigjax.__all__ if name != "pretrained")
-    assert dir(bigjax.pretrained) == ["load", "save", "tokenizer"]
+    assert dir(bigjax.pretrained) == ["features", "load", "save", "tokenizer"]
+    assert all(callable(getattr(bigjax.pretrained, name)) for name in dir(bigjax.pretrained))
 
 
 def test_models_know_no_loss_no_optimizer_no_data():

@@ -18,6 +18,7 @@ from bigjax.look.pictures import load_gallery
 from bigjax.run.lines import Clock, Lines
 from bigjax.run.log import Log
 from bigjax.run.shown import own_metric, usual
+from bigjax.sharding import MeshConfig, make_mesh
 
 FLAGS = {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 3, "save_every": 3}
 
@@ -122,7 +123,9 @@ def test_the_log_has_the_learning_rate_of_the_last_update_that_was_applied(tmp_p
 
 def test_a_schedule_that_only_the_update_can_ask_is_told_once(tmp_path, said):
     experiment = tiny_experiment(tx=optax.sgd(fails))
-    program, log = SimpleNamespace(config=RunConfig(**FLAGS), steps=10, experiment=experiment), Log(tmp_path, step=0)
+    config, mesh = RunConfig(**FLAGS), make_mesh(MeshConfig(), batch_size=8)
+    program = SimpleNamespace(config=config, steps=10, experiment=experiment, mesh=mesh)
+    log = Log(tmp_path, step=0)
     lines = Lines(log, Display(enabled=False), Clock(), [], program)
     lines.begin(1, 0.0)
     for step in (2, 4):

@@ -124,7 +124,7 @@ with jax.set_mesh(mesh):
     whole = jax.device_put(factors.kernel_VD, jax.NamedSharding(mesh, jax.P("fsdp", None)))
     got = jax.jit(jax.value_and_grad(loss))(Factors(put(factors.x_BLD), whole), put(target), put(weight))
 chex.assert_trees_all_close(jax.device_get(plain), jax.device_get(got), rtol=1e-5, atol=1e-5)
-logits, sown = jax.ShapeDtypeStruct((8, 10, 48), "float32"), {"factors": ("them",)}
+logits, sown = jax.ShapeDtypeStruct((8, 10, 48), "float32"), {"logits": ("them",)}
 for shape, rows, taken in (((2, 4, 1), 8, True), ((2, 2, 2), 8, False), ((2, 4, 1), 4, False)):
     mesh = sharding.make_mesh(sharding.MeshConfig(*shape), batch_size=8)
     with jax.set_mesh(mesh):

@@ -69,7 +69,7 @@ def rows(
         if not isinstance(document, str):
             if getattr(tokenizer, "template", None) is None:
                 raise UsageError(
-                    f"{name} holds chats, which need a chat template: give --pretrained an instruct model's"
+                    f"{name} holds chats, which need a chat template: name an instruct model's folder by --pretrained"
                 )
             tokens, counts = chat.encode(document, tokenizer)
             cut += len(tokens) > length + 1

@@ -102,10 +102,8 @@ def _rows(path: epath.Path, rows: list[tuple[int, dict[str, Any]]], takes: Seque
     texts = next((form for form in forms if set(form) <= set(columns)), None)
     predicted = [c for c in ("label", "target") if c in columns]
     inputs = [v for c, v in rows[0][1].items() if c not in predicted]
-    words = "text" in takes and not all(map(_is_number, inputs))
-    if texts is None and (
-        words or "source" in takes or path.suffix.lower() == ".jsonl" or {"text", "source"} & set(columns)
-    ):
+    words = not {"text", "source"}.isdisjoint(takes) and not all(map(_is_number, inputs))
+    if texts is None and (words or path.suffix.lower() == ".jsonl" or {"text", "source"} & set(columns)):
         if "source" in takes:
             known = f"{path} has the columns {few(columns)}: it needs source and target"
             raise UsageError(f"{known}: rename yours, or name them by --source and --target")

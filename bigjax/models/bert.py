@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigjax import UsageError
-from bigjax.models.layers import fields_of, stack
+from bigjax.models.layers import fields_of, stack, tell_factors
 from bigjax.models.transformer import Attention, FeedForward, norm, unit
 from bigjax.ops.vocabulary import Factors
 from bigjax.sharding import constrain
@@ -111,7 +111,7 @@ class BERT(Spec):
             x_BLD = layer_norm("head_norm")(gelu(dense(self.width, "head")(x_BLD)))
             bias_V = self.param("head_bias", nn.initializers.zeros, (self.vocabulary,))
             factors = Factors(x_BLD, embed.embedding.astype(self.dtype), bias_V)
-            self.sow("intermediates", "factors", factors)
+            tell_factors(self, factors)
             return factors.logits()
         if self.head == "sequence":
             x_BLD = jnp.tanh(dense(self.width, "pooler")(x_BLD[:, 0]))

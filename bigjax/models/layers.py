@@ -120,6 +120,12 @@ class OffsetRMSNorm(nn.Module):
         return (y * (1 + scale.astype(jnp.float32))).astype(self.dtype)
 
 
+def tell_factors(model: nn.Module, factors: Factors) -> None:
+    """Sows them as factors/logits, for who doesn't want the product (`ops.vocabulary`)."""
+    if not model.is_initializing():
+        model.sow("factors", "logits", factors)
+
+
 def unembed(model: nn.Module, x_BLD: Array, embed: nn.Embed | None, *, init: Callable[..., Array]) -> Array:
     """The logits of a model with vocabulary and dtype, by its embedding or by a kernel of their own.
 
@@ -134,7 +140,7 @@ def unembed(model: nn.Module, x_BLD: Array, embed: nn.Embed | None, *, init: Cal
         if dense.has_variable("params", "lora_a"):
             return logits_BLV
     factors = Factors(x_BLD, kernel_VD.astype(model.dtype))
-    model.sow("intermediates", "factors", factors)
+    tell_factors(model, factors)
     return factors.logits() if embed is not None else logits_BLV
 
 

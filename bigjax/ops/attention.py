@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigjax.sharding import by_rows_and_heads
+from bigjax.sharding import locally
 
 
 def attention(
@@ -114,4 +114,5 @@ def splash_attention(
         q_BHLK, k_BGMK, v_BGMK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK * K**-0.5, k_BMGK, v_BMGK))
         return jnp.swapaxes(jax.vmap(attend)(q_BHLK, k_BGMK, v_BGMK), 1, 2)
 
-    return by_rows_and_heads(local)(q_BLHK, k_BMGK, v_BMGK)
+    split = ("rows", None, "heads", None)
+    return locally(local, (split,) * 3, split)(q_BLHK, k_BMGK, v_BMGK)

@@ -8,11 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
 
 from bigjax.ops.attention import attention, splash_attention
 from bigjax.ops.counted import plainly
-from bigjax.sharding import our_mesh, splits_rows_and_heads
+from bigjax.sharding import Axes, locally, our_mesh, splits_rows_and_heads
 
 KERNELS = {"tpu": "splash", "cuda": "cudnn"}  # of which platform
 FORMS = ("auto", "plain", *KERNELS.values())
@@ -115,14 +114,9 @@ def cudnn_attention(
         how = {"is_causal": causal, "implementation": "cudnn"}
         return jax.nn.dot_product_attention(q_BLHK, k_BMGK, v_BMGK, bias, mask, **how)
 
-    if our_mesh() is None:
-        return local(q_BLHK, k_BMGK, v_BMGK, mask, bias)
+    def axes(x: Array | None) -> Axes:
+        return () if x is None else ("rows" if x.shape[0] > 1 else None, "heads" if x.shape[1] > 1 else None)
 
-    def spec(x: Array | None) -> PartitionSpec | None:
-        if x is None:
-            return None
-        return PartitionSpec(None if x.shape[0] == 1 else ("data", "fsdp"), None if x.shape[1] == 1 else "tensor")
-
-    whole = PartitionSpec(("data", "fsdp"), None, "tensor", None)
-    specs = (whole, whole, whole, spec(mask), spec(bias))
-    return jax.shard_map(local, in_specs=specs, out_specs=whole, check_vma=False)(q_BLHK, k_BMGK, v_BMGK, mask, bias)
+    split = ("rows", None, "heads", None)
+    own = locally(local, (split, split, split, axes(mask), axes(bias)), split)
+    return own(q_BLHK, k_BMGK, v_BMGK, mask, bias)

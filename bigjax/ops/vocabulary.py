@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from bigjax.ops.counted import plainly
-from bigjax.sharding import BATCH, our_mesh
+from bigjax.sharding import Axes, locally, our_mesh
 
 MOST = 2**28  # bytes of float32 logits on a device; more are made in parts, each of at most so many
 
@@ -54,7 +53,7 @@ def unmultiplied(logits: Any, sown: Mapping[str, Any]) -> Any:
     ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     split = mesh is not None and (mesh.shape["tensor"] > 1 or shape[:1] and shape[0] % ways)
     few = 4 * math.prod(shape) <= MOST * ways
-    return logits if "factors" not in sown or few or split or plainly("vocabulary") else sown["factors"][0]
+    return logits if "logits" not in sown or few or split or plainly("vocabulary") else sown["logits"][0]
 
 
 def in_parts(rows: Callable[..., Any], factors: Factors, *each_BL: Array) -> Any:
@@ -64,13 +63,9 @@ def in_parts(rows: Callable[..., Any], factors: Factors, *each_BL: Array) -> Any
     last position parts are filled up with zeros. Over a mesh each device goes through its own rows, and gives its part
     of the kernel's gradient once.
     """
-    mesh = our_mesh()
-    if mesh is None:
-        return _in_parts(rows, factors, *each_BL)
-    own, whole = BATCH, PartitionSpec()
-    specs = (Factors(own, whole, None if factors.bias_V is None else whole), *(own for _ in each_BL))
-    local = lambda *arguments: _in_parts(rows, *arguments)  # noqa: E731
-    return jax.shard_map(local, in_specs=specs, out_specs=own, check_vma=False)(factors, *each_BL)
+    split: Axes = ("rows",)
+    local = lambda x, kernel, bias, *each: _in_parts(rows, Factors(x, kernel, bias), *each)  # noqa: E731
+    return locally(local, (split, (), (), *(split for _ in each_BL)), split)(*factors, *each_BL)
 
 
 def _in_parts(rows: Callable[..., Any], factors: Factors, *each_BL: Array) -> Any:

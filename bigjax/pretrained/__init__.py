@@ -7,7 +7,7 @@ A family is a file with the two tables that make its names and its config.json o
 import importlib
 from typing import Any
 
-_FILES = {"features": "features", "load": "reading", "save": "writing", "tokenizer": "tokens"}
+_FILES = {"features": "vectors", "load": "reading", "save": "writing", "tokenizer": "tokens"}
 __all__ = ["features", "load", "save", "tokenizer"]
 
 

@@ -24,10 +24,8 @@ def as_trained(
 
     home = home_of(given, name)
     record = workdir.read_config(home)
-    if record["experiment"] != name:
-        raise UsageError(
-            f"{home} holds a run of {record['experiment']}, not of {name}: use that script, or its --workdir"
-        )
+    if (its := record.get("experiment", name)) != name:
+        raise UsageError(f"{home} holds a run of {its}, not of {name}: use that script, or its --workdir")
     free = {k: getattr(given, k) for k in workdir.FREE}
     trained = replace(workdir.restored(Config(), record["config"]), **free)
     asked = flags.parse(Config, "evaluate", args=arguments, default=trained)[0]

@@ -15,18 +15,10 @@ from bigjax.ops.vocabulary import unmultiplied
 from bigjax.task import Tree, forward
 
 
-def observed(
-    model: nn.Module, state: Mapping[str, Tree], inputs: tuple[Any, ...], **how: Any
-) -> tuple[Any, Tree, Tree]:
-    """As `forward`, with what the model sows: (outputs, that, model state)."""
-    out, state = forward(model, {**state, "intermediates": {}}, inputs, **how)
-    return out, state.get("intermediates", {}), {k: v for k, v in state.items() if k != "intermediates"}
-
-
 def factored(model: nn.Module, state: Mapping[str, Tree], inputs: tuple[Any, ...], **how: Any) -> tuple[Any, Tree]:
     """As `forward`, but of logits that are too many their `Factors`, for `token_losses`."""
-    logits_BLV, sown, state = observed(model, state, inputs, **how)
-    return unmultiplied(logits_BLV, sown), state
+    logits_BLV, state = forward(model, {**state, "factors": {}}, inputs, **how)
+    return unmultiplied(logits_BLV, state.get("factors", {})), {k: v for k, v in state.items() if k != "factors"}
 
 
 def routed(
@@ -35,11 +27,11 @@ def routed(
     """As `factored`; in training with what the routers find: ((logits_BLV, p_NBLE), model state)."""
     if not train:
         return factored(model, state, inputs, train=False, **how)
-    logits_BLV, sown, state = observed(model, state, inputs, train=True, **how)
-    leaves = jax.tree_util.tree_leaves_with_path(sown)
-    found = [x for path, x in leaves if "routed" in jax.tree_util.keystr(path)]
-    p_NBLE = jnp.concatenate([x.reshape(-1, *x.shape[-3:]) for x in found])
-    return (unmultiplied(logits_BLV, sown), p_NBLE), state
+    logits, state = factored(model, {**state, "intermediates": {}}, inputs, train=True, **how)
+    sown = jax.tree_util.tree_leaves_with_path(state["intermediates"])
+    state = {k: v for k, v in state.items() if k != "intermediates"}
+    found = [x for path, x in sown if "routed" in jax.tree_util.keystr(path)]
+    return (logits, jnp.concatenate([x.reshape(-1, *x.shape[-3:]) for x in found])), state
 
 
 def imbalance(p_NBLE: Array, weight_BL: Array, *, chosen: int) -> Array:

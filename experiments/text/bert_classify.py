@@ -38,10 +38,8 @@ ROWS = {  # docs/pretrained.md says of which files
         "--ema 0.99 --label-smoothing 0.1 --pretrained sentence-transformers/all-MiniLM-L6-v2",
         "data": "SST-2, sentences, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
     },
-    "bert_sst2_scratch": {
-        "arguments": "--data sst2/train.jsonl --eval-data sst2/test.jsonl", "data": "SST-2, sentences, own .jsonl",
-        "metric": "eval/accuracy", "seeds": 3,
-    },
+    "bert_sst2_scratch": {"data": "SST-2, sentences, own .jsonl", "metric": "eval/accuracy", "seeds": 3,
+        "arguments": "--data sst2/train.jsonl --eval-data sst2/test.jsonl"},
 }  # fmt: skip
 SMALL = {"layers": 4, "width": 128, "heads": 4}
 WORDS = sentences.Words(tokenizer="wordpiece", length=256)

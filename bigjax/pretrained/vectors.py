@@ -41,8 +41,9 @@ def features(source: Any, inputs: Sequence[str] | np.ndarray, *, batch_size: int
         return state["intermediates"]["features"][0]
 
     if not texts:
-        parts = [np.asarray(seen(variables, inputs[i : i + batch_size])) for i in range(0, len(inputs), batch_size)]
-        return _unit(np.concatenate(parts))
+        scale, parts = np.float32(255 if inputs.dtype == np.uint8 else 1), range(0, len(inputs), batch_size)
+        images = (inputs[i : i + batch_size].astype(np.float32) / scale for i in parts)
+        return _unit(np.concatenate([np.asarray(seen(variables, image)) for image in images]))
     coder, found = tokenizer(begun.folder), {}
     rows = [coder.encode(text)[: model.context] for text in inputs]
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
