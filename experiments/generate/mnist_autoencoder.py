@@ -49,10 +49,11 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
+    sizes = ("code", "encoder_features", "decoder_features", "dropout")
+    classic = recipe(c, "classic", "adamw", "augmentation", *sizes)
     data = sources.load(c.data, eval_data=c.eval_data, split_seed=c.split_seed, takes=TAKES, **vars(c.images))
     image = data.shape("image")
-    sizes = ("code", "encoder_features", "decoder_features", "dropout")
-    if recipe(c, "classic", "adamw", "augmentation", *sizes):
+    if classic:
         model = Autoencoder(image=image, dropout=0.5, dtype=c.dtype)
     else:
         widths = {"encoder_features": c.encoder_features, "decoder_features": c.decoder_features}
@@ -60,10 +61,10 @@ def build(c: Config) -> Experiment:
 
     return Experiment(
         task=reconstruct(model),
-        tx=optax.adam(1e-3) if c.classic else c.adamw,
+        tx=optax.adam(1e-3) if classic else c.adamw,
         train=data.train,
         test=data.test,
-        augment=None if c.classic else c.augmentation.function(),
+        augment=None if classic else c.augmentation.function(),
         evaluators={"probe": linear_probe(model, data.train, data.test)},
         gallery={"reconstructions": reconstructions(model, data.test)},
     )

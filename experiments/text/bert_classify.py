@@ -68,6 +68,7 @@ def inputs(batch: Batch) -> tuple[Array, Array]:
 
 
 def build(c: Config) -> Experiment:
+    classic = recipe(c, "classic", "adamw")
     asked = {k: v for k in SMALL if (v := getattr(c, k)) is not None}
     begun = begin.weights(c.pretrained, BERT, like=asked)
     options = {"eval_data": c.eval_data, "split_seed": c.split_seed, "takes": TAKES, **vars(c.columns)}
@@ -86,7 +87,7 @@ def build(c: Config) -> Experiment:
     model = model.clone(head="sequence", outputs=data.classes, dropout=c.dropout, dtype=c.dtype)
     return Experiment(
         task=classify(model, classes=data.classes, inputs=inputs, label_smoothing=c.label_smoothing),
-        tx=as_transformers if recipe(c, "classic", "adamw") else c.adamw,
+        tx=as_transformers if classic else c.adamw,
         train=train,
         test=test,
         tokenizer=coder,

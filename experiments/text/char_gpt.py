@@ -51,17 +51,18 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
+    classic = recipe(c, "classic", "learning_rate", "adam_rate", "weight_decay")
     options = {"eval_data": c.eval_data, "split_seed": c.split_seed, "takes": TAKES, **vars(c.columns)}
     data = characters.load(c.data, length=c.context, stride=max(c.context // 2, 1), **options)
     names, known = data.class_names, data.facts["corpus_sha256"] == SHAKESPEARE
     shape = {"vocabulary": len(names), "layers": c.layers, "width": c.width, "heads": c.heads, "bias": False}
-    if recipe(c, "classic", "learning_rate", "adam_rate", "weight_decay"):
+    if classic:
         model = GPT(**shape, context=c.context, activation="gelu_erf", dtype=c.dtype)
     else:  # rotary positions go on after those of training
         model = GPT(**shape, context=max(c.context, 1 + SAMPLE), position="rotary", norm="rms", dtype=c.dtype)
 
     def tx(steps: int) -> optax.GradientTransformation:
-        if c.classic:
+        if classic:
             rate = optim.schedule("warmup-cosine", 1e-3, steps=steps, warmup=100, end=0.1)
             return optim.adamw(rate, weight_decay=0.1, clip=1.0, b2=0.99)
         rates = [optim.schedule("warmup-cosine", peak, steps=steps) for peak in (c.learning_rate, c.adam_rate)]

@@ -58,6 +58,7 @@ class Config(RunConfig):
 
 
 def build(c: Config) -> Experiment:
+    theirs = recipe(c, "classic", "adamw", "label_smoothing", "drop_tokens")
     options = {"eval_data": c.eval_data, "split_seed": c.split_seed, "takes": TAKES, **vars(c.columns)}
     data = sources.load(c.data, **options).in_memory()
     coder = c.words.coder(data)
@@ -71,7 +72,6 @@ def build(c: Config) -> Experiment:
         dropout=c.dropout,
         dtype=c.dtype,
     )
-    theirs = recipe(c, "classic", "adamw", "label_smoothing", "drop_tokens")
     smoothing, dropped = (0.0, 0.0) if theirs else (c.label_smoothing, c.drop_tokens)
     classic = optax.chain(optax.adadelta(1.0, rho=0.95), max_norm(3.0, r"head/kernel$"))
     return Experiment(
