@@ -3,8 +3,8 @@
 A patch begins with a line that says what is broken and one, `test: tests/test_x.py::test_name`, that names the quickest
 test that must see it; the diff against `bigjax/` follows, with one line of context.
 
-Applied are those whose files changed since the last tag and twelve more, or a sixth of all where there is no tag, drawn
-by the commit's hash; all of them where there is no git, and with BIGJAX_MUTANTS=all, as `make mutants` sets it.
+Applied are twelve, drawn by the commit's hash, and those whose files changed since the last tag; all of them where
+there is no git, and with BIGJAX_MUTANTS=all, as `make mutants` sets it.
 """
 
 import ast
@@ -68,7 +68,7 @@ def selected(mutants: list[Path], *, root: Path) -> list[Path]:
     if os.environ.get("BIGJAX_MUTANTS") == "all" or commit is None:
         return mutants
     changed = set(git("diff", "--name-only", tag, root=root).splitlines()) if tag else set()
-    drawn = random.Random(commit).sample(mutants, min(DRAWN if tag else len(mutants) // 6, len(mutants)))
+    drawn = random.Random(commit).sample(mutants, min(DRAWN, len(mutants)))
     return [p for p in mutants if p in drawn or files_of(p) & changed]
 
 
@@ -148,9 +148,7 @@ def test_it_applies_and_names_a_test(patch: Path) -> None:
 
 
 def test_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All without git, a sixth without a tag; else what changed since, committed or not, and twelve that only the
-    commit decides.
-    """
+    """All without git; else twelve that only the commit decides, and what changed since a tag, committed or not."""
     monkeypatch.delenv("BIGJAX_MUTANTS", raising=False)
     for name in [n for n in os.environ if n.startswith("GIT_")]:
         monkeypatch.delenv(name)
@@ -163,11 +161,9 @@ def test_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     do("init", "-q")
     do("add", ".")
     do("commit", "-qm", "a")
-    assert len(sixth := selected(MUTANTS, root=tmp_path)) == len(MUTANTS) // 6
-    assert selected(MUTANTS, root=tmp_path) == sixth
+    assert len(first := selected(MUTANTS, root=tmp_path)) == DRAWN
     do("tag", "v1")
-    first = selected(MUTANTS, root=tmp_path)
-    assert len(first) == DRAWN and selected(MUTANTS, root=tmp_path) == first
+    assert selected(MUTANTS, root=tmp_path) == first
     do("commit", "-q", "--allow-empty", "-m", "b")
     assert len(second := selected(MUTANTS, root=tmp_path)) == DRAWN and second != first
     with (tmp_path / "bigjax" / "optim.py").open("a") as f:
