@@ -2,9 +2,10 @@
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bench.works import ADAM, TOLD, Work, data
@@ -34,7 +35,7 @@ def experiment(work: Work) -> Experiment:
         model, rows = BERT(**sizes, head="sequence", outputs=s["outputs"], dropout=0.0), {"x": x, "label": y}
     elif work.kind == "gpt":
         model = GPT(**{k: s[k] for k in ("vocabulary", "context", "layers", "width", "heads")})
-        tokens = jnp.concatenate([x, y[:, -1:]], axis=1)
+        tokens = np.concatenate([x, y[:, -1:]], axis=1)
         return Experiment(next_token(model), optax.adam(ADAM), {"tokens": tokens}, None)
     else:
         encoder, code, *decoder = s["hidden"]
@@ -53,7 +54,7 @@ def run(work: Work, **flags: Any) -> tuple[float, list[float]]:
         for steps, every in ((TOLD, 10), (TOLD + work.updates, part)):
             config = RunConfig(workdir=f"{folder}/{steps}", steps=steps, log_every=every, **how)
             train.fit(experiment(work), config, quiet=True)
-            lines = [r for r in read_log(f"{folder}/{steps}/metrics.jsonl") if r["split"] == "train"]
+            lines = [r for r in read_log(Path(folder) / str(steps) / "metrics.jsonl") if r["split"] == "train"]
             losses.append(lines[-1]["loss"])
             seconds = [r["examples_per_second"] for r in lines[1:] if "examples_per_second" in r]
     return losses[0], seconds
