@@ -80,15 +80,15 @@ class Program:
             return state, metrics.merge(window, out), state.step + 0  # the last only tells that the step is done
 
         numbers = Controls(*(jax.ShapeDtypeStruct((), jnp.int32) for _ in Controls._fields))
+        self.control_shapes = sharding.replicated(numbers, self.mesh)
         with jax.set_mesh(self.mesh):
             self.state_shapes = sharding.place(jax.eval_shape(initialize, self.key), self.mesh, rules=experiment.rules)
-            window = jax.eval_shape(step, self.state_shapes, self.batch_shapes, self.key, numbers)[1]
+            window = jax.eval_shape(step, self.state_shapes, self.batch_shapes, self.key, self.control_shapes)[1]
         self.window_shapes = sharding.replicated(window, self.mesh)
         where = jax.tree.map(lambda s: s.sharding, (self.state_shapes, self.window_shapes))
         self.begin, self.one = lambda: initialize(self.key), update
         self.initialize = jax.jit(initialize, out_shardings=where[0])
         self.update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(*where, None))
-        self.control_shapes = sharding.replicated(numbers, self.mesh)
         zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.window_shapes)  # noqa: E731
         self.fresh_window = jax.jit(zeros, out_shardings=where[1])
 

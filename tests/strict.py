@@ -3,12 +3,14 @@
 import atexit
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+gc.set_threshold(100_000, 20, 50)  # JAX makes a great many objects to trace, and collections took an eighth of a test
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all tests and the processes that they start
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="bigjax-test-cache-")
@@ -16,8 +18,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all tests and the p
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # many train the same tiny models
 FEW_OPTIMIZATIONS = os.environ.get("BIGJAX_OPTIMIZED") != "1"  # compiles in half
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(FEW_OPTIMIZATIONS))  # in the processes that tests start too
-for name in ("TFDS_DATA_DIR", "XLA_FLAGS"):
-    os.environ.pop(name, None)
+os.environ["XLA_FLAGS"] = (  # and again in a third
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if FEW_OPTIMIZATIONS else ""
+)
+os.environ.pop("TFDS_DATA_DIR", None)
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

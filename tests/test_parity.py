@@ -456,13 +456,14 @@ def test_inception_agrees_in_both_heads_and_in_training(tmp_path: Path) -> None:
         logits, state = model.apply(variables, image_BHWC, train=train, mutable=mutable)
         return (logits, state["intermediates"]["aux_logits"][0]), state["batch_stats"]
 
-    for train in (False, True):
+    theirs.double()  # through its normalisations by two images float32 is off by 3e-4 in theirs and 1.2e-4 in ours
+    for train, near in ((False, 1e-4), (True, 5e-4)):
         got, moved = run(*called({"pixel_values": image}), train=train)
         with torch.no_grad():
-            expected = theirs.train(train)(torch.from_numpy(image))
+            expected = theirs.train(train)(torch.from_numpy(image).double())
         for a, b in zip(got, expected, strict=True):
             assert b.abs().max() > 0.1
-            np.testing.assert_allclose(a, b.numpy(), atol=1e-4 * max(1, float(b.abs().max())), rtol=0)
+            np.testing.assert_allclose(a, b.numpy(), atol=near * max(1, float(b.abs().max())), rtol=0)
     kept = {k: v.numpy() for k, v in theirs.state_dict().items()}
     np.testing.assert_allclose(
         moved["mixed_7c"]["branch_pool"]["norm"]["var"], kept["Mixed_7c.branch_pool.bn.running_var"], rtol=1e-4

@@ -38,7 +38,7 @@ KEYS = (
 
 def run(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS[arguments[0]]), "plan", *arguments[1:]]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | environment
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | environment
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == code, done.stdout + done.stderr
     return done

@@ -179,6 +179,7 @@ def test_a_disk_that_takes_nothing_more_from_one_of_them(tmp_path: Path) -> None
 
 
 def test_switches_that_change_no_number_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS")
     before = alike.switches()
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=8")
     with jax.log_compiles():

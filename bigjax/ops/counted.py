@@ -8,22 +8,27 @@ from typing import Any, Literal
 
 from jax.extend.core import jaxprs_in_params
 
-_what: ContextVar[str | None] = ContextVar("counted", default=None)
+_what: ContextVar[tuple[str, set[str]]] = ContextVar("counted", default=("run", set()))
 
 
 @contextlib.contextmanager
-def counting(what: Literal["hardware", "model"]) -> Iterator[None]:
-    """While it is entered programs are traced with plain attention; of the model's own work nothing is done twice."""
-    token = _what.set(what)
+def counting(what: Literal["run", "hardware", "model"]) -> Iterator[set[str]]:
+    """While it is entered programs are traced as they run, or with plain attention, or with nothing done again.
+
+    Gives the parts for which that makes a difference, as they are met: none, and the three are the same.
+    """
+    token = _what.set((what, parts := set()))
     try:
-        yield
+        yield parts
     finally:
         _what.reset(token)
 
 
 def plainly(part: Literal["attention", "vocabulary", "remat"]) -> bool:
-    """Whether that part is to be traced in its plain form."""
-    return _what.get() == "model" or (part == "attention" and _what.get() == "hardware")
+    """Whether that part, which has another form, is to be traced in its plain one."""
+    what, parts = _what.get()
+    parts.add(part)
+    return what == "model" or (part == "attention" and what == "hardware")
 
 
 def flops(jaxpr: Any, *, kernels: bool = True) -> float:

@@ -32,8 +32,8 @@ def attend(
     shapes |= {"mask": None if mask is None else mask.shape, "bias": None if bias is None else bias.shape}
     if form == "auto":
         form = chosen(platform(), **shapes)
-    possible = not plainly("attention") and splits_rows_and_heads(q_BLHK.shape[0], k_BMGK.shape[2])
-    if form == "plain" or not possible or not suits(form, **shapes):
+    possible = form != "plain" and splits_rows_and_heads(q_BLHK.shape[0], k_BMGK.shape[2]) and suits(form, **shapes)
+    if not possible or plainly("attention"):
         return attention(q_BLHK, k_BMGK, v_BMGK, mask=mask, causal=causal, bias=bias)
     if form == "splash":
         return splash_attention(q_BLHK, k_BMGK, v_BMGK, causal=causal)

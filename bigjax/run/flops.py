@@ -31,8 +31,13 @@ def work(program: Program, what: Literal["hardware", "model"]) -> float:
     """`flops` of an update: as it is done, or the model's own, without what is computed again to save memory."""
     with counting(what):
         again = Program(program.experiment, program.config, program.train, steps=program.steps, mesh=program.mesh)
-        jaxpr = lower(again).jaxpr.jaxpr
-    return flops(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])  # without what nothing comes of
+        return flops_of(lower(again))
+
+
+def flops_of(traced: Any) -> float:
+    """`flops` of a traced update, without what nothing comes of."""
+    jaxpr = traced.jaxpr.jaxpr
+    return flops(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def examples_at_peak(program: Program) -> float | None:

@@ -1,5 +1,6 @@
 """What code a run is made of: versions, the commit, and what no commit holds."""
 
+import functools
 import subprocess
 import sys
 from importlib import metadata
@@ -41,8 +42,13 @@ def script() -> Path | None:
 
 
 def installed(path: Path) -> bool:
-    prefixes = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)}
-    return "site-packages" in path.parts or any(path.is_relative_to(p) for p in prefixes)
+    return "site-packages" in path.parts or any(path.is_relative_to(p) for p in _prefixes())
+
+
+@functools.cache
+def _prefixes() -> set[Path]:
+    """Where Python itself is, and the environment that is used."""
+    return {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)}
 
 
 def repository() -> Path | None:

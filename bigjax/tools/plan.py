@@ -15,8 +15,9 @@ from rich.table import Table
 from bigjax import UsageError, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, RunConfig, check
+from bigjax.ops.counted import counting
 from bigjax.program import Program, planned_steps
-from bigjax.run.flops import lower, work
+from bigjax.run.flops import flops_of, lower, work
 from bigjax.run.frozen import frozen_of
 from bigjax.tools import hlo
 from bigjax.tools.slices import GIB, Chip, slice_of
@@ -50,11 +51,13 @@ def plan(build: Build, config: RunConfig, *, topology: str) -> dict[str, Any]:
         config = dataclasses.replace(config, attention="splash")
     experiment = build(config)
     mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
-    program = Program(experiment, config, experiment.train, steps=config.steps or 1000, mesh=mesh)
     begin = time.perf_counter()
-    traced = lower(program)
-
-    hardware_flops, model_flops = (work(program, what) for what in ("hardware", "model"))
+    with counting("run") as other_forms:
+        program = Program(experiment, config, experiment.train, steps=config.steps or 1000, mesh=mesh)
+        traced = lower(program)
+    hardware_flops, model_flops = (
+        work(program, what) if other_forms else flops_of(traced) for what in ("hardware", "model")
+    )
     state, frozen = jax.tree.leaves(program.state_shapes), frozen_of(program.state_shapes.model_state)
     out: dict[str, Any] = {
         "topology": topology,
