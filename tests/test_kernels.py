@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bigjax import sharding
+from bigjax.look.diagnose import layer_rows
 from bigjax.models import BERT, GPT, T5, Gemma, ViT
 from bigjax.ops import kernels
 from bigjax.ops.attention import attention
@@ -81,9 +82,12 @@ def test_all_models_ask_it_and_are_counted_plainly(name: str, monkeypatch: pytes
     with counting("run") as other_forms:
         np.testing.assert_array_equal(jax.jit(lambda *x: model.apply(*x))(variables, *inputs), plain)
     assert other_forms == {"attention"} and len(asked) == (3 if name == "t5" else 1)
+    told = layer_rows(lambda: model.init(jax.random.key(0), *inputs), {"model": variables["params"]})
+    assert told[-1] == ("attention", "cudnn", 0)  # as the table at the start of a run says
+    asked.clear()
     with counting("hardware"):
         jaxpr = jax.make_jaxpr(lambda *x: model.apply(*x))(variables, *inputs)
-    assert len(asked) == (3 if name == "t5" else 1) and flops(jaxpr.jaxpr) > 0
+    assert not asked and flops(jaxpr.jaxpr) > 0
 
 
 def test_work_that_nobody_knows_is_an_error() -> None:

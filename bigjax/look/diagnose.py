@@ -25,10 +25,12 @@ def watch_modules(see: Callable[[str, Any], None]) -> Any:
 
 
 def layer_rows(init: Callable[[], Any], params: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """(layer, output shape of one example, parameters) of each module that owns parameters.
+    """(layer, output shape of one example, parameters) of each module that owns parameters; and the form of attention.
 
     `init` is traced, not run.
     """
+    from bigjax.ops.kernels import telling
+
     shapes: dict[str, str] = {}
 
     def see(path: str, out: Any) -> None:
@@ -36,7 +38,7 @@ def layer_rows(init: Callable[[], Any], params: Mapping[str, Any]) -> list[tuple
         if path and leaves:
             shapes.setdefault(path, " × ".join(map(str, leaves[0].shape[1:])) or "1")
 
-    with watch_modules(see):
+    with watch_modules(see), telling() as forms:
         jax.eval_shape(init)
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -46,7 +48,7 @@ def layer_rows(init: Callable[[], Any], params: Mapping[str, Any]) -> list[tuple
     for owner, count in counts.items():  # several players: their module paths carry no player's name
         inner = owner.partition("/")[2]
         rows.append((owner if len(params) > 1 else inner or owner, shapes.get(inner, ""), count))
-    return rows
+    return rows + [("attention", ", ".join(sorted(forms)), 0)] * bool(forms)
 
 
 def first_nonfinite(task: Any, augment: Any, state: TrainState, batch: Batch, key: Key) -> str:

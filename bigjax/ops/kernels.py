@@ -3,7 +3,10 @@
 B batch, L positions that ask, M positions that are looked at, H query heads, G key/value heads, K head size.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,17 @@ from bigjax.sharding import Axes, locally, our_mesh, splits_rows_and_heads
 
 KERNELS = {"tpu": "splash", "cuda": "cudnn"}  # of which platform
 FORMS = ("auto", "plain", *KERNELS.values())
+_taken: ContextVar[set[str] | None] = ContextVar("taken", default=None)
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[set[str]]:
+    """Gives the forms of attention that are taken in what is traced while it is entered."""
+    token = _taken.set(forms := set())
+    try:
+        yield forms
+    finally:
+        _taken.reset(token)
 
 
 def attend(
@@ -34,6 +48,10 @@ def attend(
         form = chosen(platform(), **shapes)
     possible = form != "plain" and splits_rows_and_heads(q_BLHK.shape[0], k_BMGK.shape[2]) and suits(form, **shapes)
     if not possible or plainly("attention"):
+        form = "plain"
+    if (taken := _taken.get()) is not None:
+        taken.add(form)
+    if form == "plain":
         return attention(q_BLHK, k_BMGK, v_BMGK, mask=mask, causal=causal, bias=bias)
     if form == "splash":
         return splash_attention(q_BLHK, k_BMGK, v_BMGK, causal=causal)
