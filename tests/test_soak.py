@@ -63,8 +63,7 @@ def test_fifty_random_kills_change_no_bit(tmp_path: Path) -> None:
         assert process.returncode == -signal.SIGKILL, f"after {count} kills: {err}"
     print("killed", KILLS, "times, the last at step", newest(run))
     assert newest(run) > 500  # the kills did fall into the training
-    for folder in (run, tmp_path / "straight"):
-        process = start(folder)
+    for process in [start(run), start(tmp_path / "straight")]:
         assert (process.wait(timeout=600), process.stderr.read()) == (0, "")
         process.stderr.close()
     same(tmp_path / "straight", run)
