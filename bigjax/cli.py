@@ -67,10 +67,13 @@ def run(verb: str, config: RunConfig, build: Callable[[Any], Experiment], *, nam
     from bigjax.look.display import Display
     from bigjax.run import processes
     from bigjax.run.log import json_text
+    from bigjax.run.memory import settled
 
     check(config)
     if verb == "report":
         return print(report.write_report(home_of(config, name))) if processes.first() else None
+    if verb == "train":
+        config = settled(config, build, home_of(config, name))
     waits = verb == "train" and processes.first() and sys.stdout.isatty()
     with Display(enabled=waits) as display, display.phase("reading data"):
         experiment = dataclasses.replace(build(config), name=name)

@@ -19,6 +19,7 @@ from bigjax.ops.counted import counting
 from bigjax.program import Program, planned_steps
 from bigjax.run.flops import flops_of, lower, work
 from bigjax.run.frozen import frozen_of
+from bigjax.run.memory import REMATS
 from bigjax.tools import hlo
 from bigjax.tools.slices import GIB, Chip, slice_of
 
@@ -161,7 +162,7 @@ def show(p: dict[str, Any], console: Console) -> None:
 
 def settings(config: RunConfig) -> list[dict[str, Any]]:
     """From the fastest to the one that needs the least memory: rematerialization, then parts of the batch."""
-    remats = [{"remat": name} for name in ("none", "dots", "full")] if hasattr(config, "remat") else [{}]
+    remats = [{"remat": name} for name in REMATS] if hasattr(config, "remat") else [{}]
     return remats + [{**remats[-1], "accumulate": n} for n in (2, 4) if config.batch_size % n == 0]
 
 
@@ -198,6 +199,11 @@ def write_plan(build: Build, config: RunConfig, *, topology: str, home: epath.Pa
         result = tried[0] | {"search": [{k: p[k] for k in keys if k in p} for p in tried]}
         if not result["fits"]:
             raise UsageError(f"no mesh of {topology} fits: take a larger slice, or a smaller batch or model")
+    elif getattr(config, "remat", None) == "auto":
+        plans = (
+            plan(build, dataclasses.replace(config, remat=name), topology=topology) | {"remat": name} for name in REMATS
+        )
+        result = next(p for p in plans if p["fits"] or p["remat"] == REMATS[-1])
     else:
         result = plan(build, config, topology=topology)
     show(result, console)

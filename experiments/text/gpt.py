@@ -59,7 +59,7 @@ class Config(RunConfig):
     attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  # auto: by splash on TPU, by cuDNN on a GPU
     split_residual: bool = False  # the stream between blocks over mesh.tensor: less memory, more traffic
     scan: bool = True  # over layers: compiles in the time of one
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
+    remat: Literal["auto", "none", "dots", "full"] = "full"  # what is computed again; auto: as little as fits
 
 
 def build(c: Config) -> Experiment:

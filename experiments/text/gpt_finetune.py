@@ -52,7 +52,7 @@ class Config(RunConfig):
     context: Annotated[int, Positive] = 256  # tokens of a row, into which documents are packed
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=5e-5, weight_decay=0.01, clip=1.0)
     scan: bool = True  # over layers: compiles in the time of one
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    remat: Literal["auto", "none", "dots", "full"] = "none"  # what is computed again; auto: as little as fits
     save_every: int = 10**6  # a checkpoint is as large as the model
 
 

@@ -53,7 +53,7 @@ class Config(RunConfig):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     adamw: cli.Flat[optim.AdamW] = optim.AdamW(learning_rate=1e-4, weight_decay=0.01, clip=1.0)
     scan: bool = True  # over layers: compiles in the time of one
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    remat: Literal["auto", "none", "dots", "full"] = "none"  # what is computed again; auto: as little as fits
 
 
 def build(c: Config) -> Experiment:
