@@ -11,10 +11,11 @@ import optax
 from bench.works import ADAM, TOLD, Work, data
 from bigjax import train
 from bigjax.experiment import Experiment, RunConfig
-from bigjax.models import BERT, CNN, GPT, LSTM, MLP, Autoencoder
+from bigjax.models import BERT, CNN, GPT, LSTM, MLP, Autoencoder, Discriminator, Generator
 from bigjax.run.log import read_log
 from bigjax.task import fields
 from bigjax.tasks import classify, next_token
+from bigjax.tasks.gan import adversarial
 from bigjax.tasks.images import reconstruct
 
 
@@ -33,6 +34,10 @@ def experiment(work: Work) -> Experiment:
     elif work.kind == "bert":
         sizes = {k: s[k] for k in ("vocabulary", "context", "layers", "width", "heads", "mlp")}
         model, rows = BERT(**sizes, head="sequence", outputs=s["outputs"], dropout=0.0), {"x": x, "label": y}
+    elif work.kind == "dcgan":
+        players = Generator(latent=s["latent"], features=s["generator"]), Discriminator(features=s["discriminator"])
+        tx = dict.fromkeys(("generator", "discriminator"), optax.adam(ADAM))
+        return Experiment(adversarial(*players), tx, {"image": x}, None)
     elif work.kind == "gpt":
         model = GPT(**{k: s[k] for k in ("vocabulary", "context", "layers", "width", "heads")})
         tokens = np.concatenate([x, y[:, -1:]], axis=1)
@@ -55,7 +60,7 @@ def run(work: Work, **flags: Any) -> tuple[float, list[float]]:
             config = RunConfig(workdir=f"{folder}/{steps}", steps=steps, log_every=every, **how)
             train.fit(experiment(work), config, quiet=True)
             lines = [r for r in read_log(Path(folder) / str(steps) / "metrics.jsonl") if r["split"] == "train"]
-            losses.append(lines[-1]["loss"])
+            losses.append(lines[-1]["discriminator_loss" if work.kind == "dcgan" else "loss"])
             seconds = [r["examples_per_second"] for r in lines[1:] if "examples_per_second" in r]
     return losses[0], seconds
 

@@ -88,10 +88,68 @@ def network(work: Work):  # noqa: ANN201
     return Transformer()
 
 
+def players(work: Work):  # noqa: ANN201
+    """(generator, discriminator) of a DCGAN."""
+    from torch import nn
+
+    s = work.sizes
+    (first, *more), grid = s["generator"], s["side"] // 4
+    parts = [nn.Linear(s["latent"], grid * grid * first), nn.Unflatten(1, (first, grid, grid)), nn.LeakyReLU(0.2)]
+    for width in more:
+        parts += [nn.ConvTranspose2d(first, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        first = width
+    generator = nn.Sequential(*parts, nn.Conv2d(first, 1, 3, padding=1), nn.Sigmoid())
+    a, b = s["discriminator"]
+    convs = [nn.Conv2d(1, a, 3, stride=2, padding=1, bias=False), nn.LeakyReLU(0.2)]
+    convs += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.LeakyReLU(0.2)]
+    discriminator = nn.Sequential(*convs, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(b, 1))
+    for parameter in (*generator.parameters(), *discriminator.parameters()):
+        nn.init.xavier_uniform_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+    return generator, discriminator
+
+
+def run_players(work: Work, *, compiled: bool = False, last: bool = False) -> tuple[float, list[float]]:
+    import torch
+    from torch.nn.functional import softplus
+
+    torch.manual_seed(0)
+    x_all = torch.from_numpy(data(work)["x"]).permute(0, 3, 1, 2).contiguous()
+    models = players(work)
+    if last:
+        models, x_all = (
+            [m.to(memory_format=torch.channels_last) for m in models],
+            x_all.to(memory_format=torch.channels_last),
+        )
+    g_adam, d_adam = (torch.optim.Adam(m.parameters(), ADAM, fused=True) for m in models)
+    generate, judge = map(torch.compile, models) if compiled else models
+
+    def train(updates: int) -> tuple[list[float], float]:
+        told, begin = [], time.perf_counter()
+        for n in range(updates):
+            start = (n * work.batch) % (len(x_all) - work.batch + 1)
+            real = x_all[start : start + work.batch] * 2 - 1
+            fake = generate(torch.randn(work.batch, work.sizes["latent"])) * 2 - 1
+            loss = softplus(-judge(real)).mean() + softplus(judge(fake.detach())).mean()
+            d_adam.zero_grad()
+            loss.backward()
+            d_adam.step()
+            deceived = softplus(-judge(fake)).mean()
+            g_adam.zero_grad()
+            deceived.backward()
+            g_adam.step()
+            told.append(loss.detach())
+        return [float(t) for t in told], updates * work.batch / (time.perf_counter() - begin)
+
+    losses, _ = train(TOLD)
+    return sum(losses[-10:]) / 10, [train(max(work.updates // 4, 1))[1] for _ in range(4)]
+
+
 def run(work: Work, *, compiled: bool = False, last: bool = False) -> tuple[float, list[float]]:
     import torch
     from torch.nn import functional as F
 
+    if work.kind == "dcgan":
+        return run_players(work, compiled=compiled, last=last)
     torch.manual_seed(0)
     given, model = data(work), network(work)
     x_all, y_all = torch.from_numpy(given["x"]), torch.from_numpy(given["y"])

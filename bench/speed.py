@@ -36,8 +36,10 @@ def sides(work: str) -> list[tuple[str, str]]:
         if importlib.util.find_spec(package) is None:
             print(f"{package} is not installed: its sides are left out", file=sys.stderr)
             continue
+        if WORKS[work].kind == "dcgan" and file in ("keras_fit", "plain_flax"):  # which have no step of two players
+            continue
         names = importlib.import_module(f"bench.{file}").SIDES
-        found += [(file, n) for n in names if WORKS[work].kind == "cnn" or "channels last" not in n]
+        found += [(file, n) for n in names if WORKS[work].kind in ("cnn", "dcgan") or "channels last" not in n]
     return found
 
 

@@ -27,6 +27,7 @@ TOKENS = {"steps": 200, "vocabulary": 20_000, "width": 200, "hidden": (200,), "o
 AUTOENCODER = {"inputs": 784, "hidden": (64, 32, 64, 64)}
 GPT = {"vocabulary": 256, "context": 256}
 BERT = {"vocabulary": 30_522, "context": 128, "layers": 6, "width": 384, "heads": 12, "mlp": 1536, "outputs": 2}
+DCGAN = {"side": 28, "latent": 100, "generator": (256, 128, 128), "discriminator": (64, 128)}
 WORKS = {
     "mlp_32": Work("mlp", MLP, 32, 4000),
     "mlp_128": Work("mlp", MLP, 128, 3000),
@@ -41,6 +42,7 @@ WORKS = {
     "gpt_192_16": Work("gpt", GPT | {"layers": 4, "width": 192, "heads": 4}, 16, 20),
     "gpt_384_8": Work("gpt", GPT | {"layers": 6, "width": 384, "heads": 6}, 8, 12),
     "bert_16": Work("bert", BERT, 16, 12),
+    "dcgan_64": Work("dcgan", DCGAN, 64, 40),
 }
 
 
@@ -54,7 +56,7 @@ def data(work: Work) -> dict[str, np.ndarray]:
     random, s, N = np.random.default_rng(0), work.sizes, min(max(8 * work.batch, 1024), 8192)
     if work.kind in ("mlp", "autoencoder"):
         x = random.random((N, s["inputs"]), np.float32)
-    elif work.kind == "cnn":
+    elif work.kind in ("cnn", "dcgan"):
         x = random.random((N, s["side"], s["side"], 1), np.float32)
     elif work.kind == "lstm":
         x = random.standard_normal((N, s["steps"], s["inputs"]), np.float32)
@@ -65,7 +67,7 @@ def data(work: Work) -> dict[str, np.ndarray]:
         if work.kind == "gpt":
             return {"x": x[:, :-1], "y": x[:, 1:]}
         return {"x": x[:, :-1], "y": (x[:, 0] % s["outputs"]).astype(np.int32)}
-    if work.kind == "autoencoder":
+    if work.kind in ("autoencoder", "dcgan"):
         return {"x": x, "y": x}
     flat = x.reshape(N, -1) - x.mean()
     return {"x": x, "y": (flat @ random.standard_normal((flat.shape[1], s["outputs"]))).argmax(1).astype(np.int32)}

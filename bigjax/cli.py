@@ -44,6 +44,7 @@ def main(Config: type[RunConfig], build: Callable[[Any], Experiment], arguments:
         if verb == "evaluate":
             config, build = as_trained(Config, build, config, name=name, arguments=arguments)
         config = flags.settle(config, Config())
+        machine.repeat_bits(config.deterministic)
         if verb == "plan":
             from bigjax.tools.plan import write_plan
 

@@ -113,6 +113,7 @@ class RunConfig:
     # ---- device
     fuse: Annotated[int | None, Positive] = None  # updates in one dispatch; unset: several where an update is short
     resident: bool = True  # keep a training split on the devices that is in memory, and small
+    deterministic: bool = False  # on a GPU: the same bits in every run, at some cost; elsewhere they always are
     hang_seconds: Annotated[float, NonNegative] = 1800.0  # any part that takes longer ends the run; 0: never
     compilation_cache: bool = True  # keep compiled programs in ~/.cache/bigjax
     mesh: MeshConfig = MeshConfig()

@@ -79,6 +79,7 @@ def fit(experiment: Experiment, config: RunConfig, *, quiet: bool = False, on_lo
     check(config)
     guard.quiet()
     machine.keep_memory()
+    machine.repeat_bits(config.deterministic)
     machine.forgive_terminal()
     machine.cache_compilations(config.compilation_cache)
     with alike.ready(experiment.name, "train", config):

@@ -93,7 +93,7 @@ def test_gpt_is_tiny_without_an_accelerator(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_as_a_user_starts_it(folder: Path) -> None:
-    start("mnist_mlp", "--steps", "2", cwd=folder, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    start("mnist_mlp", "--steps", "2", "--deterministic", cwd=folder, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     assert json.loads((folder / "runs" / "mnist_mlp" / "result.json").read_text())["step"] == 2
 
 

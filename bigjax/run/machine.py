@@ -8,7 +8,9 @@ import sys
 
 import jax
 
-from bigjax import place
+from bigjax import UsageError, place
+
+REPEATABLE = "--xla_gpu_deterministic_ops=true"
 
 
 def keep_memory() -> None:
@@ -32,6 +34,24 @@ def cache_compilations(on: bool) -> None:
         usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bigjax", "compiled")
         folder = place(jax.config.jax_compilation_cache_dir or usual, "JAX_COMPILATION_CACHE_DIR ")
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def repeat_bits(on: bool) -> None:
+    """Has XLA leave out what gives a GPU other bits from run to run; on CPU and TPU there is nothing of that kind.
+
+    Raises UsageError where JAX has a GPU already, without it.
+    """
+    from jax._src.xla_bridge import backends_are_initialized  # JAX offers no public way to ask
+
+    given = os.environ.get("XLA_FLAGS", "").split()
+    if not on or REPEATABLE in given:
+        return
+    if not backends_are_initialized():
+        os.environ["XLA_FLAGS"] = " ".join([*given, REPEATABLE])
+    elif jax.default_backend() == "gpu":
+        raise UsageError(
+            f"--deterministic: JAX has started without it: set XLA_FLAGS={REPEATABLE} before, and run again"
+        )
 
 
 def peak_bytes() -> int:
