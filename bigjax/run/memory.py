@@ -52,5 +52,5 @@ def settled(config: RunConfig, build: Callable[[Any], Experiment], home: epath.P
         if needed(Program(experiment, one, experiment.train, steps=10**6, mesh=mesh)) <= limit:
             break
     if processes.first():
-        print(f"--remat auto: {one.remat}")
+        print(f"what the backward pass computes again: {one.remat}")
     return one
