@@ -27,9 +27,12 @@ SMALL = {  # flags that make two steps quick; nothing that changes what runs
     "gpt_finetune": ["--context", "64", "--batch-size", "256"],
     "pretrain": ["--model", "bert_tiny"],
     "python_gpt": ["--layers", "1", "--width", "32", "--context", "64"],
+    "resnet_classify": ["--resize", "14"],
     "text_cnn": "--embedding 8 --maps 4 --length 64".split(),
+    "text_lstm": "--embedding 8 --hidden 16 --length 64".split(),
     "translate": "--layers 1 --width 16 --heads 2 --mlp 16 --vocabulary 600 --length 16 --target-length 32 "
     "--beams 2 --batch-size 8".split(),
+    "vit_classify": "--layers 1 --width 32 --heads 2".split(),
 }
 
 
