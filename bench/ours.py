@@ -39,7 +39,7 @@ def experiment(work: Work) -> Experiment:
         tx = dict.fromkeys(("generator", "discriminator"), optax.adam(ADAM))
         return Experiment(adversarial(*players), tx, {"image": x}, None)
     elif work.kind == "gpt":
-        model = GPT(**{k: s[k] for k in ("vocabulary", "context", "layers", "width", "heads")})
+        model = GPT(**{k: s[k] for k in ("vocabulary", "context", "layers", "width", "heads")}, tied=False)
         tokens = np.concatenate([x, y[:, -1:]], axis=1)
         return Experiment(next_token(model), optax.adam(ADAM), {"tokens": tokens}, None)
     else:
