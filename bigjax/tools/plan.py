@@ -129,6 +129,7 @@ def show(p: dict[str, Any], console: Console) -> None:
         ("state a chip", gib(p["state_bytes"])),
         ("FLOPs a step", f"{number(p['model_flops_per_step'])} model, {number(p['hardware_flops_per_step'])} computed"),
     ]
+    rows += [("remat", p["remat"])] if "remat" in p else []  # where it was chosen here
     if "hbm_bytes" not in p:
         rows += [("fits", f"no: {p['why']}"), ("compiled in", f"{p['compile_seconds']} s")]
     else:
