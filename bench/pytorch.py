@@ -1,6 +1,8 @@
 """PyTorch: eager, compiled, and for images channels last and compiled, on tensors in memory."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from bench.works import ADAM, TOLD, Work, data
 
@@ -88,6 +90,18 @@ def network(work: Work):  # noqa: ANN201
     return Transformer()
 
 
+def timed(work: Work, size: int, update: Callable[[slice], Any]) -> tuple[float, list[float]]:
+    """(the loss after some updates, examples a second of each part of the rest); update: of these of `size` rows."""
+
+    def train(updates: int) -> tuple[list[float], float]:
+        starts, begin = ((n * work.batch) % (size - work.batch + 1) for n in range(updates)), time.perf_counter()
+        told = [update(slice(start, start + work.batch)) for start in starts]
+        return [float(t) for t in told], updates * work.batch / (time.perf_counter() - begin)
+
+    losses, _ = train(TOLD)
+    return sum(losses[-10:]) / 10, [train(max(work.updates // 4, 1))[1] for _ in range(4)]
+
+
 def players(work: Work):  # noqa: ANN201
     """(generator, discriminator) of a DCGAN."""
     from torch import nn
@@ -123,25 +137,20 @@ def run_players(work: Work, *, compiled: bool = False, last: bool = False) -> tu
     g_adam, d_adam = (torch.optim.Adam(m.parameters(), ADAM, fused=True) for m in models)
     generate, judge = map(torch.compile, models) if compiled else models
 
-    def train(updates: int) -> tuple[list[float], float]:
-        told, begin = [], time.perf_counter()
-        for n in range(updates):
-            start = (n * work.batch) % (len(x_all) - work.batch + 1)
-            real = x_all[start : start + work.batch] * 2 - 1
-            fake = generate(torch.randn(work.batch, work.sizes["latent"])) * 2 - 1
-            loss = softplus(-judge(real)).mean() + softplus(judge(fake.detach())).mean()
-            d_adam.zero_grad()
-            loss.backward()
-            d_adam.step()
-            deceived = softplus(-judge(fake)).mean()
-            g_adam.zero_grad()
-            deceived.backward()
-            g_adam.step()
-            told.append(loss.detach())
-        return [float(t) for t in told], updates * work.batch / (time.perf_counter() - begin)
+    def update(rows: slice) -> torch.Tensor:
+        real = x_all[rows] * 2 - 1
+        fake = generate(torch.randn(work.batch, work.sizes["latent"])) * 2 - 1
+        loss = softplus(-judge(real)).mean() + softplus(judge(fake.detach())).mean()
+        d_adam.zero_grad()
+        loss.backward()
+        d_adam.step()
+        deceived = softplus(-judge(fake)).mean()
+        g_adam.zero_grad()
+        deceived.backward()
+        g_adam.step()
+        return loss.detach()
 
-    losses, _ = train(TOLD)
-    return sum(losses[-10:]) / 10, [train(max(work.updates // 4, 1))[1] for _ in range(4)]
+    return timed(work, len(x_all), update)
 
 
 def run(work: Work, *, compiled: bool = False, last: bool = False) -> tuple[float, list[float]]:
@@ -161,24 +170,19 @@ def run(work: Work, *, compiled: bool = False, last: bool = False) -> tuple[floa
     forward = torch.compile(model) if compiled else model
     adam = torch.optim.Adam(model.parameters(), ADAM, fused=True)
 
-    def train(updates: int) -> tuple[list[float], float]:
-        told, begin = [], time.perf_counter()
-        for n in range(updates):
-            start = (n * work.batch) % (len(x_all) - work.batch + 1)
-            x, y = x_all[start : start + work.batch], y_all[start : start + work.batch]
-            logits = forward(x)
-            if work.kind == "autoencoder":
-                loss = F.binary_cross_entropy_with_logits(logits, y)
-            else:
-                loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.reshape(-1))
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            told.append(loss.detach())
-        return [float(t) for t in told], updates * work.batch / (time.perf_counter() - begin)
+    def update(rows: slice) -> torch.Tensor:
+        x, y = x_all[rows], y_all[rows]
+        logits = forward(x)
+        if work.kind == "autoencoder":
+            loss = F.binary_cross_entropy_with_logits(logits, y)
+        else:
+            loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.reshape(-1))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss.detach()
 
-    losses, _ = train(TOLD)
-    return sum(losses[-10:]) / 10, [train(max(work.updates // 4, 1))[1] for _ in range(4)]
+    return timed(work, len(x_all), update)
 
 
 SIDES = {

@@ -49,3 +49,14 @@ def test_the_first_that_fits_is_taken_and_kept(
         monkeypatch.setattr(memory, "room", lambda: None)
         run("gpt", *FLAGS, "--remat", "auto")  # finished: with other settings it would be refused
         assert "is finished" in capsys.readouterr().out
+
+
+def test_the_folder_of_another_script_is_refused_with_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("diabetes_linear", "--workdir", "r")
+    with pytest.raises(SystemExit) as end:
+        run("gpt", *FLAGS, "--remat", "auto", "--workdir", "r")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and "belongs to a run with other settings" in said, said

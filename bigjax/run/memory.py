@@ -41,8 +41,9 @@ def settled(config: RunConfig, build: Callable[[Any], Experiment], home: epath.P
     """
     if getattr(config, "remat", None) != "auto":
         return config
-    if config.resume and (home / "config.json").exists():
-        return dataclasses.replace(config, remat=read_config(home)["config"]["remat"])
+    began = read_config(home)["config"] if config.resume and (home / "config.json").exists() else {}
+    if began.get("remat") in REMATS:  # a run of another script, which has none, is refused later
+        return dataclasses.replace(config, remat=began["remat"])
     limit, mesh = room(), sharding.make_mesh(config.mesh, batch_size=config.batch_size)
     for name in REMATS:
         one = dataclasses.replace(config, remat=name)
