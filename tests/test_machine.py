@@ -1,13 +1,16 @@
-"""--deterministic: what XLA is told before it starts, by stand-ins for where it runs."""
+"""--deterministic: what XLA is told before it starts, by stand-ins for where it runs. And what a start traces."""
 
 import os
 
 import jax
 import pytest
+from conftest import tiny_experiment
 from jax._src import xla_bridge
 
-from bigjax import UsageError
+from bigjax import UsageError, program
+from bigjax.experiment import RunConfig
 from bigjax.run import machine
+from bigjax.step import train_step
 
 
 @pytest.mark.parametrize("given", ["", "--xla_a=1"])
@@ -31,3 +34,12 @@ def test_when_it_has_started_a_gpu_must_have_been_told(monkeypatch: pytest.Monke
     assert os.environ["XLA_FLAGS"] == "--xla_a=1"
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_gpu_deterministic_ops=true")
     machine.repeat_bits(True)
+
+
+def test_a_program_traces_its_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the shapes of its metrics and for the update."""
+    traced, config = [], RunConfig(batch_size=8, steps=2)
+    monkeypatch.setattr(program, "train_step", lambda *a, **k: traced.append(1) or train_step(*a, **k))
+    made = tiny_experiment()
+    program.Program(made, config, made.train, steps=2).lowered()
+    assert len(traced) == 1
